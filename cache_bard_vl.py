@@ -1,0 +1,159 @@
+"""Key/value cache for block diffusion: blocks are written in place, and the cache knows what it encodes."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+@dataclass
+class CacheWindow:
+    """Where the next forward writes, and how far it reads. Rows are those of the batch that is still decoding.
+
+    Attributes:
+        columns: (rows, width) columns that the new keys and values go to.
+        end: columns [0, end) are read.
+        capacity: columns that this generation can need at most.
+    """
+
+    columns: torch.Tensor
+    end: int
+    capacity: int
+
+
+class BlockCacheLayer(DynamicLayer):
+    """Keys and values (rows, heads, columns, head size) of one layer; without a window it appends like its parent."""
+
+    window: CacheWindow | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the new states (rows, heads, width, head size) at the window's columns; return all up to its end."""
+        if self.window is None:
+            return super().update(key_states, value_states, *args, **kwargs)
+        window, rows = self.window, key_states.shape[0]
+        self.reserve(window, key_states, value_states)
+        columns = window.columns.to(key_states.device)[:, None, :, None]
+        self.keys[:rows].scatter_(2, columns.expand_as(key_states), key_states)
+        self.values[:rows].scatter_(2, columns.expand_as(value_states), value_states)
+        return self.keys[:rows, :, : window.end], self.values[:rows, :, : window.end]
+
+    def reserve(self, window: CacheWindow, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Grow by half, at most to the window's capacity, if the window's end lies outside."""
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        have = self.keys.shape[2]
+        if have < window.end:
+            extra = min(max(window.end, have + have // 2), window.capacity) - have
+            # Zeros, not empty memory: what is masked out still enters a product with a weight of zero.
+            grow = [0, 0, 0, extra]
+            self.keys = torch.nn.functional.pad(self.keys, grow)
+            self.values = torch.nn.functional.pad(self.values, grow)
+
+    def swap_rows(self, first: int, second: int) -> None:
+        """Exchange two rows in place."""
+        for states in (self.keys, self.values):
+            states[[first, second]] = states[[second, first]]
+
+
+class BardVLCache(Cache):
+    """What `generate` returns as `past_key_values` and takes back for the next turn.
+
+    Attributes:
+        block_size: block size of the partition that the keys and values were computed under, None while empty.
+        contents: per row, the (length,) CPU tensor of what the columns from 0 on encode: token ids, and for visual
+            tokens a negative fingerprint of their image or video. Later columns hold nothing of use.
+    """
+
+    def __init__(self, num_layers: int):
+        super().__init__(layers=[BlockCacheLayer() for _ in range(num_layers)])
+        self.block_size: int | None = None
+        self.contents: list[torch.Tensor] = []
+        self._order: list[int] = []
+
+    def shared_prefix(self, contents: list[torch.Tensor], block_size: int) -> int:
+        """Columns, in whole blocks, that this cache already holds of every row of `contents`.
+
+        Raises:
+            ValueError: the cache holds another number of rows.
+        """
+        if not self.contents:
+            return 0
+        if len(self.contents) != len(contents):
+            raise ValueError(f"`past_key_values` holds {len(self.contents)} rows, the prompt has {len(contents)}")
+        if self.block_size != block_size:
+            return 0
+        shared = []
+        for mine, theirs in zip(self.contents, contents, strict=True):
+            length = min(len(mine), len(theirs))
+            same = (mine[:length] == theirs[:length]).long().cumprod(0).sum().item()
+            shared.append(int(same) // block_size * block_size)
+        return min(shared)
+
+    @contextmanager
+    def generation(self, contents: list[torch.Tensor], block_size: int) -> Iterator[None]:
+        """Keep the shared prefix and lend the columns behind it; whatever happens, what `contents` says stays true."""
+        kept = self.shared_prefix(contents, block_size)
+        self.block_size = block_size
+        self.contents = [row[:kept] for row in contents]
+        self._order = list(range(len(contents)))
+        try:
+            yield
+        finally:
+            self._set_window(None)
+            self._restore_order()
+            self._trim(max(len(row) for row in self.contents))
+
+    @contextmanager
+    def writing(self, columns: torch.Tensor, end: int, capacity: int) -> Iterator[None]:
+        """Direct the keys and values of one forward to `columns` (rows, width); columns [0, end) are read."""
+        self._set_window(CacheWindow(columns, end, capacity))
+        try:
+            yield
+        finally:
+            self._set_window(None)
+
+    def retire(self, slot: int, last: int) -> None:
+        """Move the row in `slot` behind the rows that are still decoding, of which `last` is the last."""
+        if slot == last:
+            return
+        self._order[slot], self._order[last] = self._order[last], self._order[slot]
+        for layer in self.layers:
+            layer.swap_rows(slot, last)
+
+    def repeat_rows(self, times: int) -> None:
+        """Repeat every row `times` times, next to itself."""
+        self.batch_repeat_interleave(times)
+        self.contents = [row for row in self.contents for _ in range(times)]
+        self._order = list(range(len(self.contents)))
+
+    def _set_window(self, window: CacheWindow | None) -> None:
+        for layer in self.layers:
+            layer.window = window
+
+    def _restore_order(self) -> None:
+        if self._order != sorted(self._order) and self.layers[0].is_initialized:
+            self.batch_select_indices(torch.tensor(self._order).argsort())
+
+    def _trim(self, length: int) -> None:
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+
+
+def fingerprint(*tensors: torch.Tensor) -> int:
+    """A negative 62-bit number that stands for the tensors' shapes and values (SHA-256), never equal to a token id."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return -1 - int.from_bytes(digest.digest()[:8], "big") % 2**62
+
+
+__all__ = ["BardVLCache", "BlockCacheLayer", "CacheWindow", "fingerprint"]

@@ -1,0 +1,289 @@
+"""The settings of `generate`: one class that stores, loads and validates them, and one that holds them resolved."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import GenerationConfig
+
+from .configuration_bard_vl import check_integer
+from .remasking_bard_vl import REMASKING_RULES
+
+DEFAULT_EOS_TOKEN_ID = 151645  # <|im_end|>, for published checkpoints that state none
+
+DEFAULTS: dict[str, Any] = {
+    "max_new_tokens": 256,
+    "remasking_strategy": "low_confidence_dynamic",
+    "confidence_threshold": 0.9,
+    "top_k": 0,
+    "top_p": 1.0,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "return_step_stats": False,
+    "output_history": False,
+}
+BLOCK_DIFFUSION_FIELDS = (
+    "block_size",
+    "denoising_steps",
+    "remasking_strategy",
+    "confidence_threshold",
+    "mask_token_id",
+    "return_step_stats",
+    "output_history",
+)
+SAMPLING_FIELDS = ("do_sample", "temperature", "top_k", "top_p")
+TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SHARED_FIELDS = (
+    "max_new_tokens",
+    "max_length",
+    "max_time",
+    "stop_strings",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "suppress_tokens",
+    "num_return_sequences",
+    "return_dict_in_generate",
+    "use_cache",
+    "cache_implementation",
+)
+FIELDS = BLOCK_DIFFUSION_FIELDS + SAMPLING_FIELDS + TOKEN_FIELDS + SHARED_FIELDS
+
+
+class BardVLGenerationConfig(GenerationConfig):
+    """Settings of block-diffusion decoding, saved in and loaded from `generation_config.json`.
+
+    A field that is None is unset: `generate` then takes the default named here.
+
+    Args:
+        max_new_tokens (`int`, defaults to 256): response tokens at most.
+        max_length (`int`): prompt and response tokens at most, read where `max_new_tokens` is unset.
+        max_time (`float`): seconds after which the row ends with the current block.
+        stop_strings (`str` or list): end a response at the first of these texts; needs `tokenizer=` in `generate`.
+        block_size (`int`, defaults to the model config's): tokens denoised together. Never stored in the file: it
+            is a fact of the weights.
+        denoising_steps (`int`, defaults to `block_size`): steps per block at most, 1 to `block_size`.
+        remasking_strategy (`str`, defaults to `"low_confidence_dynamic"`): which positions commit at a step.
+        confidence_threshold (`float` in [0, 1], defaults to 0.9): commit what the model finds more probable than this.
+        temperature (`float`, defaults to 0, or 1 with `do_sample=True`): 0 is greedy.
+        do_sample (`bool`): False forces greedy decoding whatever the temperature.
+        top_k (`int`, defaults to 0, off), top_p (`float`, defaults to 1, off): sample among the most probable tokens.
+        repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens: as in transformers, applied to each
+            position given the prompt and the committed tokens left of it.
+        num_return_sequences (`int`, defaults to 1): responses per prompt; the prompt is encoded once.
+        mask_token_id, eos_token_id, pad_token_id, bos_token_id: token ids; default to the model config's.
+        return_dict_in_generate, return_step_stats, output_history (`bool`): what `generate` returns.
+
+    Raises:
+        ValueError: a value is out of range, or asks for something that block diffusion decoding does not do (beams,
+            assisted decoding, constraints, ...). The message names field and value.
+    """
+
+    def __init__(self, **kwargs: Any):
+        unknown = [name for name in kwargs if name not in FIELDS and not name.startswith("_")]
+        unknown = sorted(set(unknown) - set(_plain_defaults()) - {"transformers_version"})
+        if unknown:
+            raise ValueError(f"unknown generation settings: {', '.join(unknown)}")
+        for name in BLOCK_DIFFUSION_FIELDS:
+            setattr(self, name, kwargs.pop(name, None))
+        self._known = False  # the parent validates before all fields are there
+        super().__init__(**{name: value for name, value in kwargs.items() if value is not None})
+        # transformers 4 has defaults where 5 has None: what nobody set is None here on both.
+        for name in SAMPLING_FIELDS + TOKEN_FIELDS + SHARED_FIELDS:
+            setattr(self, name, kwargs.get(name))
+        del self._known
+        self.validate()
+
+    def validate(self, *args: Any, **kwargs: Any) -> None:
+        """Check every field; raise `ValueError` with the name and the value of the first that is wrong."""
+        if "_known" in vars(self):
+            return
+        for name, minimum in (("max_new_tokens", 1), ("max_length", 1), ("block_size", 1), ("denoising_steps", 1),
+                              ("num_return_sequences", 1), ("top_k", 0), ("mask_token_id", 0), ("pad_token_id", 0),
+                              ("no_repeat_ngram_size", 0)):  # fmt: skip
+            check_integer(name, getattr(self, name), minimum=minimum, optional=True)
+        check_number("confidence_threshold", self.confidence_threshold, 0.0, 1.0)
+        check_number("temperature", self.temperature, 0.0, math.inf)
+        check_number("top_p", self.top_p, 0.0, 1.0, open_below=True)
+        check_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_below=True)
+        check_number("max_time", self.max_time, 0.0, math.inf)
+        check_choice("remasking_strategy", self.remasking_strategy, list(REMASKING_RULES))
+        check_choice("cache_implementation", self.cache_implementation, ["dynamic"])
+        check_choice("use_cache", self.use_cache, [True])
+        if self.block_size is not None and self.denoising_steps is not None and self.denoising_steps > self.block_size:
+            raise ValueError(
+                f"`denoising_steps` must be between 1 and `block_size` = {self.block_size}, got {self.denoising_steps}"
+            )
+        for name in token_ids(self.eos_token_id):
+            check_integer("eos_token_id", name, minimum=0)
+        for name, neutral in _plain_defaults().items():
+            value = getattr(self, name, None)
+            if name not in FIELDS and value not in (None, False, *neutral):
+                raise ValueError(f"`{name}={value!r}` is not supported by block-diffusion decoding")
+
+    def explicit(self) -> dict[str, Any]:
+        """The fields that are set, by name."""
+        return {name: getattr(self, name) for name in FIELDS if getattr(self, name, None) is not None}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What a file stores: the set fields but `block_size`, which config.json owns."""
+        stored = {name: value for name, value in self.explicit().items() if name != "block_size"}
+        return {**stored, "transformers_version": self.to_dict()["transformers_version"]}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read settings; of a dictionary without block-diffusion fields, the values that equal plain defaults are unset."""
+        if "remasking_strategy" not in config_dict:
+            config_dict = drop_plain_defaults(config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_plain(cls, config: GenerationConfig) -> "BardVLGenerationConfig":
+        """Convert what transformers loaded from a `generation_config.json`.
+
+        A file that names no `remasking_strategy` was written for autoregressive decoding: its sampling settings do not
+        carry over, so that such a checkpoint decodes greedily, as the published ones are meant to.
+        """
+        settings = drop_plain_defaults(config.to_dict())
+        if settings.get("remasking_strategy") is None:
+            for name in (*SAMPLING_FIELDS, "repetition_penalty"):
+                settings.pop(name, None)
+        known = {*FIELDS, *_plain_defaults()}
+        return cls(**{name: value for name, value in settings.items() if name in known})
+
+    @classmethod
+    def from_model_config(cls, model_config: Any) -> "BardVLGenerationConfig":
+        """Start from the token ids that a model config states."""
+        text = model_config.get_text_config()
+        ids = {name: getattr(text, name, None) for name in TOKEN_FIELDS}
+        return cls(**ids)
+
+
+@dataclass(frozen=True)
+class DecodingSettings:
+    """Every setting of one call of `generate`, resolved and checked against the model."""
+
+    block_size: int
+    denoising_steps: int
+    max_new_tokens: int
+    remasking_strategy: str
+    confidence_threshold: float
+    temperature: float
+    top_k: int
+    top_p: float
+    mask_token_id: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    num_return_sequences: int
+
+    @classmethod
+    def resolve(cls, config: BardVLGenerationConfig, model_config: Any, prompt_length: int) -> "DecodingSettings":
+        """Fill what `config` leaves open: argument, generation config set in code, model config, default.
+
+        Raises:
+            ValueError: nothing states a block size, or a value does not fit the model.
+        """
+        block_size, denoising_steps = resolve_block_size(config.block_size, model_config), config.denoising_steps
+        if denoising_steps is not None and denoising_steps > block_size:
+            raise ValueError(
+                f"`denoising_steps` must be between 1 and `block_size` = {block_size}, got {denoising_steps}"
+            )
+        max_new_tokens = setting(config, "max_new_tokens")
+        if config.max_new_tokens is None and config.max_length is not None:
+            max_new_tokens = config.max_length - prompt_length
+            if max_new_tokens < 1:
+                raise ValueError(f"`max_length` = {config.max_length} leaves no room after {prompt_length} prompt tokens")
+        temperature = config.temperature
+        if config.do_sample is False or (temperature is None and not config.do_sample):
+            temperature = 0.0
+        vocab_size = model_config.get_text_config().vocab_size
+        eos = token_ids(config.eos_token_id)
+        if not eos and vocab_size > DEFAULT_EOS_TOKEN_ID:
+            eos = (DEFAULT_EOS_TOKEN_ID,)
+        pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if eos else 0)
+        return cls(
+            block_size=block_size,
+            denoising_steps=block_size if denoising_steps is None else denoising_steps,
+            max_new_tokens=max_new_tokens,
+            remasking_strategy=setting(config, "remasking_strategy"),
+            confidence_threshold=setting(config, "confidence_threshold"),
+            temperature=1.0 if temperature is None else temperature,
+            top_k=setting(config, "top_k"),
+            top_p=setting(config, "top_p"),
+            mask_token_id=resolve_mask_token_id(config.mask_token_id, model_config),
+            eos_token_ids=eos,
+            pad_token_id=pad,
+            num_return_sequences=setting(config, "num_return_sequences"),
+        )
+
+
+def resolve_block_size(block_size: int | None, model_config: Any) -> int:
+    """The block size stated by an argument, else by the model config; `ValueError` if neither does."""
+    block_size = check_integer("block_size", block_size, minimum=1, optional=True)
+    block_size = model_config.block_size if block_size is None else block_size
+    if block_size is None:
+        raise ValueError(
+            "no `block_size`: neither the call nor the checkpoint's config.json states it. Pass `block_size=`: it is the "
+            "number after B in the name of a published checkpoint, for instance 16 for Bard-VL-B16-Mask-4B-Instruct"
+        )
+    return block_size
+
+
+def resolve_mask_token_id(mask_token_id: int | None, model_config: Any) -> int:
+    """The mask id stated by an argument, else by the model config; `ValueError` if the vocabulary lacks it."""
+    mask_token_id = model_config.mask_token_id if mask_token_id is None else mask_token_id
+    vocab_size = model_config.get_text_config().vocab_size
+    if check_integer("mask_token_id", mask_token_id, minimum=0) >= vocab_size:
+        raise ValueError(f"`mask_token_id` = {mask_token_id} lies outside the vocabulary of {vocab_size} tokens")
+    return mask_token_id
+
+
+def setting(config: BardVLGenerationConfig, name: str) -> Any:
+    """A field's value, or its default where it is unset."""
+    value = getattr(config, name)
+    return DEFAULTS[name] if value is None else value
+
+
+def token_ids(value: Any) -> tuple[int, ...]:
+    """One id, a list or tensor of ids, or None as a tuple of ids."""
+    if value is None:
+        return ()
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(value) if isinstance(value, list | tuple | set) else (value,)
+
+
+def check_number(name: str, value: Any, low: float, high: float, open_below: bool = False) -> None:
+    """Raise `ValueError` unless `value` is None or a number in [low, high], or (low, high] if `open_below`."""
+    if value is None:
+        return
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or (open_below and value == low):
+        raise ValueError(f"`{name}` must be a number in {'(' if open_below else '['}{low}, {high}], got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: list[Any]) -> None:
+    """Raise `ValueError` unless `value` is None or one of `choices`."""
+    if value is not None and value not in choices:
+        raise ValueError(f"`{name}` must be one of {choices}, got {value!r}")
+
+
+def drop_plain_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without None, private entries, and what equals the default of a plain `GenerationConfig`."""
+    neutral = _plain_defaults()
+    return {
+        name: value
+        for name, value in settings.items()
+        if value is not None and not name.startswith("_") and value not in neutral.get(name, ())
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def _plain_defaults() -> dict[str, list[Any]]:
+    """Values of each field of a plain `GenerationConfig` that ask for nothing: its default, and the one applied for None."""
+    applied = getattr(GenerationConfig, "_get_default_generation_params", dict)()
+    plain = {name: value for name, value in vars(GenerationConfig()).items() if name != "transformers_version"}
+    return {name: [value, applied.get(name)] for name, value in plain.items() if not name.startswith("_")}
+
+
+__all__ = ["BardVLGenerationConfig", "DecodingSettings"]

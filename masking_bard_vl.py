@@ -1,0 +1,91 @@
+"""Which token sees which: block partitions and block-causal visibility as pure tensor functions.
+
+A partition gives every token the number of its block; -1 marks padding. A query sees the keys of its own block and of
+earlier ones (arXiv 2604.16514, figure 3b). Nothing here knows of a model.
+"""
+
+import torch
+
+PADDING_BLOCK = -1
+
+
+def partition_prompt(attention_mask: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Block of every real token, counted from the first real token of its row.
+
+    Args:
+        attention_mask: (batch, length), 1 for real tokens, 0 for padding on the left.
+        block_size: tokens per block.
+
+    Returns:
+        (batch, length) block numbers, -1 for padding.
+    """
+    real = attention_mask.bool()
+    blocks = (real.long().cumsum(-1) - 1) // block_size
+    return blocks.masked_fill(~real, PADDING_BLOCK)
+
+
+def partition_sequence(prompt_lengths: torch.Tensor, num_columns: int, block_size: int) -> torch.Tensor:
+    """Block of every column when each row holds its prompt from column 0 and its response right after it.
+
+    The prompt is cut from position 0, its last block may be short; response blocks begin at the prompt's end.
+
+    Args:
+        prompt_lengths: (batch,) prompt tokens of each row.
+        num_columns: columns to number.
+        block_size: tokens per block.
+
+    Returns:
+        (batch, num_columns) block numbers, ascending along each row.
+    """
+    columns = torch.arange(num_columns, device=prompt_lengths.device)[None]
+    lengths = prompt_lengths[:, None]
+    prompt_blocks = (lengths + block_size - 1) // block_size
+    return torch.where(columns < lengths, columns // block_size, prompt_blocks + (columns - lengths) // block_size)
+
+
+def block_visibility(query_blocks: torch.Tensor, key_blocks: torch.Tensor) -> torch.Tensor:
+    """Block-causal visibility.
+
+    Args:
+        query_blocks: (batch, queries) blocks of the last `queries` of the keys.
+        key_blocks: (batch, keys) blocks of all tokens, -1 for padding.
+
+    Returns:
+        (batch, queries, keys) bool. Padding sees itself alone, so that no row of a softmax is empty.
+    """
+    visible = (key_blocks[:, None, :] <= query_blocks[:, :, None]) & (key_blocks[:, None, :] != PADDING_BLOCK)
+    queries, keys = query_blocks.shape[1], key_blocks.shape[1]
+    itself = torch.eye(queries, keys, dtype=torch.bool, device=visible.device).roll(keys - queries, dims=1)
+    return visible | itself
+
+
+def to_attention_mask(visible: torch.Tensor, implementation: str, dtype: torch.dtype) -> torch.Tensor:
+    """Turn (batch, queries, keys) visibility into the 4-D mask that an attention implementation takes.
+
+    Raises:
+        ValueError: the implementation is none that Bard-VL is right with.
+    """
+    check_attention_implementation(implementation)
+    visible = visible[:, None]
+    if implementation == "sdpa":
+        return visible
+    # Eager attention adds its mask: a boolean one would be silently wrong.
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+def check_attention_implementation(implementation: str | None) -> None:
+    """Refuse by name what would silently attend causally or ignore a 4-D mask."""
+    if implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"Bard-VL's text layers support the attention implementations 'sdpa' and 'eager', not {implementation!r}; "
+            "the vision tower may have another: attn_implementation={'text_config': 'sdpa', 'vision_config': ...}"
+        )
+
+
+__all__ = [
+    "block_visibility",
+    "check_attention_implementation",
+    "partition_prompt",
+    "partition_sequence",
+    "to_attention_mask",
+]

@@ -1,0 +1,278 @@
+"""Bard-VL: Qwen3-VL with block-causal attention, a same-position loss and a block-diffusion `generate`.
+
+The modules and their weights are Qwen3-VL's (arXiv 2604.16514 adds no parameters); a class stands here only for what
+differs.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditionalGeneration, Qwen3VLModel
+
+# The loader of transformers 4.57 copies only what this file imports itself, so the helpers of helpers are named here too.
+from .cache_bard_vl import BardVLCache
+from .configuration_bard_vl import BardVLConfig
+from .generation_bard_vl import BardVLGenerationMixin
+from .generation_config_bard_vl import BardVLGenerationConfig, resolve_block_size
+from .inputs_bard_vl import VISUAL_INPUTS, VisualFeatures, check_visual_inputs, visual_items
+from .masking_bard_vl import (
+    PADDING_BLOCK,
+    block_visibility,
+    check_attention_implementation,
+    partition_prompt,
+    to_attention_mask,
+)
+from .remasking_bard_vl import REMASKING_RULES
+
+
+class BardVLModel(Qwen3VLModel):
+    """Qwen3-VL's trunk with block-causal attention."""
+
+    config_class = BardVLConfig
+    base_model_prefix = "model"  # 4.57 has "" and would silently re-initialise every weight
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        block_size: int | None = None,
+        block_ids: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Encode tokens; the arguments are those of `BardVLForConditionalGeneration.forward`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
+        tokens = input_ids if input_ids is not None else inputs_embeds[..., 0]
+        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            if cached or input_ids is None:
+                raise ValueError(
+                    "with cached tokens or `inputs_embeds` the positions cannot be derived: pass `position_ids` "
+                    "(4, batch, length), for instance the last columns of `get_position_ids` of the whole sequence"
+                )
+            padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+            grids = {name: kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
+            position_ids = self.get_position_ids(input_ids, padding, **grids)
+        if input_ids is not None:
+            check_visual_inputs(self.config, input_ids, **{name: kwargs.get(name) for name in VISUAL_INPUTS})
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=self.get_block_mask(tokens, cached, attention_mask, block_size, block_ids),
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+    def get_block_mask(
+        self,
+        tokens: torch.Tensor,
+        cached: int,
+        attention_mask: torch.Tensor | None,
+        block_size: int | None,
+        block_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The 4-D mask of (batch, queries) `tokens` behind `cached` keys, in the form that the attention takes."""
+        implementation = self.config.text_config._attn_implementation
+        check_attention_implementation(implementation)
+        dtype = self.get_input_embeddings().weight.dtype
+        if attention_mask is not None and attention_mask.ndim == 4:
+            if attention_mask.dtype != torch.bool:
+                return attention_mask
+            return to_attention_mask(attention_mask[:, 0], implementation, dtype)
+        shape = (tokens.shape[0], cached + tokens.shape[1])
+        padding = attention_mask if attention_mask is not None else tokens.new_ones(shape, dtype=torch.long)
+        if padding.shape != shape:
+            raise ValueError(f"`attention_mask` must be 4-D or (batch, keys) = {shape}, got {tuple(padding.shape)}")
+        if block_ids is None:
+            block_ids = self._default_block_ids(padding, cached, tokens.shape[1], block_size)
+        elif block_ids.shape != shape:
+            raise ValueError(f"`block_ids` must have shape (batch, keys) = {shape}, got {tuple(block_ids.shape)}")
+        block_ids = block_ids.masked_fill(~padding.bool(), PADDING_BLOCK)
+        return to_attention_mask(block_visibility(block_ids[:, cached:], block_ids), implementation, dtype)
+
+    def _default_block_ids(
+        self, padding: torch.Tensor, cached: int, queries: int, block_size: int | None
+    ) -> torch.Tensor:
+        if not cached:
+            return partition_prompt(padding, resolve_block_size(block_size, self.config))
+        if queries > 1:
+            raise ValueError(
+                f"{queries} query tokens with a cache of {cached}: where their blocks begin cannot be known; pass a 4-D "
+                "`attention_mask`, or `block_ids` (batch, keys) for the cached and the new tokens"
+            )
+        return torch.zeros_like(padding)
+
+    def get_position_ids(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+    ) -> torch.LongTensor:
+        """Positions of (batch, length) tokens: (4, batch, length); text, temporal, height and width."""
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        types = {}
+        if "mm_token_type_ids" in inspect.signature(self.get_rope_index).parameters:  # transformers >= 5.3
+            image, video = (input_ids == token for token in (self.config.image_token_id, self.config.video_token_id))
+            types["mm_token_type_ids"] = image.int() + 2 * video.int()
+        multimodal, _ = self.get_rope_index(
+            input_ids=input_ids,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            attention_mask=attention_mask,
+            **types,
+        )
+        text = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return torch.cat([text[None], multimodal], dim=0)
+
+    def encode_visual(
+        self, input_ids: torch.LongTensor, visual_inputs: dict[str, torch.Tensor], first: int = 0
+    ) -> VisualFeatures | None:
+        """Encode the images and videos that have a token in column `first` or later.
+
+        Args:
+            input_ids: (batch, length) prompts; padding holds no visual token.
+            visual_inputs: pixels and grids of the processor, in the order of the placeholder tokens.
+            first: columns before it are already encoded.
+
+        Returns:
+            The features, or None if none is needed.
+        """
+        index = torch.full_like(input_ids, -1)
+        embeds, deepstack, offset = [], [], 0
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        for token_id, pixels, grids, counts in visual_items(self.config, visual_inputs):
+            placeholder = input_ids == token_id
+            item = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+            needed = item[columns[placeholder] >= first].unique()
+            if not len(needed):
+                continue
+            keep = torch.isin(item, needed)
+            patches = grids.prod(-1)
+            of_patch = torch.arange(len(patches), device=patches.device).repeat_interleave(patches)
+            features, layers = _split_features(
+                self.get_image_features(pixels[torch.isin(of_patch, needed)], grids[needed])
+            )
+            index[placeholder] = torch.where(keep, keep.long().cumsum(0) - 1 + offset, -1)
+            embeds.append(features)
+            deepstack.append(layers)
+            offset += len(features)
+        if not embeds:
+            return None
+        return VisualFeatures(index, torch.cat(embeds), [torch.cat(parts) for parts in zip(*deepstack, strict=True)])
+
+
+def _split_features(features: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Embeddings and deepstack features from `get_image_features`: a tuple in transformers 4, a model output in 5."""
+    if isinstance(features, tuple):
+        embeds, deepstack = features
+    else:
+        embeds, deepstack = features.pooler_output, features.deepstack_features
+    # Some versions split by image, others do not.
+    return _joined(embeds), [_joined(layer) for layer in deepstack]
+
+
+def _joined(parts: Any) -> torch.Tensor:
+    return parts if isinstance(parts, torch.Tensor) else torch.cat(list(parts))
+
+
+class BardVLForConditionalGeneration(BardVLGenerationMixin, Qwen3VLForConditionalGeneration):
+    """Bard-VL with its language-modelling head: Qwen3-VL's weights, block-causal attention, block-diffusion decoding."""
+
+    config_class = BardVLConfig
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: BardVLConfig):
+        # Not the parent's own `__init__`, which would build a second, causal trunk first.
+        super(Qwen3VLForConditionalGeneration, self).__init__(config)
+        self.model = BardVLModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+        check_attention_implementation(config.text_config._attn_implementation)
+
+    def get_position_ids(self, *args: Any, **kwargs: Any) -> torch.LongTensor:
+        """See `BardVLModel.get_position_ids`."""
+        return self.model.get_position_ids(*args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        block_size: int | None = None,
+        block_ids: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits of every token given the tokens that its block sees; the prediction at a position is of that position.
+
+        Args:
+            input_ids: (batch, length); undecided tokens hold the mask id.
+            attention_mask: (batch, keys) padding mask under which attention is block-causal, or a full 4-D mask,
+                boolean or additive, which is used as it is. With a cache and several new tokens a 4-D mask or
+                `block_ids` is required.
+            position_ids: (4, batch, length) or (3, batch, length); derived for a whole sequence.
+            labels: (batch, length) targets of the same positions (no shift), -100 where there is none. The loss is the
+                mean over the other labels, or their sum over `num_items_in_batch`.
+            block_size: tokens per block, counted from the first real token; defaults to the config's.
+            block_ids: (batch, keys) block of every cached and new token; a token sees blocks up to its own.
+            logits_to_keep: the last so many positions (0 for all), or a 1-D tensor of the positions wanted.
+            num_items_in_batch: labels in the whole batch over all accumulation steps and processes.
+            kwargs: `pixel_values`, `image_grid_thw`, `pixel_values_videos`, `video_grid_thw`, `use_cache` and what else
+                Qwen3-VL takes.
+
+        Returns:
+            Qwen3-VL's output with `loss`, `logits` (batch, kept, vocabulary) and `past_key_values`.
+
+        Raises:
+            ValueError: no block size is stated, the mask cannot be derived, placeholders and pixels differ in number,
+                or the attention implementation is none that follows a 4-D mask.
+        """
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            block_size=block_size,
+            block_ids=block_ids,
+            logits_to_keep=logits_to_keep,
+            return_dict=True,
+            **kwargs,
+        )
+        if labels is not None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            loss = same_position_loss(outputs.logits, labels[:, kept], num_items_in_batch)
+            outputs = type(outputs)(**{**outputs, "loss": loss})
+        return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
+
+
+def same_position_loss(
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None
+) -> torch.Tensor:
+    """Cross entropy in float32 of (batch, length, vocabulary) logits with the labels of the same positions."""
+    labels = labels.flatten().to(logits.device)
+    total = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels, reduction="sum")
+    count = (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    return total / torch.as_tensor(count, device=total.device)
+
+
+__all__ = [
+    "REMASKING_RULES",
+    "BardVLCache",
+    "BardVLForConditionalGeneration",
+    "BardVLGenerationConfig",
+    "BardVLModel",
+]
