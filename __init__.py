@@ -14,7 +14,8 @@ from transformers import (
 
 from .cache_bard_vl import BardVLCache
 from .configuration_bard_vl import BardVLConfig
-from .generation_bard_vl import BardVLGenerationOutput, DenoisingStep
+from .decoding_bard_vl import DenoisingStep
+from .generation_bard_vl import BardVLGenerationOutput
 from .generation_config_bard_vl import BardVLGenerationConfig
 from .modeling_bard_vl import BardVLForConditionalGeneration, BardVLModel
 from .processing_bard_vl import BardVLProcessor

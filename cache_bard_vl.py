@@ -29,6 +29,7 @@ class BlockCacheLayer(DynamicLayer):
     """Keys and values (rows, heads, columns, head size) of one layer; without a window it appends like its parent."""
 
     window: CacheWindow | None = None
+    is_initialized: bool
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

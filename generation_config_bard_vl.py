@@ -115,8 +115,8 @@ class BardVLGenerationConfig(GenerationConfig):
             raise ValueError(
                 f"`denoising_steps` must be between 1 and `block_size` = {self.block_size}, got {self.denoising_steps}"
             )
-        for name in token_ids(self.eos_token_id):
-            check_integer("eos_token_id", name, minimum=0)
+        for token_id in token_ids(self.eos_token_id):
+            check_integer("eos_token_id", token_id, minimum=0)
         for name, neutral in _plain_defaults().items():
             value = getattr(self, name, None)
             if name not in FIELDS and value not in (None, False, *neutral):
@@ -133,7 +133,7 @@ class BardVLGenerationConfig(GenerationConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read settings; of a dictionary without block-diffusion fields, the values that equal plain defaults are unset."""
+        """Read settings; in a dictionary without block-diffusion fields, values equal to plain defaults are unset."""
         if "remasking_strategy" not in config_dict:
             config_dict = drop_plain_defaults(config_dict)
         return super().from_dict(config_dict, **kwargs)
@@ -193,7 +193,9 @@ class DecodingSettings:
         if config.max_new_tokens is None and config.max_length is not None:
             max_new_tokens = config.max_length - prompt_length
             if max_new_tokens < 1:
-                raise ValueError(f"`max_length` = {config.max_length} leaves no room after {prompt_length} prompt tokens")
+                raise ValueError(
+                    f"`max_length` = {config.max_length} leaves no room after {prompt_length} prompt tokens"
+                )
         temperature = config.temperature
         if config.do_sample is False or (temperature is None and not config.do_sample):
             temperature = 0.0
@@ -224,8 +226,8 @@ def resolve_block_size(block_size: int | None, model_config: Any) -> int:
     block_size = model_config.block_size if block_size is None else block_size
     if block_size is None:
         raise ValueError(
-            "no `block_size`: neither the call nor the checkpoint's config.json states it. Pass `block_size=`: it is the "
-            "number after B in the name of a published checkpoint, for instance 16 for Bard-VL-B16-Mask-4B-Instruct"
+            "no `block_size`: neither the call nor the checkpoint's config.json states it. Pass `block_size=`; it is "
+            "the number after B in the name of a published checkpoint, for instance 16 for Bard-VL-B16-Mask-4B-Instruct"
         )
     return block_size
 
@@ -280,8 +282,8 @@ def drop_plain_defaults(settings: dict[str, Any]) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def _plain_defaults() -> dict[str, list[Any]]:
-    """Values of each field of a plain `GenerationConfig` that ask for nothing: its default, and the one applied for None."""
-    applied = getattr(GenerationConfig, "_get_default_generation_params", dict)()
+    """Per field of a plain `GenerationConfig`, what asks for nothing: its default, and the value that None stands for."""
+    applied: dict[str, Any] = getattr(GenerationConfig, "_get_default_generation_params", dict)()
     plain = {name: value for name, value in vars(GenerationConfig()).items() if name != "transformers_version"}
     return {name: [value, applied.get(name)] for name, value in plain.items() if not name.startswith("_")}
 

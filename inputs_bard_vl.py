@@ -117,9 +117,7 @@ def check_visual_inputs(config: Any, input_ids: torch.Tensor, **visual_inputs: t
             )
 
 
-def check_prompt(
-    config: Any, input_ids: Any, attention_mask: torch.Tensor | None, mask_token_id: int
-) -> torch.Tensor:
+def check_prompt(config: Any, input_ids: Any, attention_mask: torch.Tensor | None, mask_token_id: int) -> torch.Tensor:
     """Check a (batch, length) prompt for block-diffusion decoding; return its attention mask, all ones if None.
 
     Raises:

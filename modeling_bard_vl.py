@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditionalGeneration, Qwen3VLModel
 
-# The loader of transformers 4.57 copies only what this file imports itself, so the helpers of helpers are named here too.
+# The loader of transformers 4.57 copies only what this file imports itself: the helpers of helpers are named here too.
 from .cache_bard_vl import BardVLCache
 from .configuration_bard_vl import BardVLConfig
+from .decoding_bard_vl import BlockDecoder
 from .generation_bard_vl import BardVLGenerationMixin
 from .generation_config_bard_vl import BardVLGenerationConfig, resolve_block_size
 from .inputs_bard_vl import VISUAL_INPUTS, VisualFeatures, check_visual_inputs, visual_items
@@ -35,20 +36,20 @@ class BardVLModel(Qwen3VLModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         block_size: int | None = None,
-        block_ids: torch.LongTensor | None = None,
+        block_ids: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Encode tokens; the arguments are those of `BardVLForConditionalGeneration.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
-        tokens = input_ids if input_ids is not None else inputs_embeds[..., 0]
+        shape = next(tokens.shape[:2] for tokens in (input_ids, inputs_embeds) if tokens is not None)
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             if cached or input_ids is None:
@@ -63,7 +64,7 @@ class BardVLModel(Qwen3VLModel):
             check_visual_inputs(self.config, input_ids, **{name: kwargs.get(name) for name in VISUAL_INPUTS})
         return super().forward(
             input_ids=input_ids,
-            attention_mask=self.get_block_mask(tokens, cached, attention_mask, block_size, block_ids),
+            attention_mask=self.get_block_mask(shape, cached, attention_mask, block_size, block_ids),
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -72,30 +73,33 @@ class BardVLModel(Qwen3VLModel):
 
     def get_block_mask(
         self,
-        tokens: torch.Tensor,
+        shape: tuple[int, int],
         cached: int,
         attention_mask: torch.Tensor | None,
         block_size: int | None,
         block_ids: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The 4-D mask of (batch, queries) `tokens` behind `cached` keys, in the form that the attention takes."""
+        """The 4-D mask of (batch, queries) new tokens behind `cached` keys, in the form that the attention takes."""
         implementation = self.config.text_config._attn_implementation
         check_attention_implementation(implementation)
-        dtype = self.get_input_embeddings().weight.dtype
+        weight = self.get_input_embeddings().weight
         if attention_mask is not None and attention_mask.ndim == 4:
             if attention_mask.dtype != torch.bool:
                 return attention_mask
-            return to_attention_mask(attention_mask[:, 0], implementation, dtype)
-        shape = (tokens.shape[0], cached + tokens.shape[1])
-        padding = attention_mask if attention_mask is not None else tokens.new_ones(shape, dtype=torch.long)
-        if padding.shape != shape:
-            raise ValueError(f"`attention_mask` must be 4-D or (batch, keys) = {shape}, got {tuple(padding.shape)}")
+            return to_attention_mask(attention_mask[:, 0], implementation, weight.dtype)
+        keys = (shape[0], cached + shape[1])
+        if attention_mask is None:
+            attention_mask = torch.ones(keys, dtype=torch.long, device=weight.device)
+        if attention_mask.shape != keys:
+            raise ValueError(
+                f"`attention_mask` must be 4-D or (batch, keys) = {keys}, got {tuple(attention_mask.shape)}"
+            )
         if block_ids is None:
-            block_ids = self._default_block_ids(padding, cached, tokens.shape[1], block_size)
-        elif block_ids.shape != shape:
-            raise ValueError(f"`block_ids` must have shape (batch, keys) = {shape}, got {tuple(block_ids.shape)}")
-        block_ids = block_ids.masked_fill(~padding.bool(), PADDING_BLOCK)
-        return to_attention_mask(block_visibility(block_ids[:, cached:], block_ids), implementation, dtype)
+            block_ids = self._default_block_ids(attention_mask, cached, shape[1], block_size)
+        elif block_ids.shape != keys:
+            raise ValueError(f"`block_ids` must have shape (batch, keys) = {keys}, got {tuple(block_ids.shape)}")
+        block_ids = block_ids.masked_fill(~attention_mask.bool(), PADDING_BLOCK)
+        return to_attention_mask(block_visibility(block_ids[:, cached:], block_ids), implementation, weight.dtype)
 
     def _default_block_ids(
         self, padding: torch.Tensor, cached: int, queries: int, block_size: int | None
@@ -104,18 +108,18 @@ class BardVLModel(Qwen3VLModel):
             return partition_prompt(padding, resolve_block_size(block_size, self.config))
         if queries > 1:
             raise ValueError(
-                f"{queries} query tokens with a cache of {cached}: where their blocks begin cannot be known; pass a 4-D "
-                "`attention_mask`, or `block_ids` (batch, keys) for the cached and the new tokens"
+                f"{queries} query tokens with a cache of {cached}: where their blocks begin cannot be known; pass a "
+                "4-D `attention_mask`, or `block_ids` (batch, keys) for the cached and the new tokens"
             )
         return torch.zeros_like(padding)
 
     def get_position_ids(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        image_grid_thw: torch.LongTensor | None = None,
-        video_grid_thw: torch.LongTensor | None = None,
-    ) -> torch.LongTensor:
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Positions of (batch, length) tokens: (4, batch, length); text, temporal, height and width."""
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         types = {}
@@ -133,7 +137,7 @@ class BardVLModel(Qwen3VLModel):
         return torch.cat([text[None], multimodal], dim=0)
 
     def encode_visual(
-        self, input_ids: torch.LongTensor, visual_inputs: dict[str, torch.Tensor], first: int = 0
+        self, input_ids: torch.Tensor, visual_inputs: dict[str, torch.Tensor], first: int = 0
     ) -> VisualFeatures | None:
         """Encode the images and videos that have a token in column `first` or later.
 
@@ -184,7 +188,7 @@ def _joined(parts: Any) -> torch.Tensor:
 
 
 class BardVLForConditionalGeneration(BardVLGenerationMixin, Qwen3VLForConditionalGeneration):
-    """Bard-VL with its language-modelling head: Qwen3-VL's weights, block-causal attention, block-diffusion decoding."""
+    """Qwen3-VL's weights with block-causal attention, a same-position loss and block-diffusion decoding."""
 
     config_class = BardVLConfig
     accepts_loss_kwargs = True
@@ -197,20 +201,20 @@ class BardVLForConditionalGeneration(BardVLGenerationMixin, Qwen3VLForConditiona
         self.post_init()
         check_attention_implementation(config.text_config._attn_implementation)
 
-    def get_position_ids(self, *args: Any, **kwargs: Any) -> torch.LongTensor:
+    def get_position_ids(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See `BardVLModel.get_position_ids`."""
         return self.model.get_position_ids(*args, **kwargs)
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         block_size: int | None = None,
-        block_ids: torch.LongTensor | None = None,
+        block_ids: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
         return_dict: bool | None = None,
@@ -275,4 +279,5 @@ __all__ = [
     "BardVLForConditionalGeneration",
     "BardVLGenerationConfig",
     "BardVLModel",
+    "BlockDecoder",
 ]
