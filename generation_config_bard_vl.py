@@ -282,7 +282,7 @@ def drop_plain_defaults(settings: dict[str, Any]) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def _plain_defaults() -> dict[str, list[Any]]:
-    """Per field of a plain `GenerationConfig`, what asks for nothing: its default, and the value that None stands for."""
+    """Per field of a plain `GenerationConfig`, what asks for nothing: its default, and the value None stands for."""
     applied: dict[str, Any] = getattr(GenerationConfig, "_get_default_generation_params", dict)()
     plain = {name: value for name, value in vars(GenerationConfig()).items() if name != "transformers_version"}
     return {name: [value, applied.get(name)] for name, value in plain.items() if not name.startswith("_")}

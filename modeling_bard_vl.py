@@ -49,7 +49,7 @@ class BardVLModel(Qwen3VLModel):
         """Encode tokens; the arguments are those of `BardVLForConditionalGeneration.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
-        shape = next(tokens.shape[:2] for tokens in (input_ids, inputs_embeds) if tokens is not None)
+        tokens = next(given for given in (input_ids, inputs_embeds) if given is not None)
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             if cached or input_ids is None:
@@ -64,7 +64,7 @@ class BardVLModel(Qwen3VLModel):
             check_visual_inputs(self.config, input_ids, **{name: kwargs.get(name) for name in VISUAL_INPUTS})
         return super().forward(
             input_ids=input_ids,
-            attention_mask=self.get_block_mask(shape, cached, attention_mask, block_size, block_ids),
+            attention_mask=self.get_block_mask(tokens, cached, attention_mask, block_size, block_ids),
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -73,33 +73,33 @@ class BardVLModel(Qwen3VLModel):
 
     def get_block_mask(
         self,
-        shape: tuple[int, int],
+        tokens: torch.Tensor,
         cached: int,
         attention_mask: torch.Tensor | None,
         block_size: int | None,
         block_ids: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The 4-D mask of (batch, queries) new tokens behind `cached` keys, in the form that the attention takes."""
+        """The 4-D mask of (batch, queries, ...) `tokens` behind `cached` keys, in the form that the attention takes."""
         implementation = self.config.text_config._attn_implementation
         check_attention_implementation(implementation)
-        weight = self.get_input_embeddings().weight
+        dtype = self.get_input_embeddings().weight.dtype
         if attention_mask is not None and attention_mask.ndim == 4:
             if attention_mask.dtype != torch.bool:
                 return attention_mask
-            return to_attention_mask(attention_mask[:, 0], implementation, weight.dtype)
-        keys = (shape[0], cached + shape[1])
+            return to_attention_mask(attention_mask[:, 0], implementation, dtype)
+        batch, queries = tokens.shape[:2]
+        keys = (batch, cached + queries)
         if attention_mask is None:
-            attention_mask = torch.ones(keys, dtype=torch.long, device=weight.device)
+            attention_mask = torch.ones(keys, dtype=torch.long, device=tokens.device)
         if attention_mask.shape != keys:
-            raise ValueError(
-                f"`attention_mask` must be 4-D or (batch, keys) = {keys}, got {tuple(attention_mask.shape)}"
-            )
+            got = tuple(attention_mask.shape)
+            raise ValueError(f"`attention_mask` must be 4-D or (batch, keys) = {keys}, got shape {got}")
         if block_ids is None:
-            block_ids = self._default_block_ids(attention_mask, cached, shape[1], block_size)
+            block_ids = self._default_block_ids(attention_mask, cached, queries, block_size)
         elif block_ids.shape != keys:
             raise ValueError(f"`block_ids` must have shape (batch, keys) = {keys}, got {tuple(block_ids.shape)}")
         block_ids = block_ids.masked_fill(~attention_mask.bool(), PADDING_BLOCK)
-        return to_attention_mask(block_visibility(block_ids[:, cached:], block_ids), implementation, weight.dtype)
+        return to_attention_mask(block_visibility(block_ids[:, cached:], block_ids), implementation, dtype)
 
     def _default_block_ids(
         self, padding: torch.Tensor, cached: int, queries: int, block_size: int | None
