@@ -1,0 +1,409 @@
+"""Faults of the converter: a bad source, target or moment gives a clear error and leaves nothing behind."""
+
+import errno
+import importlib.util
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_spec = importlib.util.spec_from_file_location("convert_cases", Path(__file__).with_name("convert_cases.py"))
+assert _spec is not None
+assert _spec.loader is not None
+cases: Any = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(cases)
+converter, ConversionError = cases.converter, cases.converter.ConversionError
+
+INDEX = "model.safetensors.index.json"
+EMBEDDING = "model.language_model.embed_tokens.weight"
+NORM = "model.language_model.norm.weight"
+
+
+def shard(source: Path, number: int = 0) -> Path:
+    return sorted(source.glob("*.safetensors"))[number]
+
+
+def cut(source: Path, size: int) -> None:
+    """Shorten the last shard to `size` bytes, or by as many if negative."""
+    path = shard(source, -1)
+    os.truncate(path, size if size >= 0 else path.stat().st_size + size)
+
+
+def edit_header(source: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    header, data = cases.read_shard(shard(source))
+    edit(header)
+    cases.write_shard(shard(source), header, data)
+
+
+def first_entry(header: dict[str, Any]) -> dict[str, Any]:
+    return next(entry for entry in header.values() if entry.get("data_offsets", [1])[0] == 0)
+
+
+def set_dtype(source: Path, dtype: str) -> None:
+    edit_header(source, lambda header: first_entry(header).update(dtype=dtype))
+
+
+def double_name(source: Path) -> None:
+    header, data = cases.read_shard(shard(source))
+    entry = cases.json.dumps(first_entry(header)).encode()
+    cases.write_shard(shard(source), b'{"twin": ' + entry + b', "twin": ' + entry + b"}", data)
+
+
+def overlap(source: Path) -> None:
+    def shift(header: dict[str, Any]) -> None:
+        entry = max((entry for entry in header.values() if "data_offsets" in entry), key=lambda e: e["data_offsets"])
+        entry["data_offsets"] = [offset - 4 for offset in entry["data_offsets"]]
+
+    edit_header(source, shift)
+
+
+def rename_tensor(source: Path, old: str, new: str) -> None:
+    edit_header(source, lambda header: header.update({new: header.pop(old)}))
+
+
+def edit_weight_map(source: Path, changes: dict[str, str | None]) -> None:
+    cases.edit_json(source / INDEX, changes, "weight_map")
+
+
+def copy_tensor_to_other_shard(source: Path) -> None:
+    """Shard 1 gets one of shard 2's tensors once more; the index is unchanged."""
+    header, data = cases.read_shard(shard(source, 1))
+    name = next(name for name in header if name != "__metadata__")
+    start, end = header[name]["data_offsets"]
+    first_header, first_data = cases.read_shard(shard(source))
+    first_header[name] = {**header[name], "data_offsets": [len(first_data), len(first_data) + end - start]}
+    cases.write_shard(shard(source), first_header, first_data + data[start:end])
+
+
+def add_head(source: Path) -> None:
+    """A tied checkpoint gets an output matrix of its own."""
+    header, data = cases.read_shard(shard(source))
+    start, end = header[EMBEDDING]["data_offsets"]
+    header["lm_head.weight"] = {**header[EMBEDDING], "data_offsets": [len(data), len(data) + end - start]}
+    cases.write_shard(shard(source), header, data + bytes(end - start))
+
+
+def set_config(source: Path, changes: dict[str, Any], level: str | None = None) -> None:
+    cases.edit_json(source / "config.json", changes, level)
+
+
+def rename(source: Path, old: str, new: str) -> None:
+    (source / old).rename(source / new)
+
+
+SINGLE_FILE_FAULTS = {
+    "truncated data": (lambda s: cut(s, -10), "truncated"),
+    "truncated header": (lambda s: cut(s, 100), "truncated"),
+    "empty shard": (lambda s: cut(s, 0), "truncated or no safetensors file: 0 bytes"),
+    "longer than its header": (lambda s: os.truncate(shard(s), 10**6), "truncated or overlong"),
+    "absurd header length": (lambda s: shard(s).write_bytes(b"\xff" * 64), "no safetensors file"),
+    "header is no JSON": (lambda s: cases.write_shard(shard(s), b"{nonsense", b""), "no valid JSON"),
+    "header is a list": (lambda s: cases.write_shard(shard(s), b"[]", b""), "list instead of a JSON object"),
+    "entry without dtype": (lambda s: edit_header(s, lambda h: first_entry(h).pop("dtype")), "malformed"),
+    "unknown dtype": (lambda s: set_dtype(s, "I32"), "unknown dtype 'I32'"),
+    "dtype of other width": (lambda s: set_dtype(s, "F64"), "cannot lie in 0 to"),
+    "FP8": (lambda s: set_dtype(s, "F8_E4M3"), "quantised source .*F8_E4M3.*convert the bfloat16 release"),
+    "FP8 scales": (lambda s: rename_tensor(s, NORM, "x.weight_scale_inv"), "quantised source"),
+    "overlapping tensors": (overlap, "starts at byte"),
+    "duplicate tensor in one file": (double_name, "duplicate twin"),
+    "missing and unexpected tensor": (lambda s: rename_tensor(s, NORM, "norm"), f"lacks 1 of its tensors: {NORM}"),
+    "unexpected tensor": (add_head, "lm_head.weight differs from the embedding"),
+    "untied without head": (lambda s: set_config(s, {"tie_word_embeddings": False}, "text_config"), "lm_head.weight"),
+    "one layer too many": (lambda s: set_config(s, {"num_hidden_layers": 2}, "text_config"), "should not have 11"),
+    "one layer too few": (lambda s: set_config(s, {"num_hidden_layers": 4}, "text_config"), "lacks 11 .*layers.3"),
+    "deeper vision tower": (lambda s: set_config(s, {"depth": 4}, "vision_config"), "lacks 12 .*visual.blocks.3"),
+    "other vocabulary": (lambda s: set_config(s, {"vocab_size": 500}, "text_config"), r"asks for \[500, 64\]"),
+    "incomplete config": (lambda s: set_config(s, {"hidden_size": None}, "text_config"), "incomplete.*hidden_size"),
+    "wrong architecture": (lambda s: set_config(s, {"model_type": "qwen2_5_vl"}), "model_type 'qwen2_5_vl'"),
+    "no architecture": (lambda s: set_config(s, {"model_type": None}), "model_type None"),
+    "mixture of experts": (lambda s: set_config(s, {"model_type": "qwen3_vl_moe"}), "qwen3_vl_moe.*dense"),
+    "quantised": (lambda s: set_config(s, {"quantization_config": {"quant_method": "fp8"}}), "quant_method 'fp8'"),
+    "no vision tower": (lambda s: set_config(s, {"vision_config": None}), "no vision_config"),
+    "no config": (lambda s: (s / "config.json").unlink(), "config.json is missing"),
+    "broken config": (lambda s: (s / "config.json").write_text("{"), "no valid JSON"),
+    "no weights": (lambda s: shard(s).unlink(), "neither model.safetensors nor"),
+    "pickled weights": (lambda s: rename(s, "model.safetensors", "pytorch_model.bin"), "other formats are not read"),
+    "file and index": (lambda s: (s / INDEX).write_text("{}"), "has both"),
+    "no tokenizer": (lambda s: [(s / f).unlink() for f in ("tokenizer.json", "vocab.json")], "no tokenizer.json or"),
+    "empty tokenizer": (lambda s: (s / "tokenizer.json").write_text("{}"), "no vocabulary of ids"),
+    "no image settings": (lambda s: (s / "preprocessor_config.json").unlink(), "no preprocessor_config.json or"),
+}
+
+SHARD_FAULTS = {
+    "truncated last shard": (lambda s: cut(s, -1), "00003-of-00003.safetensors is truncated"),
+    "missing shard": (lambda s: shard(s, 1).unlink(), "00002-of-00003.safetensors is missing"),
+    "missing index entry": (lambda s: edit_weight_map(s, {NORM: None}), f"{NORM} is in .* says None"),
+    "wrong index entry": (lambda s: edit_weight_map(s, {NORM: shard(s, 1).name}), f"{NORM} is in"),
+    "index entry without tensor": (lambda s: edit_weight_map(s, {"ghost": shard(s).name}), "places ghost in"),
+    "index to another folder": (lambda s: edit_weight_map(s, {NORM: "../model.safetensors"}), "no weight_map"),
+    "index without map": (lambda s: (s / INDEX).write_text("{}"), "no weight_map"),
+    "duplicate tensor in two shards": (copy_tensor_to_other_shard, "duplicate tensor .*00001-of-.* and .*00002-of-"),
+}
+
+BAD_ARGUMENTS = {
+    "block size 0": ({"block_size": 0}, "block_size must be a positive integer, got 0"),
+    "block size -4": ({"block_size": -4}, "got -4"),
+    "block size True": ({"block_size": True}, "got True"),
+    "block size as text": ({"block_size": "4"}, "got '4'"),
+    "mask id past the vocabulary": ({"mask_token_id": 448}, "0 to 447, got 448"),
+    "default mask id past the vocabulary": ({"mask_token_id": None}, "got 151671"),
+    "negative mask id": ({"mask_token_id": -1}, "got -1"),
+    "mask id of the image token": ({"mask_token_id": 396}, "396 is the image_token_id"),
+    "mask id of a word": ({"mask_token_id": 7}, "7 is a word of the tokenizer"),
+    "mask row": ({"mask_row": "zero"}, "'keep' or 'mean', got 'zero'"),
+    "shard size 0": ({"max_shard_size": 0}, "got 0"),
+    "shard size unit": ({"max_shard_size": "5 bananas"}, "got '5 bananas'"),
+    "shard size under a tensor": ({"max_shard_size": "10KB"}, "10000 bytes has no room for"),
+    "revision of a folder": ({"revision": "main"}, "needs a Hub id"),
+    "upload target": ({"push_to_hub": "nonsense"}, "must be a repository id"),
+}
+
+
+@pytest.fixture(params=[pytest.param((f, False), id=n) for n, f in SINGLE_FILE_FAULTS.items()]
+    + [pytest.param((f, True), id=n) for n, f in SHARD_FAULTS.items()])  # fmt: skip
+def damaged(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str]:
+    """A damaged source, and the error that names the damage."""
+    (damage, message), is_sharded = request.param
+    source = cases.write_source(tmp_path / "source", shard_size="500KB" if is_sharded else None)
+    damage(source)
+    return source, message
+
+
+def test_damaged_source_is_refused_before_any_write(damaged: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    source, message = damaged
+    monkeypatch.setattr(converter, "write_and_verify", lambda *_: pytest.fail("wrote before all checks"))
+    with pytest.raises(ConversionError, match=message):
+        cases.convert(source, source.parent / "out")
+    assert [path.name for path in source.parent.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_bad_argument_is_named(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    source = cases.write_source(tmp_path / "source")
+    with pytest.raises(ConversionError, match=message):
+        cases.convert(source, tmp_path / "out", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_source_that_is_neither_folder_nor_hub_id(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="neither a folder nor a Hub id"):
+        cases.convert(tmp_path / "absent", tmp_path / "out")
+
+
+def test_bard_vl_source_whose_name_hides_the_block_size(tmp_path: Path) -> None:
+    source = cases.write_source(tmp_path / "my-model")
+    cases.edit_json(source / "config.json", {"model_type": "bard_vl"})
+    with pytest.raises(ConversionError, match="my-model does not say its block size"):
+        cases.convert(source, tmp_path / "out")
+
+
+def test_code_files_must_lie_beside_the_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = cases.write_source(tmp_path / "source")
+    monkeypatch.setattr(converter, "CODE_FOLDER", tmp_path)
+    with pytest.raises(ConversionError, match=r"configuration_bard_vl\.py is missing"):
+        cases.convert(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["folder with files", "empty folder", "file", "dangling link"])
+def test_existing_output_is_never_touched(kind: str, tmp_path: Path) -> None:
+    source, output = cases.write_source(tmp_path / "source"), tmp_path / "out"
+    if kind == "file":
+        output.write_text("mine")
+    elif kind == "dangling link":
+        output.symlink_to(tmp_path / "nowhere")
+    else:
+        output.mkdir()
+    if kind == "folder with files":
+        (output / "config.json").write_text("mine")
+    with pytest.raises(ConversionError, match="exists already"):
+        cases.convert(source, output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+    assert kind != "folder with files" or (output / "config.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("parent", ["/proc/self", "/sys/kernel", "a file"])
+def test_target_that_cannot_be_written(parent: str, tmp_path: Path) -> None:
+    """These refuse the superuser too, unlike permission bits."""
+    source = cases.write_source(tmp_path / "source")
+    (tmp_path / "a file").touch()
+    output = tmp_path / parent / "out"
+    with pytest.raises(ConversionError, match=f"cannot convert .* to {output}: "):
+        cases.convert(source, output)
+
+
+def test_too_little_space_is_found_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = cases.write_source(tmp_path / "source")
+    usage = type("usage", (), {"free": 10**6})
+    monkeypatch.setattr(converter.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ConversionError, match="has 1 MB free, the output needs 2 MB"):
+        cases.convert(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("limit", [100, 30_000, 700_000])
+def test_write_that_fails_midway_leaves_nothing(limit: int, tmp_path: Path) -> None:
+    """A limit on file sizes stops `write` as a full disk does."""
+    source = cases.write_source(tmp_path / "source")
+    line = [sys.executable, "-c", LIMITED, str(limit), *cases.command(source, tmp_path / "out")[1:]]
+    result = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "error: cannot convert" in result.stderr
+    assert "File too large" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("call", [1, 2, 10, 22])
+def test_disk_full_when_syncing_leaves_nothing(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, fsync, calls = cases.write_source(tmp_path / "source"), os.fsync, iter(range(1, 1000))
+
+    def full(descriptor: int) -> None:
+        if next(calls) == call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConversionError, match="No space left on device"):
+        cases.convert(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("target", ["model.safetensors", "tokenizer.json", "config.json", "stray"])
+def test_verification_sees_every_changed_byte(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, verify = cases.write_source(tmp_path / "source"), converter.verify
+
+    def spoil(folder: Path, *args: Any) -> None:
+        path = folder / target
+        content = path.read_bytes() if path.exists() else b"?"
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        verify(folder, *args)
+
+    monkeypatch.setattr(converter, "verify", spoil)
+    with pytest.raises(ConversionError, match="verification failed"):
+        cases.convert(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_source_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, plan = cases.write_source(tmp_path / "source"), converter.plan_shards
+
+    def shrink(*args: Any) -> Any:
+        cut(source, -1000)
+        return plan(*args)
+
+    monkeypatch.setattr(converter, "plan_shards", shrink)
+    with pytest.raises(ConversionError, match="ended while"):
+        cases.convert(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_interrupt_from_the_keyboard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    source = cases.write_source(tmp_path / "source")
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(converter, "verify", interrupt)
+    assert converter.main(cases.command(source, tmp_path / "out", "--quiet")[2:]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_kill_at_random_moments(tmp_path: Path) -> None:
+    """24 kills over the whole run: the output is absent or complete, and the next run starts clean."""
+    source = cases.write_source(tmp_path / "source", intermediate_size=16_384)
+    folder, options = tmp_path / "outputs", ("--max-shard-size", "8MB", "--quiet")
+    start = time.monotonic()
+    assert cases.run_script(source, folder / "reference", *options).returncode == 0
+    duration = time.monotonic() - start
+    expected = cases.file_digests(folder / "reference")
+    shutil.rmtree(folder / "reference")
+    # The card names the output; the same name keeps its bytes comparable.
+    output, rng = folder / "reference", random.Random(0)
+    outcomes: Counter[str] = Counter()
+    for kill in range(24):
+        process = subprocess.Popen(cases.command(source, output, *options), stderr=subprocess.DEVNULL)
+        time.sleep(duration * (0.2 + 0.9 * (kill + rng.random()) / 24))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        names = {path.name for path in folder.iterdir()}
+        assert names <= {"reference", ".reference.lock", ".reference.partial"}
+        outcomes["complete" if output.exists() else "partial" if ".reference.partial" in names else "nothing"] += 1
+        if output.exists():
+            assert cases.file_digests(output) == expected
+            shutil.rmtree(output)
+    assert outcomes["partial"] >= 3, outcomes
+    result = cases.run_script(source, output, *options)
+    assert result.returncode == 0, result.stderr
+    assert cases.file_digests(output) == expected
+    assert [path.name for path in folder.iterdir()] == ["reference"]
+
+
+def test_leftover_of_a_killed_run_beside_a_finished_output(tmp_path: Path) -> None:
+    """Killed between renaming and unlocking: the next run still refuses, and takes the free lock file away."""
+    source = cases.write_source(tmp_path / "source")
+    cases.convert(source, tmp_path / "out")
+    (tmp_path / ".out.lock").touch()
+    with pytest.raises(ConversionError, match="exists already"):
+        cases.convert(source, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_second_conversion_to_the_same_output_is_refused(tmp_path: Path) -> None:
+    source = cases.write_source(tmp_path / "source")
+    with converter.exclusive_folder(tmp_path / "out") as partial:
+        (partial / "of the first").touch()
+        with pytest.raises(ConversionError, match="another conversion is writing"):
+            cases.convert(source, tmp_path / "out")
+        assert [path.name for path in partial.iterdir()] == ["of the first"]
+        cases.convert(source, tmp_path / "other")
+
+
+def test_conversions_at_once_have_one_winner(tmp_path: Path) -> None:
+    source = cases.write_source(tmp_path / "source", intermediate_size=2048)
+    for round_number in range(3):
+        output = tmp_path / f"out{round_number}"
+        line = cases.command(source, output, "--quiet")
+        runs = [subprocess.Popen(line, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+        errors = [run.communicate(timeout=60)[1] for run in runs]
+        assert sorted(run.returncode for run in runs) == [0, 1, 1]
+        losers = [error for run, error in zip(runs, errors, strict=True) if run.returncode]
+        assert all("another conversion is writing" in error or "exists already" in error for error in losers), losers
+        assert cases.tensor_bytes(output) == cases.tensor_bytes(source)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out0", "out1", "out2", "source"]
+
+
+def test_lock_file_removed_between_open_and_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock of a file that is no longer at its path excludes nobody: the file there now is locked instead."""
+    path, flock = tmp_path / "lock", converter.fcntl.flock
+    calls: list[int] = []
+
+    def replaced(descriptor: int, operation: int) -> None:
+        if not calls:
+            path.unlink()
+        calls.append(descriptor)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(converter.fcntl, "flock", replaced)
+    lock = converter.take_lock(path, tmp_path / "out")
+    assert len(calls) == 2
+    assert os.path.samestat(os.fstat(lock), path.stat())
+    os.close(lock)
