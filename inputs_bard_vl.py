@@ -60,7 +60,8 @@ class Prompt:
         source = columns.clamp(max=length - 1)
         real = attention_mask.bool()
         return cls(
-            input_ids=input_ids.gather(1, source),
+            # What pads on the right must be no visual token, which the last real token may be.
+            input_ids=input_ids.gather(1, source).masked_fill(columns >= length, 0),
             lengths=lengths,
             host_lengths=lengths.tolist(),
             positions=positions.gather(2, source.expand_as(positions)),
