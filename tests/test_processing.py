@@ -459,7 +459,7 @@ def use_without_torchvision(folder: str, target: str) -> dict[str, Any]:
     return {**{key: value.tolist() for key, value in inputs.items()}, "errors": errors}
 
 
-@pytest.mark.parametrize("transformers_dir", TRANSFORMERS_DIRS)
+@pytest.mark.parametrize("transformers_dir", TRANSFORMERS_DIRS, ids=lambda path: Path(path).name or "installed")
 def test_images_work_without_torchvision(repository: Path, tmp_path: Path, transformers_dir: str) -> None:
     prelude = "import sys; sys.modules['torchvision'] = None"
     target = tmp_path / "saved"

@@ -366,19 +366,3 @@ def draw_frames(num_frames: int = 4, size: tuple[int, int] = (96, 64), seed: int
         left = index * (width - 16) // max(num_frames - 1, 1)
         ImageDraw.Draw(frame).rectangle((left, height // 2, left + 15, height // 2 + 15), fill="red")
     return frames
-
-
-def write_video(
-    path: str | Path, num_frames: int = 8, fps: int = 4, size: tuple[int, int] = (96, 64), seed: int = 0
-) -> Path:
-    """Encode the frames of `draw_frames` as MPEG-4 with PyAV."""
-    import av
-
-    width, height = size
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=fps)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for frame in draw_frames(num_frames, size, seed):
-            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
-        container.mux(stream.encode())
-    return Path(path)
