@@ -32,6 +32,7 @@ from .generation_config_bard_vl import (
 from .inputs_bard_vl import (
     VISUAL_INPUTS,
     Prompt,
+    check_ids,
     check_length,
     check_prompt,
     check_visual_inputs,
@@ -168,8 +169,7 @@ class BardVLGenerationMixin:
 
         # 2. Layout and reuse
         prompt = self._realign(input_ids, attention_mask, visual_inputs)
-        num_blocks = -(-settings.max_new_tokens // settings.block_size)
-        check_length(self.config, prompt, num_blocks * settings.block_size)
+        check_length(self.config, prompt, settings.max_new_tokens, settings.block_size)
         cache = BardVLCache(self.config.text_config.num_hidden_layers) if past_key_values is None else past_key_values
         track = return_dict or past_key_values is not None
         contents = prompt.contents(self.config) if track else [prompt.input_ids[:0, 0].cpu()] * len(input_ids)
@@ -251,7 +251,7 @@ class BardVLGenerationMixin:
         check_answers(self.config, answers, len(input_ids), mask_token_id)
         prompt = self._realign(input_ids, attention_mask, visual_inputs)
         num_columns = -(-answers.shape[1] // block_size) * block_size
-        check_length(self.config, prompt, num_columns)
+        check_length(self.config, prompt, answers.shape[1], block_size)
 
         # 2. Encode every prompt once, then the answers without masks: what later blocks see
         answers = answers.to(input_ids.device)
@@ -287,6 +287,11 @@ class BardVLGenerationMixin:
         merged = self.generation_config.explicit() if self.generation_config is not None else {}
         if generation_config is not None:
             # By its method, not its class: remote code may have loaded the class twice.
+            if not isinstance(generation_config, GenerationConfig):
+                raise ValueError(
+                    f"`generation_config` must be a GenerationConfig, got {type(generation_config).__name__}; settings "
+                    "may also be given as keyword arguments"
+                )
             is_own = hasattr(generation_config, "explicit")
             merged.update(generation_config.explicit() if is_own else drop_plain_defaults(generation_config.to_dict()))
         for name, value in kwargs.items():
@@ -312,6 +317,7 @@ class BardVLGenerationMixin:
             raise ValueError(f"unexpected inputs: {', '.join(unknown)}")
         if input_ids is None:
             raise ValueError("no `input_ids`")
+        check_ids(input_ids)
         visual_inputs = {name: value for name, value in model_inputs.items() if value is not None}
         return input_ids, attention_mask, visual_inputs
 
@@ -373,10 +379,14 @@ def _stopping_criteria(
 
 
 def _generator(generator: torch.Generator | None, seed: int | None, device: torch.device) -> torch.Generator | None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"`generator` must be a torch.Generator, got {type(generator).__name__}")
     if seed is None:
         return generator
     if generator is not None:
         raise ValueError("give `generator` or `seed`, not both")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"`seed` must be an integer, got {seed!r}")
     return torch.Generator(device=device).manual_seed(seed)
 
 

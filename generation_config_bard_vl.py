@@ -111,6 +111,8 @@ class BardVLGenerationConfig(GenerationConfig):
         check_choice("remasking_strategy", self.remasking_strategy, list(REMASKING_RULES))
         check_choice("cache_implementation", self.cache_implementation, ["dynamic"])
         check_choice("use_cache", self.use_cache, [True])
+        for name in ("do_sample", "return_dict_in_generate", "return_step_stats", "output_history"):
+            check_choice(name, getattr(self, name), [True, False])
         if self.block_size is not None and self.denoising_steps is not None and self.denoising_steps > self.block_size:
             raise ValueError(
                 f"`denoising_steps` must be between 1 and `block_size` = {self.block_size}, got {self.denoising_steps}"
@@ -256,12 +258,13 @@ def token_ids(value: Any) -> tuple[int, ...]:
 
 
 def check_number(name: str, value: Any, low: float, high: float, open_below: bool = False) -> None:
-    """Raise `ValueError` unless `value` is None or a number in [low, high], or (low, high] if `open_below`."""
+    """Raise `ValueError` unless `value` is None or a finite number in [low, high], or (low, high] if `open_below`."""
     if value is None:
         return
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high or (open_below and value == low):
-        raise ValueError(f"`{name}` must be a number in {'(' if open_below else '['}{low}, {high}], got {value!r}")
+    if not is_number or not math.isfinite(value) or not low <= value <= high or (open_below and value == low):
+        end = ")" if high == math.inf else "]"
+        raise ValueError(f"`{name}` must be a number in {'(' if open_below else '['}{low}, {high}{end}, got {value!r}")
 
 
 def check_choice(name: str, value: Any, choices: list[Any]) -> None:

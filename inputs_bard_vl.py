@@ -4,6 +4,7 @@ Inside the package a batch is padded on the right: then column and text position
 in the same columns.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,7 @@ def check_visual_inputs(config: Any, input_ids: torch.Tensor, **visual_inputs: t
             if tokens:
                 raise ValueError(f"the prompt has {tokens} {kind} tokens but there is no `{pixels_name}`")
             continue
+        check_visual_shapes(config.vision_config, pixels_name, pixels, grid_name, grid)
         patches = int(grid.prod(-1).sum())
         if patches != pixels.shape[0]:
             raise ValueError(f"`{grid_name}` speaks of {patches} patches, `{pixels_name}` holds {pixels.shape[0]}")
@@ -118,24 +120,80 @@ def check_visual_inputs(config: Any, input_ids: torch.Tensor, **visual_inputs: t
             )
 
 
-def check_prompt(config: Any, input_ids: Any, attention_mask: torch.Tensor | None, mask_token_id: int) -> torch.Tensor:
+def check_visual_shapes(
+    vision_config: Any, pixels_name: str, pixels: torch.Tensor, grid_name: str, grid: torch.Tensor
+) -> None:
+    """Raise `ValueError` unless `pixels` is (patches, patch size), `grid` (items, 3) and its sides can be merged."""
+    if grid.ndim != 2 or grid.shape[1] != 3:
+        raise ValueError(f"`{grid_name}` must have shape (items, 3), got {tuple(grid.shape)}")
+    merge = grid.new_tensor([1, vision_config.spatial_merge_size, vision_config.spatial_merge_size])
+    wrong = grid[((grid < 1) | (grid % merge != 0)).any(-1)]
+    if len(wrong):
+        raise ValueError(
+            f"`{grid_name}` holds {wrong[0].tolist()}: frames, height and width must be positive, height and width "
+            f"multiples of {vision_config.spatial_merge_size}"
+        )
+    size = vision_config.in_channels * vision_config.temporal_patch_size * vision_config.patch_size**2
+    if pixels.ndim != 2 or pixels.shape[1] != size:
+        raise ValueError(f"`{pixels_name}` must have shape (patches, {size}), got {tuple(pixels.shape)}")
+
+
+def check_visual_layout(config: Any, input_ids: torch.Tensor, **grids: torch.Tensor | None) -> None:
+    """Raise `ValueError` unless each image is one run of tokens, and each frame of a video, in the order of the grids.
+
+    Some versions of transformers fail on other layouts without saying why, others give them wrong positions.
+    """
+    merged = config.vision_config.spatial_merge_size**2
+    for kind, token_id, grid_name in (
+        ("image", config.image_token_id, "image_grid_thw"),
+        ("video", config.video_token_id, "video_grid_thw"),
+    ):
+        grid, is_visual = grids.get(grid_name), input_ids == token_id
+        begins = is_visual & ~torch.nn.functional.pad(is_visual, [1, 0])[:, :-1]
+        found = begins.flatten().cumsum(0)[is_visual.flatten()].bincount()[1:].tolist()
+        wanted: list[int] = []
+        for frames, *sides in [] if grid is None else grid.tolist():
+            tokens = math.prod(sides) // merged
+            wanted += [tokens * frames] if kind == "image" else [tokens] * frames
+        if found != wanted:
+            raise ValueError(
+                f"the prompt has {kind} tokens in runs of {found}, `{grid_name}` asks for runs of {wanted}: one for "
+                f"each {'image' if kind == 'image' else 'frame of a video'}"
+            )
+
+
+def check_ids(input_ids: Any) -> None:
+    """Raise `ValueError` unless `input_ids` is an integer tensor (batch, length) with something in it."""
+    if not isinstance(input_ids, torch.Tensor):
+        raise ValueError(f"`input_ids` must be an integer tensor (batch, length), got {type(input_ids).__name__}")
+    if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"`input_ids` must be an integer tensor (batch, length), got {tuple(input_ids.shape)} of {input_ids.dtype}"
+        )
+    if 0 in input_ids.shape:
+        raise ValueError(f"the prompt is empty: `input_ids` has shape {tuple(input_ids.shape)}")
+
+
+def check_prompt(
+    config: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, mask_token_id: int
+) -> torch.Tensor:
     """Check a (batch, length) prompt for block-diffusion decoding; return its attention mask, all ones if None.
 
     Raises:
         ValueError: shape, padding or an id is wrong; the message names the value.
     """
-    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-        what = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
-        raise ValueError(f"`input_ids` must be an integer tensor (batch, length), got {what}")
-    if 0 in input_ids.shape:
-        raise ValueError(f"the prompt is empty: `input_ids` has shape {tuple(input_ids.shape)}")
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
+    if not isinstance(attention_mask, torch.Tensor):
+        raise ValueError(f"`attention_mask` must be a tensor (batch, length), got {type(attention_mask).__name__}")
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"`attention_mask` has shape {tuple(attention_mask.shape)}, `input_ids` {tuple(input_ids.shape)}; "
             "`generate` takes a 2-D mask over the prompt"
         )
+    other = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
+    if len(other):
+        raise ValueError(f"`attention_mask` must hold 0 for padding and 1 for real tokens, got {other[0].item()}")
     real = attention_mask.bool()
     for row in range(len(real)):
         if not real[row].any():
@@ -151,16 +209,18 @@ def check_prompt(config: Any, input_ids: Any, attention_mask: torch.Tensor | Non
     return attention_mask
 
 
-def check_length(config: Any, prompt: Prompt, num_new_tokens: int) -> None:
-    """Raise `ValueError` if a row's RoPE positions, response included, would run past what the model was built for."""
+def check_length(config: Any, prompt: Prompt, num_new_tokens: int, block_size: int) -> None:
+    """Raise `ValueError` if a row's RoPE positions, whole response blocks included, would run past the model's."""
     limit = config.get_text_config().max_position_embeddings
     longest = int(prompt.next_position.max())
     if longest > limit:
         raise ValueError(f"a prompt reaches position {longest}, the model has {limit} (`max_position_embeddings`)")
-    if longest + num_new_tokens > limit:
+    num_blocks = -(-num_new_tokens // block_size)
+    if longest + num_blocks * block_size > limit:
         raise ValueError(
-            f"a prompt reaches position {longest}: with {num_new_tokens} new tokens it passes the model's {limit} "
-            f"(`max_position_embeddings`); `max_new_tokens` may be {limit - longest} at most"
+            f"a prompt reaches position {longest}: with {num_new_tokens} new tokens in blocks of {block_size} it "
+            f"passes the model's {limit} (`max_position_embeddings`); there is room for "
+            f"{(limit - longest) // block_size * block_size}"
         )
 
 
@@ -168,8 +228,10 @@ __all__ = [
     "VISUAL_INPUTS",
     "Prompt",
     "VisualFeatures",
+    "check_ids",
     "check_length",
     "check_prompt",
     "check_visual_inputs",
+    "check_visual_layout",
     "visual_items",
 ]
