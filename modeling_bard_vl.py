@@ -17,7 +17,7 @@ from .configuration_bard_vl import BardVLConfig
 from .decoding_bard_vl import BlockDecoder
 from .generation_bard_vl import BardVLGenerationMixin
 from .generation_config_bard_vl import BardVLGenerationConfig, resolve_block_size
-from .inputs_bard_vl import VISUAL_INPUTS, VisualFeatures, check_visual_inputs, visual_items
+from .inputs_bard_vl import VISUAL_INPUTS, VisualFeatures, check_visual_inputs, check_visual_layout, visual_items
 from .masking_bard_vl import (
     PADDING_BLOCK,
     block_visibility,
@@ -51,6 +51,9 @@ class BardVLModel(Qwen3VLModel):
             raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
         tokens = next(given for given in (input_ids, inputs_embeds) if given is not None)
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if input_ids is not None:
+            check_visual_inputs(self.config, input_ids, **{name: kwargs.get(name) for name in VISUAL_INPUTS})
+        mask = self.get_block_mask(tokens, cached, attention_mask, block_size, block_ids)
         if position_ids is None:
             if cached or input_ids is None:
                 raise ValueError(
@@ -60,11 +63,9 @@ class BardVLModel(Qwen3VLModel):
             padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
             grids = {name: kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
             position_ids = self.get_position_ids(input_ids, padding, **grids)
-        if input_ids is not None:
-            check_visual_inputs(self.config, input_ids, **{name: kwargs.get(name) for name in VISUAL_INPUTS})
         return super().forward(
             input_ids=input_ids,
-            attention_mask=self.get_block_mask(tokens, cached, attention_mask, block_size, block_ids),
+            attention_mask=mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -122,15 +123,16 @@ class BardVLModel(Qwen3VLModel):
     ) -> torch.Tensor:
         """Positions of (batch, length) tokens: (4, batch, length); text, temporal, height and width."""
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        grids = {"image_grid_thw": image_grid_thw, "video_grid_thw": video_grid_thw}
+        check_visual_layout(self.config, input_ids, **grids)
         types = {}
         if "mm_token_type_ids" in inspect.signature(self.get_rope_index).parameters:  # transformers >= 5.3
             image, video = (input_ids == token for token in (self.config.image_token_id, self.config.video_token_id))
             types["mm_token_type_ids"] = image.int() + 2 * video.int()
         multimodal, _ = self.get_rope_index(
             input_ids=input_ids,
-            image_grid_thw=image_grid_thw,
-            video_grid_thw=video_grid_thw,
             attention_mask=attention_mask,
+            **grids,
             **types,
         )
         text = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
