@@ -254,7 +254,8 @@ model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], dtype=torch.flo
 ids = torch.randint(0, 490, (1, 9), generator=torch.Generator().manual_seed(5))
 out = model.generate(input_ids=ids, max_new_tokens=12, mask_token_id=510, eos_token_id=511)
 with torch.no_grad():
-    print(out.tolist(), model.generation_config.confidence_threshold, round(model(input_ids=ids).logits.sum().item(), 2))
+    total = model(input_ids=ids).logits.sum().item()
+print(out.tolist(), model.generation_config.confidence_threshold, round(total, 2))
 """
 
 
