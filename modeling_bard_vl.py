@@ -196,12 +196,13 @@ class BardVLForConditionalGeneration(BardVLGenerationMixin, Qwen3VLForConditiona
     accepts_loss_kwargs = True
 
     def __init__(self, config: BardVLConfig):
+        # Before transformers looks for the package of an implementation that would then be refused.
+        check_attention_implementation(config.text_config._attn_implementation or "sdpa")
         # Not the parent's own `__init__`, which would build a second, causal trunk first.
         super(Qwen3VLForConditionalGeneration, self).__init__(config)
         self.model = BardVLModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-        check_attention_implementation(config.text_config._attn_implementation)
 
     def get_position_ids(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See `BardVLModel.get_position_ids`."""
