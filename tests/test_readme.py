@@ -1,0 +1,152 @@
+"""The manual is executed: every command and every snippet, as printed, against a fake Hub cache of tiny checkpoints."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import draw_scene, write_qwen3vl
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+CI = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")
+PUBLISHED = "fudan-generative-ai/Bard-VL-B16-Mask-4B-Distil-Instruct"
+PINNED = "0123456789abcdef0123456789abcdef01234567"
+SETUP = ("pip install", "pytest")  # what CI itself runs
+# Replaces the uploader, and the uploader alone, in the processes of the commands.
+STUB_UPLOADER = """
+import os, huggingface_hub
+def upload_folder(self, *, repo_id, folder_path, **kwargs):
+    with open(os.environ["UPLOADS"], "a") as log:
+        print(repo_id, sorted(os.listdir(folder_path)), file=log)
+    return "https://huggingface.co/" + repo_id
+for name in ("upload_folder", "upload_large_folder"):
+    if hasattr(huggingface_hub.HfApi, name):
+        setattr(huggingface_hub.HfApi, name, upload_folder)
+def create_repo(self, repo_id, **kwargs):
+    return huggingface_hub.RepoUrl("https://huggingface.co/" + repo_id)
+huggingface_hub.HfApi.create_repo = create_repo
+"""
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+
+
+def add_to_hub_cache(cache: Path, repo_id: str, folder: Path, commit: str) -> None:
+    """Lay a folder into the cache as `snapshot_download` would have."""
+    repo = cache / f"models--{repo_id.replace('/', '--')}"
+    shutil.copytree(folder, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+
+
+def make_published(qwen: Path, folder: Path) -> Path:
+    """A checkpoint as published: Bard-VL's model types, no code, neither block size nor mask id."""
+    shutil.copytree(qwen, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "bard_vl", "architectures": ["BardVLForConditionalGeneration"]}
+    config["text_config"]["model_type"] = "bard_vl_text"
+    config["vision_config"]["model_type"] = "bard_vl"
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository with a picture in it, beside a Hub cache that holds what the manual names."""
+    root = tmp_path_factory.mktemp("readme")
+    checkout, cache = root / "checkout", root / "hub"
+    checkout.mkdir()
+    for path in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*.json"), REPOSITORY / "LICENSE"]:
+        shutil.copy(path, checkout)
+    shutil.copytree(REPOSITORY / "examples", checkout / "examples")
+    draw_scene(checkout / "photo.jpg")
+    qwen = write_qwen3vl(root / "qwen", tokenizer="qwen")
+    add_to_hub_cache(cache, "Qwen/Qwen3-VL-4B-Instruct", qwen, "a" * 40)
+    add_to_hub_cache(cache, PUBLISHED, make_published(qwen, root / "published"), "b" * 40)
+    (root / "stub").mkdir()
+    (root / "stub" / "sitecustomize.py").write_text(STUB_UPLOADER)
+    for command in commands():
+        if command.startswith("python convert"):
+            run(checkout, *shlex.split(command)[1:])
+    add_to_hub_cache(cache, "your-name/Bard-VL-4B", checkout / "Bard-VL-4B", PINNED)
+    return checkout
+
+
+def run(checkout: Path, *arguments: str, script: str | None = None) -> str:
+    """Run Python in the checkout, offline, with the fake cache and the stubbed uploader."""
+    root = checkout.parent
+    paths = filter(None, [str(root / "stub"), os.environ.get("PYTHONPATH")])
+    environment = {
+        **os.environ,
+        "HF_HUB_CACHE": str(root / "hub"),
+        "HF_MODULES_CACHE": str(root / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "UPLOADS": str(root / "uploads"),
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=checkout, env=environment, input=script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_command_is_run_here_or_by_ci() -> None:
+    for command in commands():
+        known = command.startswith(("python convert", "python examples/", "hf upload", *SETUP))
+        assert known, f"no test runs: {command}"
+        if command.startswith("pytest") or "[test]" in command:
+            assert f"\n{command}\n" in CI
+    languages = set(re.findall(r"^```(\w+)", README, flags=re.MULTILINE))
+    assert languages == {"bash", "python", "bibtex"}
+
+
+def test_converted_folders_are_what_the_manual_says(checkout: Path) -> None:
+    assert json.loads((checkout / "Bard-VL-4B" / "config.json").read_text())["block_size"] == 4
+    assert json.loads((checkout / "Bard-VL-B16" / "config.json").read_text())["block_size"] == 16
+
+
+def test_example_describes_a_picture(checkout: Path) -> None:
+    (command,) = [command for command in commands() if command.startswith("python examples/describe.py")]
+    output = run(checkout, *shlex.split(command)[1:], "--max-new-tokens", "20")
+    assert re.search(r"\d+ forwards, \d+\.\d\d tokens per forward\n$", output)
+
+
+def test_snippets_run_in_order(checkout: Path) -> None:
+    python = blocks("python")
+    assert len(python) >= 7
+    output = run(checkout, "-", script="\n".join(python))
+    encoded, total = re.search(r"tensor\(\[(\d+)\]\) of (\d+) prompt tokens encoded", output).groups()
+    assert int(encoded) < int(total)
+
+
+def test_upload_command_pushes_the_converted_folder(checkout: Path) -> None:
+    (command,) = [command for command in commands() if command.startswith("hf upload")]
+    cli = "import sys; from huggingface_hub.cli.hf import main; sys.argv[0] = 'hf'; main()"
+    run(checkout, "-c", cli, *shlex.split(command)[1:])
+    pushed = (checkout.parent / "uploads").read_text()
+    assert pushed.startswith("your-name/Bard-VL-4B")
+    for name in ("README.md", "config.json", "model.safetensors", "modeling_bard_vl.py", "processing_bard_vl.py"):
+        assert f"'{name}'" in pushed
+
+
+def test_card_header_is_valid_for_the_hub() -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard(README, ignore_metadata_errors=False)
+    header = yaml.safe_load(README.split("---")[1])
+    assert header.keys() >= {"license", "library_name", "pipeline_tag", "base_model", "tags"}
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert card.data.license == "mit"
+    assert "custom_code" in card.data.tags
