@@ -60,13 +60,18 @@ def block_visibility(query_blocks: torch.Tensor, key_blocks: torch.Tensor) -> to
 
 
 def to_attention_mask(visible: torch.Tensor, implementation: str, dtype: torch.dtype) -> torch.Tensor:
-    """Turn (batch, queries, keys) visibility into the 4-D mask that an attention implementation takes.
+    """Turn boolean visibility into the 4-D mask that an attention implementation takes.
+
+    Args:
+        visible: (batch, queries, keys), or (batch, 1 or heads, queries, keys).
+        implementation: name of the attention implementation.
+        dtype: of an additive mask.
 
     Raises:
         ValueError: the implementation is none that Bard-VL is right with.
     """
     check_attention_implementation(implementation)
-    visible = visible[:, None]
+    visible = visible[:, None] if visible.ndim == 3 else visible
     if implementation == "sdpa":
         return visible
     # Eager attention adds its mask: a boolean one would be silently wrong.

@@ -87,7 +87,7 @@ class BardVLModel(Qwen3VLModel):
         if attention_mask is not None and attention_mask.ndim == 4:
             if attention_mask.dtype != torch.bool:
                 return attention_mask
-            return to_attention_mask(attention_mask[:, 0], implementation, dtype)
+            return to_attention_mask(attention_mask, implementation, dtype)
         batch, queries = tokens.shape[:2]
         keys = (batch, cached + queries)
         if attention_mask is None:
