@@ -76,7 +76,8 @@ class BardVLCache(Cache):
         super().__init__(layers=[BlockCacheLayer() for _ in range(num_layers)])
         self.block_size: int | None = None
         self.contents: list[torch.Tensor] = []
-        self._order: list[int] = []
+        self._order: list[int] = []  # which row of the call each row is; empty while rows are being moved
+        self._in_doubt = False  # from the start of a call until its clean-up is through
 
     def shared_prefix(self, contents: list[torch.Tensor], block_size: int) -> int:
         """Columns, in whole blocks, that this cache already holds of every row of `contents`.
@@ -84,7 +85,7 @@ class BardVLCache(Cache):
         Raises:
             ValueError: the cache holds another number of rows.
         """
-        if not self.contents:
+        if not self.contents or self._in_doubt:
             return 0
         if len(self.contents) != len(contents):
             raise ValueError(f"`past_key_values` holds {len(self.contents)} rows, the prompt has {len(contents)}")
@@ -99,17 +100,25 @@ class BardVLCache(Cache):
 
     @contextmanager
     def generation(self, contents: list[torch.Tensor], block_size: int) -> Iterator[None]:
-        """Keep the shared prefix and lend the columns behind it; whatever happens, what `contents` says stays true."""
+        """Keep the shared prefix and lend the columns behind it; whatever happens, what `contents` says stays true.
+
+        After an exception the cache holds the prefix again, in the rows of `contents`. One that strikes while rows are
+        moved, or during the clean-up, leaves a cache that the next call takes for empty.
+        """
         kept = self.shared_prefix(contents, block_size)
+        self._in_doubt = True
+        if not kept:
+            self._clear()
         self.block_size = block_size
-        self.contents = [row[:kept] for row in contents]
+        self.contents = prefix = [row[:kept] for row in contents]
         self._order = list(range(len(contents)))
         try:
             yield
+        except BaseException:
+            self.contents = prefix
+            raise
         finally:
-            self._set_window(None)
-            self._restore_order()
-            self._trim(max(len(row) for row in self.contents))
+            self._settle()
 
     @contextmanager
     def writing(self, columns: torch.Tensor, end: int, capacity: int) -> Iterator[None]:
@@ -124,12 +133,15 @@ class BardVLCache(Cache):
         """Move the row in `slot` behind the rows that are still decoding, of which `last` is the last."""
         if slot == last:
             return
-        self._order[slot], self._order[last] = self._order[last], self._order[slot]
+        order, self._order = self._order, []
         for layer in self.layers:
             layer.swap_rows(slot, last)
+        order[slot], order[last] = order[last], order[slot]
+        self._order = order
 
     def repeat_rows(self, times: int) -> None:
         """Repeat every row `times` times, next to itself."""
+        self._order = []
         self.batch_repeat_interleave(times)
         self.contents = [row for row in self.contents for _ in range(times)]
         self._order = list(range(len(self.contents)))
@@ -138,14 +150,25 @@ class BardVLCache(Cache):
         for layer in self.layers:
             layer.window = window
 
-    def _restore_order(self) -> None:
-        if self._order != sorted(self._order) and self.layers[0].is_initialized:
-            self.batch_select_indices(torch.tensor(self._order).argsort())
-
-    def _trim(self, length: int) -> None:
-        for layer in self.layers:
-            if layer.is_initialized:
+    def _settle(self) -> None:
+        """Bring the rows in the order of `contents`, one for each, without the columns that encode nothing."""
+        self._set_window(None)
+        if not self._order:
+            return
+        length = max(len(row) for row in self.contents)
+        if not length:
+            self._clear()
+        else:
+            rows = torch.tensor(self._order).argsort()[:: len(self._order) // len(self.contents)]
+            if rows.tolist() != list(range(len(self._order))):
+                self.batch_select_indices(rows)
+            for layer in self.layers:
                 layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+        self._in_doubt = False
+
+    def _clear(self) -> None:
+        for layer in self.layers:
+            layer.is_initialized, layer.keys, layer.values = False, None, None
 
 
 def fingerprint(*tensors: torch.Tensor) -> int:
