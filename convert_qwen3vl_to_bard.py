@@ -179,17 +179,18 @@ def prepare(
     job = locate(source, revision)
     check_architecture(job.config)
     check_companions(job.folder)
+    tied = is_tied(job.config)
+    shapes = expected_shapes(job.config, tied)
     job.block_size = choose_block_size(job, block_size)
     job.mask_token_id = choose_mask_token_id(job.config, mask_token_id)
     vocabulary, added_ids = tokenizer_ids(job.folder)
     if job.mask_token_id in vocabulary:
         raise ConversionError(f"mask_token_id {job.mask_token_id} is a word of the tokenizer; choose an unused id")
-    tied = is_tied(job.config)
     tensors = read_tensors(job.folder)
     if tied and "lm_head.weight" in tensors:
         drop_tied_head(tensors)
         job.notes.append("lm_head.weight repeats the tied embeddings, and is left out")
-    check_tensors(tensors, expected_shapes(job.config, tied))
+    check_tensors(tensors, shapes)
     job.tensors = list(tensors.values())
     if mask_row == "mean":
         token_ids = (vocabulary | added_ids) - {job.mask_token_id}
@@ -251,6 +252,9 @@ def check_architecture(config: dict[str, Any]) -> None:
     for part in ("text_config", "vision_config"):
         if not isinstance(config.get(part), dict):
             raise ConversionError(f"config.json has no {part}")
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config["text_config"].get(key) or {}, dict):
+            raise ConversionError(f"config.json: {key} is {config['text_config'][key]!r} instead of an object")
     quantization = config.get("quantization_config") or config["text_config"].get("quantization_config")
     if quantization:
         refuse_quantised(f"quantization_config with quant_method {quantization.get('quant_method')!r}")
@@ -297,7 +301,7 @@ def choose_block_size(job: Conversion, block_size: int | None) -> int:
 
 def choose_mask_token_id(config: dict[str, Any], mask_token_id: int | None) -> int:
     """Take the mask id from the argument, the source's config, or the default; it must be a free embedding row."""
-    vocab_size = config["text_config"].get("vocab_size", 0)
+    vocab_size = config["text_config"]["vocab_size"]
     chosen = config.get("mask_token_id", DEFAULT_MASK_TOKEN_ID) if mask_token_id is None else mask_token_id
     if isinstance(chosen, bool) or not isinstance(chosen, int) or not 0 <= chosen < vocab_size:
         raise ConversionError(f"mask_token_id must lie in the vocabulary, 0 to {vocab_size - 1}, got {chosen!r}")
@@ -390,9 +394,12 @@ def expected_shapes(config: dict[str, Any], tied: bool) -> dict[str, tuple[int, 
         shapes = {f"model.language_model.{name}": shape for name, shape in text_shapes(config["text_config"]).items()}
         shapes.update({f"model.visual.{name}": shape for name, shape in vision_shapes(config["vision_config"]).items()})
     except (KeyError, TypeError, ValueError) as error:
-        raise ConversionError(f"config.json is incomplete: {error!r}") from error
+        raise ConversionError(f"config.json does not describe a model: {error!r}") from error
     if not tied:
         shapes["lm_head.weight"] = shapes["model.language_model.embed_tokens.weight"]
+    for name, shape in shapes.items():
+        if not all(isinstance(size, int) and size > 0 for size in shape):
+            raise ConversionError(f"config.json does not describe a model: {name} would have shape {list(shape)}")
     return shapes
 
 
@@ -440,6 +447,8 @@ def affine(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
 
 def repeat(name: str, count: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The same tensors for each entry of a module list."""
+    if count > 10_000:
+        raise ValueError(f"{count} {name}")
     return {f"{name}.{index}.{key}": shape for index in range(count) for key, shape in shapes.items()}
 
 

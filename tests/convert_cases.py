@@ -1,7 +1,6 @@
 """What the converter's test files share: the script as a module, source folders, and ways to look into them."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -10,26 +9,15 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+import tiny
+from bard_vl import convert_qwen3vl_to_bard as converter
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "convert_qwen3vl_to_bard.py"
 
 
-def load_module(path: Path) -> ModuleType:
-    """Import a file by its path, whether or not the project is installed."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-converter = load_module(SCRIPT)
-tiny = load_module(ROOT / "tests" / "tiny.py")
 MASK = tiny.IDS["small"].mask_token_id
 _session_folder = tempfile.TemporaryDirectory(prefix="bard-vl-convert-")
 

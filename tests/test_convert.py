@@ -1,6 +1,5 @@
 """The converter on sound sources: bytes, settings and files of the output, and what is said about them."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,16 +8,13 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import convert_cases as cases
 import pytest
+import tiny
 import torch
+from bard_vl import convert_qwen3vl_to_bard as converter
+from bard_vl.convert_qwen3vl_to_bard import ConversionError
 from safetensors import safe_open
-
-_spec = importlib.util.spec_from_file_location("convert_cases", Path(__file__).with_name("convert_cases.py"))
-assert _spec is not None
-assert _spec.loader is not None
-cases: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cases)
-converter, ConversionError = cases.converter, cases.converter.ConversionError
 
 MASK = cases.MASK
 EMBEDDING = "model.language_model.embed_tokens.weight"
@@ -109,7 +105,7 @@ def test_mask_row_mean_changes_that_row_alone(
     before, after = cases.tensor_bytes(source), cases.tensor_bytes(output)
     changed = {name for name in before if before[name] != after[name]}
     assert changed == ({EMBEDDING} if tied else {EMBEDDING, "lm_head.weight"})
-    num_tokens = len(cases.read_json(source / "vocab.json")) + len(cases.tiny.ADDED_TOKENS)
+    num_tokens = len(cases.read_json(source / "vocab.json")) + len(tiny.ADDED_TOKENS)
     assert num_tokens < MASK
     for name in changed:
         with safe_open(source / "model.safetensors", "pt") as old, safe_open(output / "model.safetensors", "pt") as new:
@@ -122,7 +118,7 @@ def test_mask_row_mean_changes_that_row_alone(
 def test_mean_leaves_the_mask_token_itself_out(tmp_path: Path) -> None:
     """The tokenizer may have an entry for the mask: its row is no part of the mean."""
     source = cases.write_source(tmp_path / "source")
-    last = len(cases.read_json(source / "vocab.json")) + len(cases.tiny.ADDED_TOKENS) - 1
+    last = len(cases.read_json(source / "vocab.json")) + len(tiny.ADDED_TOKENS) - 1
     output = cases.convert(source, tmp_path / "out", mask_row="mean", mask_token_id=last)
     with safe_open(source / "model.safetensors", "pt") as old, safe_open(output / "model.safetensors", "pt") as new:
         expected, actual = old.get_tensor(EMBEDDING), new.get_tensor(EMBEDDING)
@@ -156,7 +152,7 @@ def test_expected_tensors_are_those_of_transformers(changes: dict[str, Any]) -> 
     """Names and shapes against the model itself, built without memory, at 4B's proportions."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    config = cases.tiny.qwen3vl_config(tie_word_embeddings=False, tokenizer="qwen")
+    config = tiny.qwen3vl_config(tie_word_embeddings=False, tokenizer="qwen")
     config["text_config"] |= {"hidden_size": 2560, "head_dim": 128, "num_attention_heads": 32, **changes}
     config["vision_config"] |= {"out_hidden_size": 2560, "depth": 5, "spatial_merge_size": 2, "in_channels": 3}
     shapes = converter.expected_shapes(config, tied=False)
@@ -223,7 +219,7 @@ def test_absent_rope_theta_is_written_out(tmp_path: Path) -> None:
 
 def test_generation_settings_are_greedy_and_keep_the_token_ids(tmp_path: Path) -> None:
     source = cases.write_source(tmp_path / "source")
-    ids = cases.tiny.IDS["small"]
+    ids = tiny.IDS["small"]
     expected = {
         "bos_token_id": ids.pad_token_id,
         "eos_token_id": [ids.eos_token_id, ids.pad_token_id],
@@ -309,13 +305,13 @@ def test_both_processor_and_tokenizer_find_the_chat_template(
     if where not in ("tokenizer", "both"):
         cases.edit_json(source / "tokenizer_config.json", {"chat_template": None})
     if where == "jinja":
-        (source / "chat_template.jinja").write_text(cases.tiny.CHAT_TEMPLATE)
+        (source / "chat_template.jinja").write_text(tiny.CHAT_TEMPLATE)
     output = cases.convert(source, tmp_path / "out", progress=True)
     assert ("no chat template" in capsys.readouterr().out) is (where == "nowhere")
     assert (output / "chat_template.jinja").is_file() is (where in ("jinja", "processor", "tokenizer"))
     # The plain class reads the files without asking for config.json's code.
     tokenizer = AutoTokenizer.from_pretrained(output, trust_remote_code=False, tokenizer_type="qwen2")
-    assert tokenizer.chat_template == (None if where == "nowhere" else cases.tiny.CHAT_TEMPLATE)
+    assert tokenizer.chat_template == (None if where == "nowhere" else tiny.CHAT_TEMPLATE)
 
 
 def test_nested_processor_config_of_transformers_5_is_merged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -337,7 +333,7 @@ def test_nested_processor_config_of_transformers_5_is_merged(tmp_path: Path, cap
 def test_thinking_sources_are_said_to_be_such(sign: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source = cases.write_source(tmp_path / ("Qwen3-VL-4B-Thinking" if sign == "name" else "source"))
     if sign == "template":
-        template = cases.tiny.CHAT_TEMPLATE.replace("assistant\\n", "assistant\\n<think>\\n")
+        template = tiny.CHAT_TEMPLATE.replace("assistant\\n", "assistant\\n<think>\\n")
         (source / "chat_template.jinja").write_text(template)
     cases.convert(source, tmp_path / "out", progress=True)
     assert ("a Thinking source" in capsys.readouterr().out) is (sign != "neither")
@@ -381,7 +377,7 @@ def test_quick_start_of_the_card_runs(tmp_path: Path) -> None:
     source = cases.write_source(tmp_path / "source")
     output = cases.convert(source, tmp_path / "Bard-VL-tiny")
     code = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    picture = cases.tiny.draw_scene(tmp_path / "picture.png")
+    picture = tiny.draw_scene(tmp_path / "picture.png")
     address = next(part for part in code.split('"') if part.startswith("https://"))
     (tmp_path / "quick_start.py").write_text(code.replace(address, str(picture)))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}

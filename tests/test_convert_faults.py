@@ -1,7 +1,7 @@
 """Faults of the converter: a bad source, target or moment gives a clear error and leaves nothing behind."""
 
 import errno
-import importlib.util
+import json
 import os
 import random
 import shutil
@@ -10,18 +10,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import convert_cases as cases
 import pytest
-
-_spec = importlib.util.spec_from_file_location("convert_cases", Path(__file__).with_name("convert_cases.py"))
-assert _spec is not None
-assert _spec.loader is not None
-cases: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cases)
-converter, ConversionError = cases.converter, cases.converter.ConversionError
+from bard_vl import convert_qwen3vl_to_bard as converter
+from bard_vl.convert_qwen3vl_to_bard import ConversionError
 
 INDEX = "model.safetensors.index.json"
 EMBEDDING = "model.language_model.embed_tokens.weight"
@@ -54,7 +50,7 @@ def set_dtype(source: Path, dtype: str) -> None:
 
 def double_name(source: Path) -> None:
     header, data = cases.read_shard(shard(source))
-    entry = cases.json.dumps(first_entry(header)).encode()
+    entry = json.dumps(first_entry(header)).encode()
     cases.write_shard(shard(source), b'{"twin": ' + entry + b', "twin": ' + entry + b"}", data)
 
 
@@ -122,7 +118,10 @@ SINGLE_FILE_FAULTS = {
     "one layer too few": (lambda s: set_config(s, {"num_hidden_layers": 4}, "text_config"), "lacks 11 .*layers.3"),
     "deeper vision tower": (lambda s: set_config(s, {"depth": 4}, "vision_config"), "lacks 12 .*visual.blocks.3"),
     "other vocabulary": (lambda s: set_config(s, {"vocab_size": 500}, "text_config"), r"asks for \[500, 64\]"),
-    "incomplete config": (lambda s: set_config(s, {"hidden_size": None}, "text_config"), "incomplete.*hidden_size"),
+    "incomplete config": (
+        lambda s: set_config(s, {"hidden_size": None}, "text_config"),
+        "does not describe a model.*hidden_size",
+    ),
     "wrong architecture": (lambda s: set_config(s, {"model_type": "qwen2_5_vl"}), "model_type 'qwen2_5_vl'"),
     "no architecture": (lambda s: set_config(s, {"model_type": None}), "model_type None"),
     "mixture of experts": (lambda s: set_config(s, {"model_type": "qwen3_vl_moe"}), "qwen3_vl_moe.*dense"),
@@ -184,6 +183,39 @@ def test_damaged_source_is_refused_before_any_write(damaged: tuple[Path, str], m
     with pytest.raises(ConversionError, match=message):
         cases.convert(source, source.parent / "out")
     assert [path.name for path in source.parent.iterdir()] == ["source"]
+
+
+def spots(content: Any) -> Iterator[tuple[Any, Any]]:
+    """Every (container, key) of a JSON value."""
+    for key in content if isinstance(content, dict) else range(len(content)) if isinstance(content, list) else ():
+        yield content, key
+        yield from spots(content[key])
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, "generation_config.json", "chat_template.json", "a header"])
+def test_random_damage_gives_no_other_error(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Odd values and odd bytes anywhere in the source's JSON: converted, or refused by an error of the converter."""
+    monkeypatch.setattr(converter, "write_and_verify", lambda *_: None)
+    source, rng, refused = cases.write_source(tmp_path / "source", shard_size="500KB"), random.Random(0), 0
+    header, data = cases.read_shard(shard(source))
+    text = json.dumps(header) if name == "a header" else (source / name).read_text()
+    odd_values = [None, "x", -1, 0, 1.5, [], {}, [1], {"a": 1}, True, 10**30]
+    for trial in range(150):
+        content = json.loads(text)
+        container, key = rng.choice(list(spots(content)))
+        container[key] = rng.choice(odd_values)
+        damage = bytearray(json.dumps(content).encode())
+        if trial % 3 == 0:
+            damage[rng.randrange(len(damage))] = rng.randrange(256)
+        if name == "a header":
+            cases.write_shard(shard(source), bytes(damage), data)
+        else:
+            (source / name).write_bytes(damage)
+        try:
+            shutil.rmtree(cases.convert(source, tmp_path / "out"))
+        except ConversionError:
+            refused += 1
+    assert refused
 
 
 @pytest.mark.parametrize(("options", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
