@@ -709,7 +709,8 @@ def output_texts(job: Conversion, repo: str) -> dict[str, str]:
             "the source's processor files were saved by transformers 5, and 4.57 cannot read them; "
             "to serve both, put the base model's original tokenizer and processor files into the source"
         )
-    texts["processor_config.json"] = to_json(settings | PROCESSOR_SETTINGS)
+    settings |= PROCESSOR_SETTINGS | {"mask_token_id": job.mask_token_id}
+    texts["processor_config.json"] = to_json(settings)
     texts["generation_config.json"] = to_json(generation_config(job))
     texts["config.json"] = to_json(bard_config(job.config, job.block_size, job.mask_token_id))
     return texts

@@ -325,6 +325,7 @@ def test_nested_processor_config_of_transformers_5_is_merged(tmp_path: Path, cap
         "image_processor": image,
         "processor_class": "BardVLProcessor",
         "auto_map": {"AutoProcessor": "processing_bard_vl.BardVLProcessor"},
+        "mask_token_id": cases.read_json(output / "config.json")["mask_token_id"],
     }
     assert "saved by transformers 5" in capsys.readouterr().out
 
