@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, TextStreamer
 
 
 class DraftStreamer(TextStreamer):
-    """Prints each finished block; on a terminal, also the block in progress in grey, with a glyph for each open token."""
+    """Prints finished blocks; on a terminal, also the block in progress in grey, with a glyph for each open token."""
 
     def __init__(self, processor: bard_vl.BardVLProcessor):
         super().__init__(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
