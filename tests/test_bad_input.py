@@ -164,7 +164,7 @@ PROMPTS: list[tuple[dict[str, Any], str]] = [
 def test_generate_refuses_by_name_before_any_compute(wrong: dict[str, Any], message: str) -> None:
     model = load()
     good = {"input_ids": ids([1, 2, 3]), "block_size": 4, "max_new_tokens": 8}
-    first = model.generate(**good, return_dict_in_generate=True)
+    first = model.generate(ids([1, 2, 3, 4]), block_size=4, max_new_tokens=8, return_dict_in_generate=True)
     cache, before = first.past_key_values, snapshot(first.past_key_values)
     with pytest.raises(ValueError, match=re.escape(message)), nothing_computed(model):
         model.generate(**{"past_key_values": cache, **good, **wrong})

@@ -1,5 +1,5 @@
-"""A row in a padded batch gives what it gives alone (invariant 3), and a block decoded against the cache has the logits of
-one forward over the whole sequence (invariant 2): for random ragged batches with images and videos."""
+"""A row in a padded batch gives what it gives alone (invariant 3), and a block decoded against the cache has the logits
+of one forward over the whole sequence (invariant 2): for random ragged batches with images and videos."""
 
 import itertools
 from collections import Counter
