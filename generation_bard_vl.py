@@ -1,5 +1,6 @@
 """Block-diffusion generation: `generate`, `score`, and what they return."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -276,6 +277,17 @@ class BardVLGenerationMixin:
                 targets = answers[:, chunk].clamp(min=0)
                 scores.append(log_probs.gather(-1, targets[..., None])[..., 0])
         return torch.cat(scores, dim=1).masked_fill(answers < 0, 0.0)
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None = None, use_model_defaults: bool | None = None, **kwargs: Any
+    ) -> tuple[BardVLGenerationConfig, dict[str, Any]]:
+        """What a pipeline of transformers 4.57 or 5.0 hands to `generate`: the model's settings, `kwargs` on top.
+
+        The inherited method puts them into a plain config, which refuses fields that are unset. `generation_config`,
+        the pipeline's defaults, says nothing else than the defaults of `generate`.
+        """
+        config = copy.deepcopy(self.generation_config or BardVLGenerationConfig())
+        return config, config.update(**kwargs)
 
     def _generation_settings(
         self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], model_inputs: dict[str, Any]
