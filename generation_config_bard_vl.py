@@ -206,6 +206,9 @@ class DecodingSettings:
         if not eos and vocab_size > DEFAULT_EOS_TOKEN_ID:
             eos = (DEFAULT_EOS_TOKEN_ID,)
         pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if eos else 0)
+        for name, token_id in [("eos_token_id", token_id) for token_id in eos] + [("pad_token_id", pad)]:
+            if token_id >= vocab_size:
+                raise ValueError(f"`{name}` = {token_id} lies outside the vocabulary of {vocab_size} tokens")
         return cls(
             block_size=block_size,
             denoising_steps=block_size if denoising_steps is None else denoising_steps,

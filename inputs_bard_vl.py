@@ -139,9 +139,9 @@ def check_visual_shapes(
 
 
 def check_visual_layout(config: Any, input_ids: torch.Tensor, **grids: torch.Tensor | None) -> None:
-    """Raise `ValueError` unless each image is one run of tokens, and each frame of a video, in the order of the grids.
+    """Raise `ValueError` unless each image, and each frame of a video, is one run of tokens behind a vision start token.
 
-    Some versions of transformers fail on other layouts without saying why, others give them wrong positions.
+    The runs must have the lengths of the grids, in their order. Some versions of transformers fail on other layouts without saying why, others give them wrong positions.
     """
     merged = config.vision_config.spatial_merge_size**2
     for kind, token_id, grid_name in (
@@ -150,6 +150,9 @@ def check_visual_layout(config: Any, input_ids: torch.Tensor, **grids: torch.Ten
     ):
         grid, is_visual = grids.get(grid_name), input_ids == token_id
         begins = is_visual & ~torch.nn.functional.pad(is_visual, [1, 0])[:, :-1]
+        before = torch.nn.functional.pad(input_ids, [1, 0], value=-1)[:, :-1][begins]
+        if (before != config.vision_start_token_id).any():
+            raise ValueError(f"a run of {kind} tokens must follow a vision start token {config.vision_start_token_id}")
         found = begins.flatten().cumsum(0)[is_visual.flatten()].bincount()[1:].tolist()
         wanted: list[int] = []
         for frames, *sides in [] if grid is None else grid.tolist():
