@@ -139,9 +139,10 @@ def check_visual_shapes(
 
 
 def check_visual_layout(config: Any, input_ids: torch.Tensor, **grids: torch.Tensor | None) -> None:
-    """Raise `ValueError` unless each image, and each frame of a video, is one run of tokens behind a vision start token.
+    """Raise `ValueError` unless each image, and each frame of a video, is one run of tokens behind a vision start.
 
-    The runs must have the lengths of the grids, in their order. Some versions of transformers fail on other layouts without saying why, others give them wrong positions.
+    The runs must have the lengths of the grids, in their order. Some versions of transformers fail on other layouts
+    without saying why, others give them wrong positions.
     """
     merged = config.vision_config.spatial_merge_size**2
     for kind, token_id, grid_name in (

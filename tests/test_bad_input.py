@@ -135,7 +135,7 @@ PROMPTS: list[tuple[dict[str, Any], str]] = [
     ({"inputs": ids([1, 2, 3])}, "`input_ids` is given twice"),
     ({"inputs": {"input_ids": ids([1, 2, 3])}}, "`input_ids` is given twice"),
     ({"inputs": {"labels": ids([1, 2, 3])}}, "unexpected inputs: labels"),
-    (image([1, *ONE_IMAGE[1:]]), f"a run of image tokens must follow a vision start token {VISION_START}"),
+    (image([2, *[IMAGE] * 4, VISION_END]), f"a run of image tokens must follow a vision start token {VISION_START}"),
     (image([*ONE_IMAGE, IMAGE]), "the prompt has 5 image tokens, `image_grid_thw` stands for 4 features"),
     (image(ONE_IMAGE[:-2]), "the prompt has 3 image tokens, `image_grid_thw` stands for 4 features"),
     (image([1, 2, 3]), "the prompt has 0 image tokens, `image_grid_thw` stands for 4 features"),
