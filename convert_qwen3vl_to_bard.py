@@ -691,6 +691,8 @@ def output_copies(folder: Path) -> dict[str, Path]:
     copies = {name: folder / name for name in COPIED_FILES if (folder / name).is_file()}
     if (CODE_FOLDER / "LICENSE").is_file():
         copies["LICENSE-CODE"] = CODE_FOLDER / "LICENSE"  # the code's licence is not that of the weights
+    if (CODE_FOLDER / ".gitignore").is_file():
+        copies[".gitignore"] = CODE_FOLDER / ".gitignore"  # what keeps caches and the like out of later uploads
     return copies | {path.name: path for path in sorted(CODE_FOLDER.glob("*_bard_vl.py"))}
 
 

@@ -289,7 +289,7 @@ def test_tokenizer_and_processor_files_are_copied_unchanged(tmp_path: Path) -> N
     code = {path.name for path in cases.ROOT.glob("*_bard_vl.py")}
     assert {"configuration_bard_vl.py", "modeling_bard_vl.py", "processing_bard_vl.py"} <= code
     assert all((output / name).read_bytes() == (cases.ROOT / name).read_bytes() for name in code)
-    written = {"README.md", "processor_config.json", "LICENSE-CODE"}
+    written = {"README.md", "processor_config.json", "LICENSE-CODE", ".gitignore"}
     assert after.keys() - before.keys() - code <= written
 
 
