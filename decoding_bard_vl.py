@@ -6,6 +6,7 @@ keys and values in place. A prompt therefore shares a forward with the first ste
 block with the first step of the next; a separate pass to commit keys and values is never needed.
 """
 
+import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,7 @@ class DecodingHooks:
     streamer: Any
     generator: torch.Generator | None
     keep_history: bool
+    deadline: float  # in the seconds of time.monotonic
 
 
 @dataclass
@@ -289,7 +291,7 @@ class BlockDecoder:
         tokens = self.table.ids[row, start : start + size][: self.settings.max_new_tokens - done]
         is_eos = torch.isin(tokens, self.eos).tolist()
         kept = is_eos.index(True) + 1 if any(is_eos) else len(tokens)
-        ended = any(is_eos) or done + kept == self.settings.max_new_tokens
+        ended = any(is_eos) or done + kept == self.settings.max_new_tokens or time.monotonic() > self.hooks.deadline
         for count in range(1, kept + 1) if self.hooks.criteria else ():
             if bool(self.hooks.criteria(self.table.ids[row, : start + count][None], None).all()):
                 kept, ended = count, True

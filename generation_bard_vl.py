@@ -1,6 +1,9 @@
 """Block-diffusion generation: `generate`, `score`, and what they return."""
 
+import contextlib
 import copy
+import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +12,6 @@ import torch
 from transformers.generation import (
     GenerationConfig,
     LogitsProcessorList,
-    MaxTimeCriteria,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -89,6 +91,21 @@ class BardVLGenerationMixin:
             config = BardVLGenerationConfig.from_plain(config)
         self.__dict__["_generation_config"] = config
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, with the settings that `generation_config.json` states and no others.
+
+        transformers loads them into its own class, whose defaults 4.57 cannot tell from what the file states.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("generation_config") is None and pretrained_model_name_or_path is not None:
+            names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            where = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            with contextlib.suppress(OSError):  # no such file
+                model = loaded[0] if isinstance(loaded, tuple) else loaded
+                model.generation_config = BardVLGenerationConfig.from_pretrained(pretrained_model_name_or_path, **where)
+        return loaded
+
     @torch.no_grad()
     def generate(
         self,
@@ -166,6 +183,7 @@ class BardVLGenerationMixin:
             streamer=streamer,
             generator=_generator(generator, seed, input_ids.device),
             keep_history=output_history,
+            deadline=math.inf if config.max_time is None else time.monotonic() + config.max_time,
         )
 
         # 2. Layout and reuse
@@ -296,26 +314,23 @@ class BardVLGenerationMixin:
 
         A later source overrides an earlier one; a keyword argument does so even with None, which unsets a field.
         """
-        merged = self.generation_config.explicit() if self.generation_config is not None else {}
-        if generation_config is not None:
-            # By its method, not its class: remote code may have loaded the class twice.
-            if not isinstance(generation_config, GenerationConfig):
-                raise ValueError(
-                    f"`generation_config` must be a GenerationConfig, got {type(generation_config).__name__}; settings "
-                    "may also be given as keyword arguments"
-                )
-            is_own = hasattr(generation_config, "explicit")
-            merged.update(generation_config.explicit() if is_own else drop_plain_defaults(generation_config.to_dict()))
+        settings = {}
         for name, value in kwargs.items():
             if name in (*VISUAL_INPUTS, "input_ids", "attention_mask", "mm_token_type_ids"):
                 if name in model_inputs:
                     raise ValueError(f"`{name}` is given twice")
                 model_inputs[name] = value
             else:
-                merged[name] = value
-        # The steps stored for a checkpoint's own block size do not bind a call that names another.
-        if kwargs.get("block_size") is not None and "denoising_steps" not in kwargs:
-            merged.pop("denoising_steps", None)
+                settings[name] = value
+        merged: dict[str, Any] = {}
+        for source in (_explicit(self.generation_config), _explicit(generation_config), settings):
+            # The steps that go with one block size do not bind a source that names another.
+            if source.get("block_size") is not None:
+                merged.pop("denoising_steps", None)
+            merged.update(source)
+        # As in the reference, an explicit None takes the value of the steps, where the checkpoint states no size.
+        if "block_size" in settings and merged["block_size"] is None and self.config.block_size is None:
+            merged["block_size"] = merged.get("denoising_steps")
         return BardVLGenerationConfig(**merged)
 
     def _split_inputs(
@@ -358,6 +373,19 @@ def check_answers(config: Any, answers: Any, num_prompts: int, mask_token_id: in
         )
 
 
+def _explicit(config: GenerationConfig | None) -> dict[str, Any]:
+    """The settings that a config states: its own list, or for a plain config what differs from the defaults."""
+    if config is None:
+        return {}
+    if not isinstance(config, GenerationConfig):
+        raise ValueError(
+            f"`generation_config` must be a GenerationConfig, got {type(config).__name__}; settings may also be given "
+            "as keyword arguments"
+        )
+    # By its method, not its class: remote code may have loaded the class twice.
+    return config.explicit() if hasattr(config, "explicit") else drop_plain_defaults(config.to_dict())
+
+
 def _logits_processors(
     config: BardVLGenerationConfig, extra: list[Callable] | None, device: torch.device
 ) -> LogitsProcessorList:
@@ -384,8 +412,6 @@ def _stopping_criteria(
         if tokenizer is None:
             raise ValueError(f"`stop_strings` = {config.stop_strings!r} needs `tokenizer=` in the call of `generate`")
         criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=config.stop_strings))
-    if config.max_time is not None:
-        criteria.append(MaxTimeCriteria(max_time=config.max_time))
     criteria.extend(extra or [])
     return criteria
 

@@ -59,7 +59,7 @@ class BardVLGenerationConfig(GenerationConfig):
     Args:
         max_new_tokens (`int`, defaults to 256): response tokens at most.
         max_length (`int`): prompt and response tokens at most, read where `max_new_tokens` is unset.
-        max_time (`float`): seconds after which the row ends with the current block.
+        max_time (`float`): seconds after which a row ends with the block that it finishes next.
         stop_strings (`str` or list): end a response at the first of these texts; needs `tokenizer=` in `generate`.
         block_size (`int`, defaults to the model config's): tokens denoised together. Never stored in the file: it
             is a fact of the weights.
@@ -129,9 +129,15 @@ class BardVLGenerationConfig(GenerationConfig):
         return {name: getattr(self, name) for name in FIELDS if getattr(self, name, None) is not None}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What a file stores: the set fields but `block_size`, which config.json owns."""
-        stored = {name: value for name, value in self.explicit().items() if name != "block_size"}
+        """What a file stores: the rule, and the set fields but `block_size`, which config.json owns."""
+        stored = {"remasking_strategy": DEFAULTS["remasking_strategy"], **self.explicit()}
+        stored.pop("block_size", None)
         return {**stored, "transformers_version": self.to_dict()["transformers_version"]}
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+        """Read a file as `readable_settings` does."""
+        return readable_settings(super()._dict_from_json_file(json_file))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -142,17 +148,8 @@ class BardVLGenerationConfig(GenerationConfig):
 
     @classmethod
     def from_plain(cls, config: GenerationConfig) -> "BardVLGenerationConfig":
-        """Convert what transformers loaded from a `generation_config.json`.
-
-        A file that names no `remasking_strategy` was written for autoregressive decoding: its sampling settings do not
-        carry over, so that such a checkpoint decodes greedily, as the published ones are meant to.
-        """
-        settings = drop_plain_defaults(config.to_dict())
-        if settings.get("remasking_strategy") is None:
-            for name in (*SAMPLING_FIELDS, "repetition_penalty"):
-                settings.pop(name, None)
-        known = {*FIELDS, *_plain_defaults()}
-        return cls(**{name: value for name, value in settings.items() if name in known})
+        """Convert a config of transformers' own class as `readable_settings` does."""
+        return cls(**readable_settings(drop_plain_defaults(config.to_dict())))
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> "BardVLGenerationConfig":
@@ -274,6 +271,17 @@ def check_choice(name: str, value: Any, choices: list[Any]) -> None:
     """Raise `ValueError` unless `value` is None or one of `choices`."""
     if value is not None and value not in choices:
         raise ValueError(f"`{name}` must be one of {choices}, got {value!r}")
+
+
+def readable_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """What carries over of a file's settings: known fields, and sampling only beside a rule of block diffusion.
+
+    A file that names no rule was written for autoregressive decoding. A checkpoint that kept the file of its source
+    decodes greedily, as the published ones are meant to.
+    """
+    unread: set[str] = set() if settings.get("remasking_strategy") else {*SAMPLING_FIELDS, "repetition_penalty"}
+    known = {*FIELDS, *_plain_defaults(), "transformers_version"} - unread
+    return {name: value for name, value in settings.items() if name in known}
 
 
 def drop_plain_defaults(settings: dict[str, Any]) -> dict[str, Any]:

@@ -101,11 +101,48 @@ def test_every_setting_but_block_size_survives_the_file(
     folder = tmp_path_factory.mktemp("config")
     BardVLGenerationConfig(**fields).save_pretrained(folder)
     stored = json.loads((folder / "generation_config.json").read_text())
-    expected = {name: value for name, value in fields.items() if name != "block_size"}
+    expected = {"remasking_strategy": "low_confidence_dynamic", **fields}
+    expected.pop("block_size", None)
     assert {name: value for name, value in stored.items() if name != "transformers_version"} == expected
-    # A file that names no rule is read as one for autoregressive decoding, where plain defaults mean nothing.
-    if "remasking_strategy" in fields:
-        assert BardVLGenerationConfig.from_pretrained(folder).explicit() == expected
+    assert BardVLGenerationConfig.from_pretrained(folder).explicit() == expected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 1.0, "top_k": 50},
+        {"do_sample": False, "temperature": 0.7},
+        {"confidence_threshold": 0.5, "temperature": 0.7},
+        {"max_length": 20},
+    ],
+)
+def test_values_that_equal_plain_defaults_survive_a_models_reload(tmp_path: Path, fields: dict[str, Any]) -> None:
+    model = own_copy(block_size=4)
+    model.generation_config = BardVLGenerationConfig(**fields)
+    model.save_pretrained(tmp_path)
+    again = open_checkpoint(tmp_path).generation_config
+    assert again.explicit() == {"remasking_strategy": "low_confidence_dynamic", **fields}
+
+
+def test_steps_of_another_block_size_do_not_bind() -> None:
+    model = own_copy(block_size=16)
+    model.generation_config = BardVLGenerationConfig(denoising_steps=16)
+    inputs = collate([PROMPTS["text"]])
+    expected = model.generate(**inputs, block_size=4, max_new_tokens=4)
+    assert torch.equal(
+        model.generate(**inputs, generation_config=BardVLGenerationConfig(block_size=4), max_new_tokens=4), expected
+    )
+    both = BardVLGenerationConfig(block_size=4, denoising_steps=2)
+    output = model.generate(**inputs, generation_config=both, max_new_tokens=4, return_dict_in_generate=True)
+    assert output.block_step_counts.max() <= 2
+
+
+def test_none_takes_the_value_of_the_other_as_in_the_reference() -> None:
+    model = own_copy(block_size=None)
+    inputs = collate([PROMPTS["text"]])
+    expected = model.generate(inputs, block_size=4, denoising_steps=4, max_new_tokens=6)
+    assert torch.equal(model.generate(inputs, block_size=None, denoising_steps=4, max_new_tokens=6), expected)
+    assert torch.equal(model.generate(inputs, block_size=4, denoising_steps=None, max_new_tokens=6), expected)
 
 
 @pytest.mark.parametrize("fields", [{"temperature": 0.0}, {"do_sample": False}, {"do_sample": False, "temperature": 0}])
