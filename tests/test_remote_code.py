@@ -219,11 +219,13 @@ def test_package_and_remote_code_generate_the_same(
     assert by_package["image tokens"] == saved[line]["image tokens"]
 
 
-def test_saved_folder_carries_the_code_under_relative_names(saved: dict[str, dict[str, Any]], line: str) -> None:
+def test_saved_folder_carries_the_code_under_relative_names(
+    repository: Path, saved: dict[str, dict[str, Any]], line: str
+) -> None:
     folder = saved[line]["folder"]
     assert sorted(path.name for path in folder.glob("*.py")) == CODE
     for name in CODE:
-        assert (folder / name).read_bytes() == (fresh.ROOT / name).read_bytes()
+        assert (folder / name).read_bytes() == (repository / name).read_bytes()
     expected = json.loads((fresh.ROOT / "config.json").read_text())["auto_map"]
     assert json.loads((folder / "config.json").read_text())["auto_map"] == expected
     auto_map = json.loads((folder / "processor_config.json").read_text())["auto_map"]
