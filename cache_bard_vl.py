@@ -16,11 +16,13 @@ class CacheWindow:
 
     Attributes:
         columns: (rows, width) columns that the new keys and values go to.
+        start: the first of them where all rows have the same columns, which follow each other; else None.
         end: columns [0, end) are read.
         capacity: columns that this generation can need at most.
     """
 
     columns: torch.Tensor
+    start: int | None
     end: int
     capacity: int
 
@@ -39,9 +41,11 @@ class BlockCacheLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         window, rows = self.window, key_states.shape[0]
         self.reserve(window, key_states, value_states)
-        columns = window.columns.to(key_states.device)[:, None, :, None]
-        self.keys[:rows].scatter_(2, columns.expand_as(key_states), key_states)
-        self.values[:rows].scatter_(2, columns.expand_as(value_states), value_states)
+        for buffer, states in ((self.keys[:rows], key_states), (self.values[:rows], value_states)):
+            if window.start is not None:
+                buffer[:, :, window.start : window.start + states.shape[2]] = states
+            else:
+                buffer.scatter_(2, window.columns.to(states.device)[:, None, :, None].expand_as(states), states)
         return self.keys[:rows, :, : window.end], self.values[:rows, :, : window.end]
 
     def reserve(self, window: CacheWindow, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -121,9 +125,9 @@ class BardVLCache(Cache):
             self._settle()
 
     @contextmanager
-    def writing(self, columns: torch.Tensor, end: int, capacity: int) -> Iterator[None]:
-        """Direct the keys and values of one forward to `columns` (rows, width); columns [0, end) are read."""
-        self._set_window(CacheWindow(columns, end, capacity))
+    def writing(self, window: CacheWindow) -> Iterator[None]:
+        """Direct the keys and values of one forward to a window."""
+        self._set_window(window)
         try:
             yield
         finally:

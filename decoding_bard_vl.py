@@ -6,6 +6,7 @@ keys and values in place. A prompt therefore shares a forward with the first ste
 block with the first step of the next; a separate pass to commit keys and values is never needed.
 """
 
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
-from .cache_bard_vl import BardVLCache
+from .attention_bard_vl import ATTENTION_NAME
+from .cache_bard_vl import BardVLCache, CacheWindow
 from .generation_config_bard_vl import DecodingSettings
 from .inputs_bard_vl import Prompt, VisualFeatures
 from .masking_bard_vl import partition_sequence, to_attention_mask
@@ -48,6 +50,16 @@ class DecodingHooks:
     generator: torch.Generator | None
     keep_history: bool
     deadline: float  # in the seconds of time.monotonic
+
+    @property
+    def watch_blocks(self) -> bool:
+        """Whether something looks at finished blocks on the host."""
+        return bool(self.criteria) or self.streamer is not None or self.deadline < math.inf
+
+    @property
+    def any(self) -> bool:
+        """Whether something looks at the steps on the host."""
+        return self.watch_blocks or bool(self.processors) or self.keep_history
 
 
 @dataclass
@@ -108,32 +120,63 @@ class WindowEncoder:
     def __init__(self, model: Any, table: TokenTable, cache: BardVLCache):
         self.model, self.table, self.cache = model, table, cache
         self.attention = model.config.text_config._attn_implementation
+        self.device = table.ids.device
 
-    def encode_prompts(self, prompt: Prompt, first: int, end: int) -> torch.Tensor:
-        """Encode columns [first, end) of every row, images included, behind columns that the cache holds already."""
-        rows = torch.arange(len(prompt.lengths), device=prompt.lengths.device)
+    def encode_prompts(self, prompt: Prompt, first: int, behind: int, chunk: int | None = None) -> "PromptStates":
+        """Encode every row's prompt from column `first` on, images included, and `behind` columns behind it.
+
+        With `chunk`, columns, in forwards of so many columns; the last one takes what is behind the prompts along.
+        """
         features = self.model.model.encode_visual(prompt.input_ids, prompt.visual_inputs, first)
-        return self.encode(rows, torch.full_like(rows, first), end - first, end, features)
+        rows = torch.arange(len(prompt.host_lengths), device=self.device)
+        longest, num_chunks = max(prompt.host_lengths), 1
+        while chunk is not None and longest - first > chunk:
+            self.encode(rows, [first] * len(rows), chunk, features)
+            first, num_chunks = first + chunk, num_chunks + 1
+        # A row whose prompt has ended in an earlier chunk takes part with what is behind it alone.
+        starts = [min(first, length) for length in prompt.host_lengths]
+        hidden = self.encode(rows, starts, longest + behind - first, features)
+        offsets = torch.tensor([n - s for n, s in zip(prompt.host_lengths, starts, strict=True)], device=self.device)
+        return PromptStates(hidden, offsets, num_chunks)
 
     def encode(
-        self, rows: torch.Tensor, first: torch.Tensor, width: int, end: int, features: VisualFeatures | None = None
+        self,
+        rows: torch.Tensor,
+        starts: list[int],
+        width: int,
+        features: VisualFeatures | None = None,
+        num_carried: int | None = None,
     ) -> torch.Tensor:
         """Encode a window of every row.
 
         Args:
             rows: (n,) rows of the table, in the order of the cache's.
-            first: (n,) first column of each row's window.
+            starts: first column of each row's window.
             width: columns of the window.
-            end: no window reaches past this column.
             features: visual features, for windows that hold prompt tokens.
+            num_carried: if every window is one block behind so many tokens of a finished one, their number: where all
+                windows begin in the same column, no mask is needed then.
 
         Returns:
             (n, width, hidden) hidden states after the last norm.
         """
-        columns = first[:, None] + torch.arange(width, device=first.device)
+        start, end = starts[0] if len(set(starts)) == 1 else None, max(starts) + width
+        first = torch.tensor(starts, device=self.device)
+        columns = first[:, None] + torch.arange(width, device=self.device)
+        window = CacheWindow(columns, start, end, max(end, self.table.num_columns))
+        ids, positions, blocks = self.table.window(rows, columns)
+        if start is not None and num_carried is not None and self.attention == ATTENTION_NAME:
+            return self.forward(ids, positions, window, None, features, num_clean=num_carried)
+        visible = self.table.blocks[rows, None, :end] <= blocks[:, :, None]
+        return self.forward(ids, positions, window, visible, features)
+
+    def encode_unread(self, rows: torch.Tensor, first: torch.Tensor, width: int, end: int) -> torch.Tensor:
+        """Encode windows whose first columns (n,) the host has not read; none reaches past column `end`."""
+        columns = first[:, None] + torch.arange(width, device=self.device)
         ids, positions, blocks = self.table.window(rows, columns)
         visible = self.table.blocks[rows, None, :end] <= blocks[:, :, None]
-        return self.forward(ids, positions, columns, visible, features)
+        window = CacheWindow(columns, None, end, max(end, self.table.num_columns))
+        return self.forward(ids, positions, window, visible)
 
     def encode_masked_copies(self, answer_positions: torch.Tensor, block_size: int, mask_token_id: int) -> torch.Tensor:
         """Hidden state of every answer token masked alone in a copy of its block: (rows, positions, hidden).
@@ -151,78 +194,120 @@ class WindowEncoder:
         copy = torch.arange(len(answer_positions), device=device).repeat_interleave(block_size)
         before = table.blocks[:, None, :] < blocks[:, :, None]
         own = (copy[:, None] == copy[None]).expand(len(rows), -1, -1)
-        columns = (table.num_columns + torch.arange(len(copy), device=device)).expand(len(rows), -1)
-        hidden = self.forward(ids, positions, columns, torch.cat([before, own], dim=-1))
+        behind = torch.arange(len(copy), device=device) + table.num_columns
+        end = table.num_columns + len(copy)
+        window = CacheWindow(behind.expand(len(rows), -1), table.num_columns, end, end)
+        hidden = self.forward(ids, positions, window, torch.cat([before, own], dim=-1))
         return hidden[:, masked]
 
     def forward(
         self,
         ids: torch.Tensor,
         positions: torch.Tensor,
-        columns: torch.Tensor,
-        visible: torch.Tensor,
+        window: CacheWindow,
+        visible: torch.Tensor | None,
         features: VisualFeatures | None = None,
+        num_clean: int = 0,
     ) -> torch.Tensor:
-        """One forward of the language model: ids (n, width), positions (4, n, width), visible (n, width, end)."""
+        """One forward of the language model.
+
+        Args:
+            ids: (n, width); positions: (4, n, width).
+            window: where in the cache the keys and values go.
+            visible: (n, width, window end) what each token sees, or None for all but what `num_clean` of
+                `block_attention` hides.
+            features: visual features.
+            num_clean: see `block_attention`.
+        """
         text_model = self.model.model.language_model
         embeds = text_model.embed_tokens(ids)
-        visual: dict[str, Any] = {}
+        extras: dict[str, Any] = {"num_clean": num_clean} if num_clean else {}
         if features is not None:
-            index = torch.nn.functional.pad(features.index, [0, self.table.num_columns], value=-1).gather(1, columns)
+            padded = torch.nn.functional.pad(features.index, [0, self.table.num_columns], value=-1)
+            index = padded.gather(1, window.columns)
             is_visual = index >= 0
             chosen = index[is_visual].to(features.embeds.device)
             embeds = embeds.masked_scatter(
                 is_visual[..., None].to(embeds.device), features.embeds[chosen].to(embeds.device, embeds.dtype)
             )
-            visual["visual_pos_masks"] = is_visual
-            visual["deepstack_visual_embeds"] = [layer[chosen] for layer in features.deepstack]
-        end = visible.shape[-1]
-        capacity = max(end, self.table.num_columns)
-        with self.cache.writing(columns, end, capacity):
+            extras["visual_pos_masks"] = is_visual
+            extras["deepstack_visual_embeds"] = [layer[chosen] for layer in features.deepstack]
+        with self.cache.writing(window):
             return text_model(
                 inputs_embeds=embeds,
-                attention_mask=to_attention_mask(visible, self.attention, embeds.dtype),
+                attention_mask=None if visible is None else to_attention_mask(visible, self.attention, embeds.dtype),
                 position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
-                **visual,
+                **extras,
             )[0]
+
+
+@dataclass
+class PromptStates:
+    """What a prompt's last forward left.
+
+    Attributes:
+        hidden: (rows, width, hidden) hidden states.
+        offsets: (rows,) where in them what is behind each prompt begins.
+        num_chunks: forwards that it took.
+    """
+
+    hidden: torch.Tensor
+    offsets: torch.Tensor
+    num_chunks: int
 
 
 class BlockDecoder:
     """The state of one call of `generate`: each row denoises its own block at its own pace.
 
-    `rows` lists the rows that are still decoding in the order of the cache's rows; everything else is by row.
+    The state is on the device and by row. `rows` lists the rows that are still decoding, in the order of the cache's.
+    The host reads which rows finished a block, or ended, after every `check_interval` forwards; between two readings
+    every window has room for a finished block and the next.
     """
 
     def __init__(
         self, model: Any, prompt: Prompt, settings: DecodingSettings, cache: BardVLCache, hooks: DecodingHooks
     ):
         self.model, self.prompt, self.settings, self.cache, self.hooks = model, prompt, settings, cache, hooks
-        num_blocks = -(-settings.max_new_tokens // settings.block_size)
-        self.table = TokenTable.lay_out(
-            prompt, num_blocks * settings.block_size, settings.block_size, settings.mask_token_id
-        )
+        size, copies = settings.block_size, settings.num_return_sequences
+        num_blocks = -(-settings.max_new_tokens // size)
+        self.table = TokenTable.lay_out(prompt, num_blocks * size, size, settings.mask_token_id)
         self.encoder = WindowEncoder(model, self.table, cache)
         self.device = prompt.input_ids.device
-        self.schedule = transfer_schedule(settings.block_size, settings.denoising_steps).to(self.device)
+        self.schedule = transfer_schedule(size, settings.denoising_steps).to(self.device)
         self.eos = torch.tensor(settings.eos_token_ids, dtype=torch.long, device=self.device)
-        self.num_forwards: Counter[str] = Counter()
-        num_rows = len(prompt.lengths) * settings.num_return_sequences
-        self.lengths = [n for n in prompt.host_lengths for _ in range(settings.num_return_sequences)]
+        self.lengths = [n for n in prompt.host_lengths for _ in range(copies)]
+        num_rows = len(self.lengths)
+
         self.rows = list(range(num_rows))
-        self.steps: list[list[int]] = [[0] for _ in range(num_rows)]  # per row and block
-        self.response_lengths = [0] * num_rows
-        self.history: list[list[DenoisingStep]] = [[] for _ in range(num_rows)]
+        self.slots = torch.arange(num_rows, device=self.device)  # `rows` on the device
+        self.starts = list(self.lengths)  # host: first column of each row's block, as last read
+        self.block_start = torch.tensor(self.lengths, device=self.device)
+        self.steps = torch.zeros(num_rows, num_blocks, dtype=torch.long, device=self.device)  # per block
+        self.carries = torch.zeros(num_rows, dtype=torch.bool, device=self.device)  # a finished block to encode clean
+        self.ended = torch.zeros(num_rows, dtype=torch.bool, device=self.device)
+        self.response_length = torch.zeros(num_rows, dtype=torch.long, device=self.device)
         self.confidences = torch.zeros(num_rows, self.table.num_columns, device=self.device)
+        self.history: list[list[DenoisingStep]] = [[] for _ in range(num_rows)]
         self.logits = torch.empty(0)
 
+        self.num_forwards: Counter[str] = Counter()
+        self.num_prefill_forwards = 0  # beyond the one that holds the first step
+        self.check_interval = 1 if hooks.any else settings.check_interval
+        self.num_unread = 0  # steps since the host last read
+        self.num_host_checks = 0
+        self.unread_kinds: list[torch.Tensor] = []  # of forwards whose kind the host does not know
+
     def prefill(self, reused: int) -> None:
-        """Encode the prompts from column `reused` on, together with the first step of every first block."""
+        """Encode the prompts from column `reused` on, the last of them together with every first block's first step."""
         size, copies = self.settings.block_size, self.settings.num_return_sequences
-        hidden = self.encoder.encode_prompts(self.prompt, reused, max(self.lengths) + size)
+        states = self.encoder.encode_prompts(self.prompt, reused, size, self.settings.prefill_chunk_size)
+        self.num_prefill_forwards = states.num_chunks - 1
+        if self.num_prefill_forwards:
+            self.num_forwards["prefill"] += self.num_prefill_forwards
         self.num_forwards["prefill+denoise" if max(self.lengths) > reused else "denoise"] += 1
-        self.logits = self._block_logits(hidden, self.table.lengths - reused)
+        self.logits = self._block_logits(states.hidden, states.offsets)
         if copies > 1:
             self.cache.repeat_rows(copies)
             self.table.repeat_rows(copies)
@@ -231,47 +316,67 @@ class BlockDecoder:
     def step(self) -> None:
         """Decide on the last forward's logits, let rows end or move on, and encode the next forward's windows."""
         finished = self._denoise()
-        ended = {row for row in self.rows if finished[row] and self._finish_block(row)}
-        for row in ended:
-            slot = self.rows.index(row)
-            self.cache.retire(slot, len(self.rows) - 1)
-            self.rows[slot] = self.rows[-1]
-            self.rows.pop()
-        if self.rows:
-            self._encode_windows({row for row in self.rows if finished[row]})
+        self.num_unread += 1
+        if self.num_unread < self.check_interval:
+            self._encode_unread_windows()
+            return
+        moved_on = self._read(finished)
+        if self.rows and self.check_interval == 1:
+            self._encode_windows(moved_on)
+        elif self.rows:
+            self._encode_unread_windows()
 
-    def _denoise(self) -> list[bool]:
-        """Choose and commit tokens in every row's block; say by row whether its block is finished."""
-        settings, mask_id = self.settings, self.settings.mask_token_id
-        rows = torch.tensor(self.rows, device=self.device)
-        start = torch.tensor([self._block_start(row) for row in self.rows], device=self.device)
-        cell = (rows[:, None], start[:, None] + torch.arange(settings.block_size, device=self.device))
-        block = self.table.ids[cell]
-        masked = block == mask_id
+    def _denoise(self) -> torch.Tensor:
+        """Choose and commit tokens in every row's block, and move the rows on; (n,) bool, which finished a block."""
+        settings, slots = self.settings, self.slots
+        size, start = settings.block_size, self.block_start[slots]
+        offset = start - self.table.lengths[slots]
+        cell = (slots[:, None], start[:, None] + torch.arange(size, device=self.device))
+        step = (slots, offset // size)
+        block, running = self.table.ids[cell], ~self.ended[slots]
+        masked = (block == settings.mask_token_id) & running[:, None]
         if self.hooks.processors:
             self._process_logits(masked)
         ids, confidence = choose_tokens(
-            self.logits, mask_id, settings.temperature, settings.top_k, settings.top_p, self.hooks.generator
+            self.logits,
+            settings.mask_token_id,
+            settings.temperature,
+            settings.top_k,
+            settings.top_p,
+            self.hooks.generator,
         )
-        quota = self.schedule[torch.tensor([self.steps[row][-1] for row in self.rows], device=self.device)]
+        quota = self.schedule[self.steps[step].clamp(max=len(self.schedule) - 1)]
         rule = REMASKING_RULES[settings.remasking_strategy]
         commit = rule(confidence, masked, quota, settings.confidence_threshold)
         block = torch.where(commit, ids, block)
         self.table.ids[cell] = block
         self.confidences[cell] = torch.where(commit, confidence, self.confidences[cell])
-        for row in self.rows:
-            self.steps[row][-1] += 1
+        self.steps[step] += running
         self._report(block, commit, confidence)
-        finished = dict(zip(self.rows, (block != mask_id).all(-1).tolist(), strict=True))
-        return [finished.get(row, False) for row in range(len(self.steps))]
+
+        finished = running & (block != settings.mask_token_id).all(-1)
+        length, ends = self._response_end(block, offset)
+        self.response_length[slots] = torch.where(finished, length, self.response_length[slots])
+        self.ended[slots] |= finished & ends
+        self.carries[slots] = finished & ~ends
+        self.block_start[slots] += size * (finished & ~ends)
+        return finished
+
+    def _response_end(self, block: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Response tokens up to the end of each finished block (n, block size), EOS and limit heeded; is it the end?"""
+        room = (self.settings.max_new_tokens - offset).clamp(max=self.settings.block_size)
+        place = torch.arange(self.settings.block_size, device=self.device)
+        is_eos = torch.isin(block, self.eos) & (place < room[:, None])
+        kept = torch.where(is_eos.any(-1), is_eos.long().argmax(-1) + 1, room)
+        length = offset + kept
+        return length, is_eos.any(-1) | (length == self.settings.max_new_tokens)
 
     def _process_logits(self, masked: torch.Tensor) -> None:
         """Run the logits processors at every undecided position with the committed tokens left of it."""
         logits = self.logits.float()
         for slot, row in enumerate(self.rows):
-            start = self._block_start(row)
             for offset in masked[slot].nonzero()[:, 0].tolist():
-                left = self.table.ids[row, : start + offset]
+                left = self.table.ids[row, : self.starts[row] + offset]
                 left = left[left != self.settings.mask_token_id]
                 logits[slot, offset] = self.hooks.processors(left[None], logits[slot, offset][None])[0]
         self.logits = logits
@@ -282,36 +387,76 @@ class BlockDecoder:
             self.hooks.streamer.put_draft(value=block.cpu())
         if self.hooks.keep_history:
             for row, *parts in zip(self.rows, block.cpu(), commit.cpu(), confidence.cpu(), strict=True):
-                self.history[row].append(DenoisingStep(len(self.steps[row]) - 1, *parts))
+                index = (self.starts[row] - self.lengths[row]) // self.settings.block_size
+                self.history[row].append(DenoisingStep(index, *parts))
 
-    def _finish_block(self, row: int) -> bool:
-        """Find the end of the response in a finished block; without one, go to the next block. True if it ended."""
-        size, start = self.settings.block_size, self._block_start(row)
-        done = start - self.lengths[row]
-        tokens = self.table.ids[row, start : start + size][: self.settings.max_new_tokens - done]
-        is_eos = torch.isin(tokens, self.eos).tolist()
-        kept = is_eos.index(True) + 1 if any(is_eos) else len(tokens)
-        ended = any(is_eos) or done + kept == self.settings.max_new_tokens or time.monotonic() > self.hooks.deadline
+    def _read(self, finished: torch.Tensor) -> set[int]:
+        """Read who has ended and where the others are, run the caller's hooks, and let ended rows leave.
+
+        Returns the rows that moved on to another block in the last step.
+        """
+        if self.hooks.watch_blocks:
+            for row, is_finished in zip(self.rows, finished.tolist(), strict=True):
+                if is_finished:
+                    self._show_block(row)
+        state = torch.stack([self.block_start[self.slots], self.ended[self.slots].long()]).tolist()
+        self.num_host_checks += 1
+        moved_on, ended = set(), []
+        for row, start, is_ended in zip(self.rows, *state, strict=True):
+            if is_ended:
+                ended.append(row)
+            elif start > self.starts[row]:
+                moved_on.add(row)
+            self.starts[row] = start
+        self._retire(ended)
+        self.num_unread = 0
+        return moved_on
+
+    def _show_block(self, row: int) -> None:
+        """Show a finished block to the stopping criteria, prefix by prefix, and to the streamer."""
+        start = self.starts[row]
+        kept = int(self.response_length[row]) - (start - self.lengths[row])
+        stopped = time.monotonic() > self.hooks.deadline
         for count in range(1, kept + 1) if self.hooks.criteria else ():
             if bool(self.hooks.criteria(self.table.ids[row, : start + count][None], None).all()):
-                kept, ended = count, True
+                kept, stopped = count, True
                 break
         if self.hooks.streamer is not None:
-            self.hooks.streamer.put(tokens[None, :kept].cpu())
-        self.response_lengths[row] = done + kept
-        if not ended:
-            self.steps[row].append(0)
-        return ended
+            self.hooks.streamer.put(self.table.ids[row, start : start + kept][None].cpu())
+        if stopped:
+            self.response_length[row] = start - self.lengths[row] + kept
+            self.ended[row] = True
+
+    def _retire(self, ended: list[int]) -> None:
+        """Let rows leave the computation."""
+        for row in ended:
+            slot = self.rows.index(row)
+            self.cache.retire(slot, len(self.rows) - 1)
+            self.rows[slot] = self.rows[-1]
+            self.rows.pop()
+        if ended:
+            self.slots = torch.tensor(self.rows, dtype=torch.long, device=self.device)
 
     def _encode_windows(self, moved_on: set[int]) -> None:
         """Encode every row's block; rows that moved on encode their finished block, now clean, in the same window."""
         size = self.settings.block_size
-        carried = torch.tensor([size if row in moved_on else 0 for row in self.rows], device=self.device)
-        start = torch.tensor([self._block_start(row) for row in self.rows], device=self.device)
+        starts = [self.starts[row] - (size if row in moved_on else 0) for row in self.rows]
+        alike = len(moved_on) in (0, len(self.rows))
         width = 2 * size if moved_on else size
-        end = max(self._block_start(row) + (width if row not in moved_on else size) for row in self.rows)
-        hidden = self.encoder.encode(torch.tensor(self.rows, device=self.device), start - carried, width, end)
+        hidden = self.encoder.encode(
+            self.slots, starts, width, num_carried=(size if moved_on else 0) if alike else None
+        )
         self.num_forwards["commit+denoise" if moved_on else "denoise"] += 1
+        self.logits = self._block_logits(hidden, size * self.carries[self.slots])
+
+    def _encode_unread_windows(self) -> None:
+        """The same between two readings of the host: every window is two blocks wide."""
+        size, carried = self.settings.block_size, self.settings.block_size * self.carries[self.slots]
+        end = max(self.starts[row] for row in self.rows) + (self.num_unread + 2) * size
+        first = self.block_start[self.slots] - carried
+        hidden = self.encoder.encode_unread(self.slots, first, 2 * size, min(end, self.table.num_columns))
+        running = ~self.ended[self.slots]
+        self.unread_kinds.append(torch.stack([running.any(), (running & self.carries[self.slots]).any()]))
         self.logits = self._block_logits(hidden, carried)
 
     def _block_logits(self, hidden: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
@@ -320,33 +465,33 @@ class BlockDecoder:
         columns = columns.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
         return self.model.lm_head(hidden.gather(1, columns)).to(self.device)
 
-    def _block_start(self, row: int) -> int:
-        """Column of the first token of the row's current block."""
-        return self.lengths[row] + (len(self.steps[row]) - 1) * self.settings.block_size
-
     def responses(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Response ids (rows, longest) padded on the right, and the confidence of each token, 0 for padding."""
-        longest = max(self.response_lengths)
-        columns = torch.arange(longest, device=self.device)
+        columns = torch.arange(int(self.response_length.max()), device=self.device)
         cell = (torch.arange(len(self.lengths), device=self.device)[:, None], self.table.lengths[:, None] + columns)
-        padding = columns >= torch.tensor(self.response_lengths, device=self.device)[:, None]
+        padding = columns >= self.response_length[:, None]
         ids = self.table.ids[cell].masked_fill(padding, self.settings.pad_token_id)
         return ids, self.confidences[cell].masked_fill(padding, 0.0)
 
     def tokens_per_forward(self) -> torch.Tensor:
-        """(rows,) response tokens over forwards; each forward of a row is one of its steps, nothing else is encoded."""
-        forwards = torch.tensor([sum(steps) for steps in self.steps])
-        return torch.tensor(self.response_lengths) / forwards
+        """(rows,) response tokens over forwards: the row's steps, and those of its prompt that held no step."""
+        return (self.response_length / (self.steps.sum(-1) + self.num_prefill_forwards)).cpu()
 
     def step_counts(self) -> torch.Tensor:
         """(rows, blocks) steps of each block, 0 where a row has no such block."""
-        blocks = max(len(steps) for steps in self.steps)
-        return torch.tensor([steps + [0] * (blocks - len(steps)) for steps in self.steps])
+        return self.steps[:, : int(self.steps.any(0).sum())].cpu()
+
+    def forwards_by_kind(self) -> dict[str, int]:
+        """Forwards of the language model; `overrun` are those that no row had a use for."""
+        kinds = Counter(self.num_forwards)
+        for running, carrying in torch.stack(self.unread_kinds).tolist() if self.unread_kinds else ():
+            kinds["commit+denoise" if carrying else "denoise" if running else "overrun"] += 1
+        return dict(kinds)
 
     def reference_statistics(self) -> dict[str, Any]:
         """The reference's `return_step_stats`, with tokens counted to the first EOS."""
         counts = self.step_counts()
-        tokens, steps = sum(self.response_lengths), int(counts.sum())
+        tokens, steps = int(self.response_length.sum()), int(counts.sum())
         return {
             "block_step_counts": counts,
             "num_response_tokens": tokens,
@@ -359,14 +504,13 @@ class BlockDecoder:
 
         A response's blocks begin where its prompt ended: only behind a prompt of whole blocks they fit that partition.
         """
-        size, encoded = self.settings.block_size, []
-        for row, length in enumerate(self.lengths):
+        encoded = []
+        for row, (length, committed) in enumerate(zip(self.lengths, self.block_start.tolist(), strict=True)):
             known = contents[row // self.settings.num_return_sequences]
-            whole = length // size * size
+            whole = length // self.settings.block_size * self.settings.block_size
             if whole == length:
-                committed = (len(self.steps[row]) - 1) * size
-                known = torch.cat([known, self.table.ids[row, length : length + committed].cpu()])
-                whole = length + committed
+                known = torch.cat([known, self.table.ids[row, length:committed].cpu()])
+                whole = committed
             encoded.append(known[:whole])
         return encoded
 

@@ -217,7 +217,7 @@ class BardVLGenerationMixin:
                 tokens_per_forward=decoder.tokens_per_forward(),
                 past_key_values=cache,
                 block_step_counts=decoder.step_counts(),
-                num_forwards=dict(decoder.num_forwards),
+                num_forwards=decoder.forwards_by_kind(),
                 num_encoded_tokens=(prompt.lengths - reused).repeat_interleave(settings.num_return_sequences).cpu(),
                 confidences=confidences,
                 history=decoder.history if output_history else None,
@@ -279,13 +279,13 @@ class BardVLGenerationMixin:
         rows = torch.arange(len(answers), device=input_ids.device)
         with cache.generation([torch.empty(0)] * len(input_ids), block_size):
             encoder = WindowEncoder(self, table, cache)
-            encoder.encode_prompts(prompt, 0, prompt.input_ids.shape[1])
+            encoder.encode_prompts(prompt, 0, 0)
             if len(answers) > len(input_ids):
                 cache.repeat_rows(len(answers))
                 table.repeat_rows(len(answers))
             columns = table.lengths[:, None] + torch.arange(answers.shape[1], device=input_ids.device)
             table.ids.scatter_(1, columns, answers.masked_fill(answers < 0, mask_token_id))
-            encoder.encode(rows, table.lengths, num_columns, table.num_columns)
+            encoder.encode(rows, table.lengths.tolist(), num_columns)
 
             # 3. Mask the answer's tokens one at a time, a chunk of masked copies of blocks a forward
             scores = []

@@ -16,6 +16,7 @@ DEFAULTS: dict[str, Any] = {
     "max_new_tokens": 256,
     "remasking_strategy": "low_confidence_dynamic",
     "confidence_threshold": 0.9,
+    "check_interval": 1,
     "top_k": 0,
     "top_p": 1.0,
     "num_return_sequences": 1,
@@ -28,6 +29,7 @@ BLOCK_DIFFUSION_FIELDS = (
     "denoising_steps",
     "remasking_strategy",
     "confidence_threshold",
+    "check_interval",
     "mask_token_id",
     "return_step_stats",
     "output_history",
@@ -46,6 +48,7 @@ SHARED_FIELDS = (
     "num_return_sequences",
     "return_dict_in_generate",
     "use_cache",
+    "prefill_chunk_size",
     "cache_implementation",
 )
 FIELDS = BLOCK_DIFFUSION_FIELDS + SAMPLING_FIELDS + TOKEN_FIELDS + SHARED_FIELDS
@@ -72,6 +75,12 @@ class BardVLGenerationConfig(GenerationConfig):
         repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens: as in transformers, applied to each
             position given the prompt and the committed tokens left of it.
         num_return_sequences (`int`, defaults to 1): responses per prompt; the prompt is encoded once.
+        check_interval (`int`, defaults to 1): forwards between two looks of the host at who has ended. With 1 the
+            counts are exact and windows as narrow as can be; more saves synchronisations on a GPU, makes every window
+            two blocks wide, and may run up to that many forwards too many. Streamers, criteria, processors and history
+            look at every step.
+        prefill_chunk_size (`int`): tokens of a prompt that are encoded together, cut to whole blocks; bounds the
+            memory that a long prompt takes, and costs a forward a chunk.
         mask_token_id, eos_token_id, pad_token_id, bos_token_id: token ids; default to the model config's.
         return_dict_in_generate, return_step_stats, output_history (`bool`): what `generate` returns.
 
@@ -101,7 +110,8 @@ class BardVLGenerationConfig(GenerationConfig):
             return
         for name, minimum in (("max_new_tokens", 1), ("max_length", 1), ("block_size", 1), ("denoising_steps", 1),
                               ("num_return_sequences", 1), ("top_k", 0), ("mask_token_id", 0), ("pad_token_id", 0),
-                              ("no_repeat_ngram_size", 0)):  # fmt: skip
+                              ("no_repeat_ngram_size", 0),
+                              ("check_interval", 1), ("prefill_chunk_size", 1)):  # fmt: skip
             check_integer(name, getattr(self, name), minimum=minimum, optional=True)
         check_number("confidence_threshold", self.confidence_threshold, 0.0, 1.0)
         check_number("temperature", self.temperature, 0.0, math.inf)
@@ -175,6 +185,8 @@ class DecodingSettings:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     num_return_sequences: int
+    check_interval: int
+    prefill_chunk_size: int | None
 
     @classmethod
     def resolve(cls, config: BardVLGenerationConfig, model_config: Any, prompt_length: int) -> "DecodingSettings":
@@ -198,6 +210,7 @@ class DecodingSettings:
         temperature = config.temperature
         if config.do_sample is False or (temperature is None and not config.do_sample):
             temperature = 0.0
+        chunk = config.prefill_chunk_size
         vocab_size = model_config.get_text_config().vocab_size
         eos = token_ids(config.eos_token_id)
         if not eos and vocab_size > DEFAULT_EOS_TOKEN_ID:
@@ -219,6 +232,8 @@ class DecodingSettings:
             eos_token_ids=eos,
             pad_token_id=pad,
             num_return_sequences=setting(config, "num_return_sequences"),
+            check_interval=setting(config, "check_interval"),
+            prefill_chunk_size=chunk and max(chunk // block_size, 1) * block_size,
         )
 
 

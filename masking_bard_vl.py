@@ -6,6 +6,8 @@ earlier ones (arXiv 2604.16514, figure 3b). Nothing here knows of a model.
 
 import torch
 
+from .attention_bard_vl import ATTENTION_NAME
+
 PADDING_BLOCK = -1
 
 
@@ -72,7 +74,7 @@ def to_attention_mask(visible: torch.Tensor, implementation: str, dtype: torch.d
     """
     check_attention_implementation(implementation)
     visible = visible[:, None] if visible.ndim == 3 else visible
-    if implementation == "sdpa":
+    if implementation != "eager":
         return visible
     # Eager attention adds its mask: a boolean one would be silently wrong.
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
@@ -80,9 +82,10 @@ def to_attention_mask(visible: torch.Tensor, implementation: str, dtype: torch.d
 
 def check_attention_implementation(implementation: str | None) -> None:
     """Refuse by name what would silently attend causally or ignore a 4-D mask."""
-    if implementation not in ("sdpa", "eager"):
+    if implementation not in (ATTENTION_NAME, "sdpa", "eager"):
         raise ValueError(
-            f"Bard-VL's text layers support the attention implementations 'sdpa' and 'eager', not {implementation!r}; "
+            f"Bard-VL's text layers support the attention implementations '{ATTENTION_NAME}' (default), 'sdpa' and "
+            f"'eager', not {implementation!r}; "
             "the vision tower may have another: attn_implementation={'text_config': 'sdpa', 'vision_config': ...}"
         )
 

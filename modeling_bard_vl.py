@@ -12,6 +12,7 @@ from torch import nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditionalGeneration, Qwen3VLModel
 
 # The loader of transformers 4.57 copies only what this file imports itself: the helpers of helpers are named here too.
+from .attention_bard_vl import ATTENTION_NAME
 from .cache_bard_vl import BardVLCache
 from .configuration_bard_vl import BardVLConfig
 from .decoding_bard_vl import BlockDecoder
@@ -198,6 +199,8 @@ class BardVLForConditionalGeneration(BardVLGenerationMixin, Qwen3VLForConditiona
     def __init__(self, config: BardVLConfig):
         # Before transformers looks for the package of an implementation that would then be refused.
         check_attention_implementation(config.text_config._attn_implementation or "sdpa")
+        if config.text_config._attn_implementation is None:  # nobody asked for another
+            config.text_config._attn_implementation = ATTENTION_NAME
         # Not the parent's own `__init__`, which would build a second, causal trunk first.
         super(Qwen3VLForConditionalGeneration, self).__init__(config)
         self.model = BardVLModel(config)

@@ -34,7 +34,7 @@ def tensors_of(tensors: dict[str, torch.Tensor], case: str) -> dict[str, torch.T
     return {name.split(".", 1)[1]: value for name, value in tensors.items() if name.startswith(case + ".")}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["bard_vl", "sdpa", "eager"])
 @pytest.mark.parametrize(("folder", "case"), cases_of("prefill_logits"))
 def test_block_causal_prefill_logits(folder: str, case: str, attention: str) -> None:
     model, tensors, cases = load(folder)
@@ -49,7 +49,7 @@ def test_block_causal_prefill_logits(folder: str, case: str, attention: str) -> 
                 **{name: golden[name] for name in VISUAL if name in golden},
             ).logits
     finally:
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation("bard_vl")
     torch.testing.assert_close(logits, golden["logits"], atol=1e-4, rtol=0)
     positions = model.get_position_ids(
         golden["input_ids"], **{name: golden.get(name) for name in ("image_grid_thw", "video_grid_thw")}
@@ -57,12 +57,21 @@ def test_block_causal_prefill_logits(folder: str, case: str, attention: str) -> 
     assert torch.equal(positions[1:], golden["position_ids"])
 
 
+MODES = {
+    "as it comes": {},
+    "one block a chunk": {"prefill_chunk_size": 1},
+    "the host looks every third step": {"check_interval": 3},
+    "both": {"prefill_chunk_size": 1, "check_interval": 5},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("folder", "case"), cases_of("generate"))
-def test_generated_tokens_and_steps(folder: str, case: str) -> None:
+def test_generated_tokens_and_steps(folder: str, case: str, mode: str) -> None:
     model, tensors, cases = load(folder)
     golden, arguments = tensors_of(tensors, case), cases[case]["arguments"]
     inputs = {name: golden[name] for name in ("input_ids", *VISUAL) if name in golden}
-    ids, stats = model.generate(inputs, return_step_stats=True, **arguments)
+    ids, stats = model.generate(inputs, return_step_stats=True, **arguments, **MODES[mode])
     expected = golden["output_ids"][0, : arguments["max_new_tokens"]].tolist()
     if arguments["eos_token_id"] in expected:
         expected = expected[: expected.index(arguments["eos_token_id"]) + 1]

@@ -1,0 +1,82 @@
+"""Attention of the text layers: no mask inside a block, none repeated keys and values, registered under our own name.
+
+Inside a block every query sees the whole prefix and its block, so scaled dot-product attention needs no mask and its
+flash kernels apply. transformers' own `sdpa` would attend causally without a mask.
+"""
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+
+ATTENTION_NAME = "bard_vl"
+
+
+def block_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    num_clean: int = 0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention in transformers' calling convention.
+
+    Args:
+        module: the attention layer, unused.
+        query: (batch, heads, queries, head size).
+        key, value: (batch, key/value heads, keys, head size).
+        attention_mask: (batch, 1, queries, keys) boolean, or None: then every query sees every key, but for
+            `num_clean`.
+        scaling: of the products, 1 / sqrt(head size) by default.
+        dropout: of the weights, in training.
+        num_clean: without a mask, the first so many queries do not see the keys of the queries behind them: a finished
+            block in front of the next one.
+
+    Returns:
+        (batch, queries, heads, head size), and None for the weights.
+    """
+    if attention_mask is None and num_clean:
+        hidden = key.shape[2] - (query.shape[2] - num_clean)
+        clean = attend(query[:, :, :num_clean], key[:, :, :hidden], value[:, :, :hidden], None, scaling, dropout)
+        behind = attend(query[:, :, num_clean:], key, value, None, scaling, dropout)
+        output = torch.cat([clean, behind], dim=2)
+    else:
+        output = attend(query, key, value, attention_mask, scaling, dropout)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    """Grouped-query attention with the heads of a group as further queries of their shared keys.
+
+    So the keys and values are neither repeated nor copied; only a mask is repeated.
+    """
+    batch, heads, queries, size = query.shape
+    groups = heads // key.shape[1]
+    query = query.reshape(batch, key.shape[1], groups * queries, size)
+    if mask is not None and groups > 1:
+        mask = mask.expand(batch, 1, queries, key.shape[2]).repeat(1, 1, groups, 1)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+    )
+    return output.reshape(batch, heads, queries, size)
+
+
+def no_mask(*args: Any, **kwargs: Any) -> None:
+    """Whatever needs a mask is given one."""
+
+
+AttentionInterface.register(ATTENTION_NAME, block_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, no_mask)
+
+__all__ = ["ATTENTION_NAME", "block_attention"]
