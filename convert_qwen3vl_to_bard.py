@@ -37,8 +37,8 @@ MAX_HEADER_SIZE = 100_000_000  # the safetensors library reads no longer header
 DTYPE_SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 DEFAULT_BLOCK_SIZE = 4  # the anchor, where training from autoregressive weights starts
 DEFAULT_MASK_TOKEN_ID = 151_671
+# Greedy, which is what no temperature means; a stated 0 makes transformers' loader warn.
 GENERATION_SETTINGS = {
-    "temperature": 0.0,
     "remasking_strategy": "low_confidence_dynamic",
     "confidence_threshold": 0.9,
     "max_new_tokens": 256,
@@ -844,7 +844,7 @@ print(processor.batch_decode(response, skip_special_tokens=True)[0])
 | `block_size` | {block_size} | tokens per block; stands in config.json, since a model is trained for it |
 | `confidence_threshold` | {confidence_threshold} | a likelier token is kept; lower is faster (at block size 16: 0.5) |
 | `remasking_strategy` | {remasking_strategy} | which masked tokens each step keeps |
-| `temperature` | {temperature} | 0 is greedy |
+| `temperature` | 0 | greedy; more samples |
 | `max_new_tokens` | {max_new_tokens} | longest response |
 | `mask_token_id` | {mask_token_id} | the row of the embedding that stands for a masked token |
 

@@ -18,7 +18,7 @@ NO_ID = 511  # an id that the tiny models do not generate in these tests, as the
 
 
 @cache
-def load(attention: str = "sdpa") -> BardVLForConditionalGeneration:
+def load(attention: str = "bard_vl") -> BardVLForConditionalGeneration:
     path = Path(__file__).parent / "golden" / "untied"
     return BardVLForConditionalGeneration.from_pretrained(
         path, dtype=torch.float32, mask_token_id=MASK, attn_implementation=attention

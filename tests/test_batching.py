@@ -119,7 +119,7 @@ def widths_seen(model: Any) -> tuple[list[int], Any]:
     return seen, hook
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["bard_vl", "eager"])
 @settings(max_examples=50)
 @given(batch=st.lists(ragged.rows(), min_size=1, max_size=5), arguments=ragged.settings())
 def test_a_row_in_a_padded_batch_is_the_row_alone(
@@ -241,8 +241,10 @@ def test_a_second_turn_on_a_batch_cache_is_each_rows_own_second_turn(
 
 @settings(max_examples=12)
 @given(row=ragged.rows(), arguments=ragged.settings())
-def test_eager_attention_gives_the_tokens_of_sdpa(tally: Counter[str], row: Any, arguments: dict[str, Any]) -> None:
-    compare(tally, Alone.run(load("sdpa"), row, arguments), generate(load("eager"), [row], **arguments), 0)
+def test_every_attention_gives_the_same_tokens(tally: Counter[str], row: Any, arguments: dict[str, Any]) -> None:
+    alone = Alone.run(load("sdpa"), row, arguments)
+    for attention in ("bard_vl", "eager"):
+        compare(tally, alone, generate(load(attention), [row], **arguments), 0)
 
 
 def block_of(place: int, prompt_length: int, size: int) -> int:
@@ -273,7 +275,7 @@ def state_at(row: Any, alone: Alone, step: int) -> list[int]:
     return row.ids + committed + alone.ids_before(step).tolist()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["bard_vl", "eager"])
 @settings(max_examples=20)
 @given(batch=st.lists(ragged.rows(), min_size=1, max_size=3), arguments=ragged.settings(), data=st.data())
 def test_a_blocks_logits_against_the_cache_are_those_of_one_full_forward(

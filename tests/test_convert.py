@@ -224,7 +224,6 @@ def test_generation_settings_are_greedy_and_keep_the_token_ids(tmp_path: Path) -
         "bos_token_id": ids.pad_token_id,
         "eos_token_id": [ids.eos_token_id, ids.pad_token_id],
         "pad_token_id": ids.pad_token_id,
-        "temperature": 0.0,
         "remasking_strategy": "low_confidence_dynamic",
         "confidence_threshold": 0.9,
         "max_new_tokens": 256,

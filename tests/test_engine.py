@@ -1,0 +1,174 @@
+"""The engine wastes nothing and every mode of it decides alike: forwards, host checks, masks and memory are counted."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from bard_vl import BardVLGenerationOutput
+from bard_vl.attention_bard_vl import block_attention
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ragged import Row, collate, load, rows
+from ragged import settings as arguments_of
+from torch.overrides import TorchFunctionMode
+
+SYNCHRONISING = {
+    getattr(torch.Tensor, name) for name in ("item", "tolist", "cpu", "nonzero", "__bool__", "__int__", "__index__")
+}
+
+
+def run(batch: list[Row], **arguments: Any) -> BardVLGenerationOutput:
+    return load().generate(**collate(batch), return_dict_in_generate=True, **arguments)
+
+
+def assert_same(output: BardVLGenerationOutput, expected: BardVLGenerationOutput) -> None:
+    assert torch.equal(output.sequences, expected.sequences)
+    assert torch.equal(output.block_step_counts, expected.block_step_counts)
+    torch.testing.assert_close(output.confidences, expected.confidences, atol=1e-4, rtol=1e-3)
+
+
+class HostChecks(TorchFunctionMode):
+    """Counts the calls that make the host wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function in SYNCHRONISING
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def forwards_of(model: Any) -> Iterator[list[dict[str, Any]]]:
+    """What each forward of the language model is called with: rows, width, whether there is a mask, its size."""
+    seen: list[dict[str, Any]] = []
+
+    def look(_module: Any, _args: Any, kwargs: Any) -> None:
+        mask, shape = kwargs["attention_mask"], kwargs["inputs_embeds"].shape
+        seen.append({"rows": shape[0], "width": shape[1], "mask": 0 if mask is None else mask.numel()})
+
+    hook = model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@settings(max_examples=40)
+@given(
+    batch=st.lists(rows(), min_size=1, max_size=5),
+    arguments=arguments_of(),
+    chunk=st.sampled_from([None, 1, 7, 16]),
+    interval=st.integers(1, 4),
+)
+def test_every_mode_decides_alike(
+    batch: list[Row], arguments: dict[str, Any], chunk: int | None, interval: int
+) -> None:
+    output = run(batch, prefill_chunk_size=chunk, check_interval=interval, **arguments)
+    assert_same(output, run(batch, **arguments))
+
+
+@settings(max_examples=20)
+@given(batch=st.lists(rows(), min_size=1, max_size=4), arguments=arguments_of(), chunk=st.integers(1, 20))
+def test_chunks_cost_a_forward_each_and_the_last_one_holds_the_first_step(
+    batch: list[Row], arguments: dict[str, Any], chunk: int
+) -> None:
+    size = arguments["block_size"]
+    whole = max(chunk // size, 1) * size
+    num_chunks = -(-max(len(row.ids) for row in batch) // whole)
+    with forwards_of(load()) as seen:
+        output = run(batch, prefill_chunk_size=chunk, **arguments)
+    assert output.num_forwards.get("prefill", 0) == num_chunks - 1
+    assert len(seen) == sum(output.num_forwards.values())
+    assert max(forward["width"] for forward in seen) <= max(whole + size, 2 * size)
+    steps = output.block_step_counts.sum(-1)
+    lengths = (output.confidences > 0).sum(-1)
+    torch.testing.assert_close(output.tokens_per_forward, lengths / (steps + num_chunks - 1))
+
+
+def test_one_row_sees_a_mask_for_its_prompt_alone() -> None:
+    row = Row().add_text(21, 0)
+    with forwards_of(load()) as seen:
+        run([row], block_size=8, denoising_steps=4, remasking_strategy="low_confidence_static", max_new_tokens=32)
+    assert [forward["mask"] > 0 for forward in seen] == [True] + [False] * 15
+    assert [forward["width"] for forward in seen] == [29] + ([8] * 3 + [16]) * 3 + [8] * 3
+
+
+def test_rows_side_by_side_need_no_mask_either() -> None:
+    batch = [Row().add_text(16, seed) for seed in range(3)]
+    with forwards_of(load()) as seen:
+        run(batch, block_size=8, denoising_steps=2, remasking_strategy="low_confidence_static", max_new_tokens=24)
+    assert [forward["mask"] > 0 for forward in seen] == [True] + [False] * 5
+
+
+@pytest.mark.parametrize("num_rows", [1, 4])
+@pytest.mark.parametrize("interval", [1, 2, 5])
+def test_host_checks_once_an_interval(num_rows: int, interval: int) -> None:
+    batch = [Row().add_text(12 + seed, seed) for seed in range(num_rows)]
+    counts = []
+    for num_blocks in (2, 12):
+        with HostChecks() as checks:
+            output = run(
+                batch,
+                block_size=4,
+                denoising_steps=4,
+                remasking_strategy="low_confidence_static",
+                max_new_tokens=4 * num_blocks,
+                check_interval=interval,
+            )
+        forwards = sum(output.num_forwards.values())
+        assert 0 <= forwards - 4 * num_blocks < interval
+        assert output.num_forwards.get("overrun", 0) == forwards - 4 * num_blocks
+        counts.append(checks.count)
+    # What a call reads once cancels out; ten blocks of four steps lie between the two.
+    assert counts[1] - counts[0] == -(-48 // interval) - -(-8 // interval)
+
+
+@pytest.mark.parametrize("num_clean", [0, 3])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+def test_attention_without_mask_equals_attention_with_one(num_clean: int, heads: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, heads[0], 6, 8, generator=generator)
+    key, value = (torch.randn(2, heads[1], 20, 8, generator=generator) for _ in range(2))
+    visible = torch.ones(2, 1, 6, 20, dtype=torch.bool)
+    visible[:, :, :num_clean, 20 - (6 - num_clean) :] = num_clean == 0
+    repeated = [states.repeat_interleave(heads[0] // heads[1], dim=1) for states in (key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=visible).transpose(1, 2)
+    for mask in (None, visible):
+        output, weights = block_attention(torch.nn.Identity(), query, key, value, mask, num_clean=num_clean)
+        torch.testing.assert_close(output, expected)
+        assert weights is None
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[1])
+from ragged import Row, collate, load
+model, inputs = load(), collate([Row().add_text(16384, 0)])
+model.config.text_config.max_position_embeddings = 20000
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+chunk = int(sys.argv[2]) or None
+ids = model.generate(**inputs, block_size=16, denoising_steps=2, max_new_tokens=16, prefill_chunk_size=chunk)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, ids[0, -16:].tolist())
+"""
+
+
+def test_memory_of_a_16k_prompt_is_bounded_by_the_chunk() -> None:
+    peaks, tokens = [], []
+    for chunk in (0, 512):
+        command = [sys.executable, "-c", PEAK, __file__.rpartition("/")[0], str(chunk)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        peak, _, ids = output.partition(" ")
+        peaks.append(int(peak) / 1024)  # MiB
+        tokens.append(ids)
+    assert tokens[0] == tokens[1]
+    # The visibility of 16k by 16k tokens alone is 256 MiB, that of 512 by 16k 8 MiB.
+    assert peaks[0] > 256
+    assert peaks[1] < peaks[0] / 4
