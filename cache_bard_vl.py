@@ -19,12 +19,14 @@ class CacheWindow:
         start: the first of them where all rows have the same columns, which follow each other; else None.
         end: columns [0, end) are read.
         capacity: columns that this generation can need at most.
+        fixed: allocate all of them at once.
     """
 
     columns: torch.Tensor
     start: int | None
     end: int
     capacity: int
+    fixed: bool = False
 
 
 class BlockCacheLayer(DynamicLayer):
@@ -49,13 +51,14 @@ class BlockCacheLayer(DynamicLayer):
         return self.keys[:rows, :, : window.end], self.values[:rows, :, : window.end]
 
     def reserve(self, window: CacheWindow, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Grow by half, at most to the window's capacity, if the window's end lies outside."""
+        """Grow if the window's end lies outside: by half, at most to the window's capacity, or to it at once."""
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         have = self.keys.shape[2]
         if have < window.end:
-            extra = min(max(window.end, have + have // 2), window.capacity) - have
+            wanted = window.capacity if window.fixed else min(max(window.end, have + have // 2), window.capacity)
+            extra = wanted - have
             # Zeros, not empty memory: what is masked out still enters a product with a weight of zero.
             grow = [0, 0, 0, extra]
             self.keys = torch.nn.functional.pad(self.keys, grow)

@@ -17,10 +17,13 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from .attention_bard_vl import ATTENTION_NAME
 from .cache_bard_vl import BardVLCache, CacheWindow
+from .compilation_bard_vl import compiled_step
 from .generation_config_bard_vl import DecodingSettings
 from .inputs_bard_vl import Prompt, VisualFeatures
 from .masking_bard_vl import partition_sequence, to_attention_mask
 from .remasking_bard_vl import REMASKING_RULES, choose_tokens, transfer_schedule
+
+STATIC_COLUMNS = 256  # static caches have a multiple of so many columns, so that calls of similar lengths share a graph
 
 
 @dataclass
@@ -84,13 +87,19 @@ class TokenTable:
         return self.ids.shape[1]
 
     @classmethod
-    def lay_out(cls, prompt: Prompt, num_new_columns: int, block_size: int, mask_token_id: int) -> "TokenTable":
-        """Lay prompts out with room for `num_new_columns` response tokens, all undecided, behind each."""
+    def lay_out(
+        cls, prompt: Prompt, num_new_columns: int, block_size: int, mask_token_id: int, multiple: int = 1
+    ) -> "TokenTable":
+        """Lay prompts out with room for `num_new_columns` response tokens, all undecided, behind each.
+
+        The number of columns is rounded up to a multiple of `multiple`.
+        """
         rows, longest = prompt.input_ids.shape
         # One block to spare: a row that is not ready for the next block still takes part in a window of two.
-        columns = torch.arange(longest + num_new_columns + block_size, device=prompt.input_ids.device)
+        num_columns = -(-(longest + num_new_columns + block_size) // multiple) * multiple
+        columns = torch.arange(num_columns, device=prompt.input_ids.device)
         behind = columns[None] - prompt.lengths[:, None]
-        pad = [0, num_new_columns + block_size]
+        pad = [0, num_columns - longest]
         ids = torch.nn.functional.pad(prompt.input_ids, pad).masked_fill_(behind >= 0, mask_token_id)
         positions = torch.where(
             behind < 0,
@@ -117,8 +126,8 @@ class TokenTable:
 class WindowEncoder:
     """Encodes windows of a token table into hidden states, and their keys and values into a cache."""
 
-    def __init__(self, model: Any, table: TokenTable, cache: BardVLCache):
-        self.model, self.table, self.cache = model, table, cache
+    def __init__(self, model: Any, table: TokenTable, cache: BardVLCache, fixed: bool = False):
+        self.model, self.table, self.cache, self.fixed = model, table, cache, fixed
         self.attention = model.config.text_config._attn_implementation
         self.device = table.ids.device
 
@@ -163,7 +172,7 @@ class WindowEncoder:
         start, end = starts[0] if len(set(starts)) == 1 else None, max(starts) + width
         first = torch.tensor(starts, device=self.device)
         columns = first[:, None] + torch.arange(width, device=self.device)
-        window = CacheWindow(columns, start, end, max(end, self.table.num_columns))
+        window = CacheWindow(columns, start, end, max(end, self.table.num_columns), self.fixed)
         ids, positions, blocks = self.table.window(rows, columns)
         if start is not None and num_carried is not None and self.attention == ATTENTION_NAME:
             return self.forward(ids, positions, window, None, features, num_clean=num_carried)
@@ -272,8 +281,9 @@ class BlockDecoder:
         self.model, self.prompt, self.settings, self.cache, self.hooks = model, prompt, settings, cache, hooks
         size, copies = settings.block_size, settings.num_return_sequences
         num_blocks = -(-settings.max_new_tokens // size)
-        self.table = TokenTable.lay_out(prompt, num_blocks * size, size, settings.mask_token_id)
-        self.encoder = WindowEncoder(model, self.table, cache)
+        multiple = STATIC_COLUMNS if settings.is_static else 1
+        self.table = TokenTable.lay_out(prompt, num_blocks * size, size, settings.mask_token_id, multiple)
+        self.encoder = WindowEncoder(model, self.table, cache, settings.is_static)
         self.device = prompt.input_ids.device
         self.schedule = transfer_schedule(size, settings.denoising_steps).to(self.device)
         self.eos = torch.tensor(settings.eos_token_ids, dtype=torch.long, device=self.device)
@@ -290,7 +300,7 @@ class BlockDecoder:
         self.response_length = torch.zeros(num_rows, dtype=torch.long, device=self.device)
         self.confidences = torch.zeros(num_rows, self.table.num_columns, device=self.device)
         self.history: list[list[DenoisingStep]] = [[] for _ in range(num_rows)]
-        self.logits = torch.empty(0)
+        self.choice = (torch.empty(0), torch.empty(0))  # ids and confidence (n, block size) of the last forward
 
         self.num_forwards: Counter[str] = Counter()
         self.num_prefill_forwards = 0  # beyond the one that holds the first step
@@ -307,11 +317,12 @@ class BlockDecoder:
         if self.num_prefill_forwards:
             self.num_forwards["prefill"] += self.num_prefill_forwards
         self.num_forwards["prefill+denoise" if max(self.lengths) > reused else "denoise"] += 1
-        self.logits = self._block_logits(states.hidden, states.offsets)
+        hidden = self._block_states(states.hidden, states.offsets)
         if copies > 1:
             self.cache.repeat_rows(copies)
             self.table.repeat_rows(copies)
-            self.logits = self.logits.repeat_interleave(copies, dim=0)
+            hidden = hidden.repeat_interleave(copies, dim=0)
+        self.choice = self._choose(self.model.lm_head(hidden))
 
     def step(self) -> None:
         """Decide on the last forward's logits, let rows end or move on, and encode the next forward's windows."""
@@ -326,8 +337,22 @@ class BlockDecoder:
         elif self.rows:
             self._encode_unread_windows()
 
+    def _choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose a token for every position of each row's block, with its confidence."""
+        logits, settings = logits.to(self.device), self.settings
+        if self.hooks.processors:
+            logits = self._process_logits(logits)
+        return choose_tokens(
+            logits,
+            settings.mask_token_id,
+            settings.temperature,
+            settings.top_k,
+            settings.top_p,
+            self.hooks.generator,
+        )
+
     def _denoise(self) -> torch.Tensor:
-        """Choose and commit tokens in every row's block, and move the rows on; (n,) bool, which finished a block."""
+        """Commit tokens in every row's block, and move the rows on; (n,) bool, which finished a block."""
         settings, slots = self.settings, self.slots
         size, start = settings.block_size, self.block_start[slots]
         offset = start - self.table.lengths[slots]
@@ -335,16 +360,7 @@ class BlockDecoder:
         step = (slots, offset // size)
         block, running = self.table.ids[cell], ~self.ended[slots]
         masked = (block == settings.mask_token_id) & running[:, None]
-        if self.hooks.processors:
-            self._process_logits(masked)
-        ids, confidence = choose_tokens(
-            self.logits,
-            settings.mask_token_id,
-            settings.temperature,
-            settings.top_k,
-            settings.top_p,
-            self.hooks.generator,
-        )
+        ids, confidence = self.choice
         quota = self.schedule[self.steps[step].clamp(max=len(self.schedule) - 1)]
         rule = REMASKING_RULES[settings.remasking_strategy]
         commit = rule(confidence, masked, quota, settings.confidence_threshold)
@@ -371,15 +387,17 @@ class BlockDecoder:
         length = offset + kept
         return length, is_eos.any(-1) | (length == self.settings.max_new_tokens)
 
-    def _process_logits(self, masked: torch.Tensor) -> None:
+    def _process_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """Run the logits processors at every undecided position with the committed tokens left of it."""
-        logits = self.logits.float()
+        logits, mask_token_id = logits.float(), self.settings.mask_token_id
         for slot, row in enumerate(self.rows):
-            for offset in masked[slot].nonzero()[:, 0].tolist():
-                left = self.table.ids[row, : self.starts[row] + offset]
-                left = left[left != self.settings.mask_token_id]
+            start = self.starts[row]
+            block = self.table.ids[row, start : start + self.settings.block_size]
+            for offset in (block == mask_token_id).nonzero()[:, 0].tolist():
+                left = self.table.ids[row, : start + offset]
+                left = left[left != mask_token_id]
                 logits[slot, offset] = self.hooks.processors(left[None], logits[slot, offset][None])[0]
-        self.logits = logits
+        return logits
 
     def _report(self, block: torch.Tensor, commit: torch.Tensor, confidence: torch.Tensor) -> None:
         """Hand a draft to the streamer and keep the history, if asked."""
@@ -428,7 +446,10 @@ class BlockDecoder:
             self.ended[row] = True
 
     def _retire(self, ended: list[int]) -> None:
-        """Let rows leave the computation."""
+        """Let rows leave the computation; where its shapes are fixed, all of them at once."""
+        if self.settings.is_static:
+            self.rows = self.rows if len(ended) < len(self.rows) else []
+            return
         for row in ended:
             slot = self.rows.index(row)
             self.cache.retire(slot, len(self.rows) - 1)
@@ -439,31 +460,46 @@ class BlockDecoder:
 
     def _encode_windows(self, moved_on: set[int]) -> None:
         """Encode every row's block; rows that moved on encode their finished block, now clean, in the same window."""
-        size = self.settings.block_size
+        size, carried = self.settings.block_size, self.settings.block_size * self.carries[self.slots]
+        width = 2 * size if moved_on else size
+        self.num_forwards["commit+denoise" if moved_on else "denoise"] += 1
+        if self.settings.is_static:
+            self.choice = self._choose(self._static_logits(carried, width))
+            return
         starts = [self.starts[row] - (size if row in moved_on else 0) for row in self.rows]
         alike = len(moved_on) in (0, len(self.rows))
-        width = 2 * size if moved_on else size
-        hidden = self.encoder.encode(
-            self.slots, starts, width, num_carried=(size if moved_on else 0) if alike else None
-        )
-        self.num_forwards["commit+denoise" if moved_on else "denoise"] += 1
-        self.logits = self._block_logits(hidden, size * self.carries[self.slots])
+        hidden = self.encoder.encode(self.slots, starts, width, num_carried=(width - size) if alike else None)
+        self.choice = self._choose(self.model.lm_head(self._block_states(hidden, carried)))
 
     def _encode_unread_windows(self) -> None:
         """The same between two readings of the host: every window is two blocks wide."""
         size, carried = self.settings.block_size, self.settings.block_size * self.carries[self.slots]
+        running = ~self.ended[self.slots]
+        self.unread_kinds.append(torch.stack([running.any(), (running & self.carries[self.slots]).any()]))
+        if self.settings.is_static:
+            self.choice = self._choose(self._static_logits(carried, 2 * size))
+            return
         end = max(self.starts[row] for row in self.rows) + (self.num_unread + 2) * size
         first = self.block_start[self.slots] - carried
         hidden = self.encoder.encode_unread(self.slots, first, 2 * size, min(end, self.table.num_columns))
-        running = ~self.ended[self.slots]
-        self.unread_kinds.append(torch.stack([running.any(), (running & self.carries[self.slots]).any()]))
-        self.logits = self._block_logits(hidden, carried)
+        self.choice = self._choose(self.model.lm_head(self._block_states(hidden, carried)))
 
-    def _block_logits(self, hidden: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        """Logits (n, block, vocabulary) of the block that begins `offset` (n,) tokens into each window."""
+    def _static_logits(self, carried: torch.Tensor, width: int) -> torch.Tensor:
+        """Logits (n, block, vocabulary) by the compiled step; `carried` (n,) tokens come before each block."""
+        table, encoder, size = self.table, self.encoder, self.settings.block_size
+        columns = (self.block_start[self.slots] - carried)[:, None] + torch.arange(width, device=self.device)
+        ids, positions, blocks = table.window(self.slots, columns)
+        step = compiled_step(self.model, (len(self.rows), width, table.num_columns, size))
+        with self.cache.writing(CacheWindow(columns, None, table.num_columns, table.num_columns, True)):
+            return step(
+                self.model.model.language_model, self.model.lm_head, self.cache, ids, positions, blocks, table.blocks,
+                carried, size, encoder.attention,
+            )  # fmt: skip
+
+    def _block_states(self, hidden: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        """Hidden states (n, block, hidden) of the block that begins `offset` (n,) tokens into each window."""
         columns = offset[:, None] + torch.arange(self.settings.block_size, device=self.device)
-        columns = columns.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
-        return self.model.lm_head(hidden.gather(1, columns)).to(self.device)
+        return hidden.gather(1, columns.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def responses(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Response ids (rows, longest) padded on the right, and the confidence of each token, 0 for padding."""

@@ -232,6 +232,28 @@ class BardVLGenerationMixin:
             extras.append(decoder.reference_statistics())
         return (responses, *extras) if extras else responses
 
+    def warm_up(self, num_rows: int, prompt_length: int, **settings: Any) -> None:
+        """Compile, ahead of its use, the step that `generate` runs with `cache_implementation="static"`.
+
+        Args:
+            num_rows: prompts of a batch, times `num_return_sequences`.
+            prompt_length: tokens of the longest prompt.
+            settings: `max_new_tokens`, `block_size`, `mask_token_id`, `check_interval` of the calls to come, as far as
+                they differ from the model's own. Calls whose columns round up to the same multiple of 256 share a graph.
+        """
+        size = resolve_block_size(settings.get("block_size"), self.config)
+        mask_token_id = resolve_mask_token_id(settings.get("mask_token_id"), self.config)
+        self.generate(
+            torch.full((num_rows, prompt_length), int(mask_token_id == 0), device=self.lm_head.weight.device),
+            cache_implementation="static",
+            remasking_strategy="low_confidence_static",
+            denoising_steps=min(2, size),
+            eos_token_id=[],
+            # Two blocks run every width.
+            stopping_criteria=[lambda ids, _: torch.full((len(ids),), ids.shape[1] > prompt_length + size)],
+            **settings,
+        )
+
     @torch.no_grad()
     def score(
         self,

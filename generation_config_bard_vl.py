@@ -81,6 +81,8 @@ class BardVLGenerationConfig(GenerationConfig):
             look at every step.
         prefill_chunk_size (`int`): tokens of a prompt that are encoded together, cut to whole blocks; bounds the
             memory that a long prompt takes, and costs a forward a chunk.
+        cache_implementation (`"dynamic"` or `"static"`): a static cache has fixed shapes, and its steps are compiled,
+            once a shape: rows, block size, and columns in multiples of 256. Ended rows stay until all have ended.
         mask_token_id, eos_token_id, pad_token_id, bos_token_id: token ids; default to the model config's.
         return_dict_in_generate, return_step_stats, output_history (`bool`): what `generate` returns.
 
@@ -119,7 +121,7 @@ class BardVLGenerationConfig(GenerationConfig):
         check_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_below=True)
         check_number("max_time", self.max_time, 0.0, math.inf)
         check_choice("remasking_strategy", self.remasking_strategy, list(REMASKING_RULES))
-        check_choice("cache_implementation", self.cache_implementation, ["dynamic"])
+        check_choice("cache_implementation", self.cache_implementation, ["dynamic", "static"])
         check_choice("use_cache", self.use_cache, [True])
         for name in ("do_sample", "return_dict_in_generate", "return_step_stats", "output_history"):
             check_choice(name, getattr(self, name), [True, False])
@@ -187,6 +189,7 @@ class DecodingSettings:
     num_return_sequences: int
     check_interval: int
     prefill_chunk_size: int | None
+    is_static: bool
 
     @classmethod
     def resolve(cls, config: BardVLGenerationConfig, model_config: Any, prompt_length: int) -> "DecodingSettings":
@@ -213,7 +216,7 @@ class DecodingSettings:
         chunk = config.prefill_chunk_size
         vocab_size = model_config.get_text_config().vocab_size
         eos = token_ids(config.eos_token_id)
-        if not eos and vocab_size > DEFAULT_EOS_TOKEN_ID:
+        if config.eos_token_id is None and vocab_size > DEFAULT_EOS_TOKEN_ID:
             eos = (DEFAULT_EOS_TOKEN_ID,)
         pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if eos else 0)
         for name, token_id in [("eos_token_id", token_id) for token_id in eos] + [("pad_token_id", pad)]:
@@ -233,6 +236,7 @@ class DecodingSettings:
             pad_token_id=pad,
             num_return_sequences=setting(config, "num_return_sequences"),
             check_interval=setting(config, "check_interval"),
+            is_static=config.cache_implementation == "static",
             prefill_chunk_size=chunk and max(chunk // block_size, 1) * block_size,
         )
 

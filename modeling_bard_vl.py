@@ -14,6 +14,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditional
 # The loader of transformers 4.57 copies only what this file imports itself: the helpers of helpers are named here too.
 from .attention_bard_vl import ATTENTION_NAME
 from .cache_bard_vl import BardVLCache
+from .compilation_bard_vl import compiled_step
 from .configuration_bard_vl import BardVLConfig
 from .decoding_bard_vl import BlockDecoder
 from .generation_bard_vl import BardVLGenerationMixin
@@ -286,4 +287,5 @@ __all__ = [
     "BardVLGenerationConfig",
     "BardVLModel",
     "BlockDecoder",
+    "compiled_step",
 ]

@@ -28,11 +28,15 @@ class Contender(Protocol):
         name: what tables call it.
         is_block_diffusion: whether it is to give the engine's tokens.
         is_batched: whether it decodes all prompts together.
+        is_optional: whether it may be impossible here, on this device or version.
+        dtype: of the weights.
     """
 
     name: str
     is_block_diffusion: bool
     is_batched: bool
+    is_optional: bool
+    dtype: torch.dtype
 
     def decode(self, prompts: list[torch.Tensor], task: Task, first_block_only: bool = False) -> Decoded:
         """Decode 1-D prompts; with `first_block_only` a call for whole responses that stops after the first block."""
@@ -41,10 +45,10 @@ class Contender(Protocol):
 class LadderContender:
     """A rung of the ladder, one prompt at a time."""
 
-    is_block_diffusion, is_batched = True, False
+    is_block_diffusion, is_batched, is_optional = True, False, False
 
     def __init__(self, model: Qwen3VLForConditionalGeneration, rung: Rung):
-        self.name, self.model, self.rung = rung.name, model, rung
+        self.name, self.model, self.rung, self.dtype = rung.name, model, rung, model.dtype
 
     def decode(self, prompts: list[torch.Tensor], task: Task, first_block_only: bool = False) -> Decoded:
         """See `Contender`."""
@@ -64,6 +68,7 @@ class EngineContender:
 
     def __init__(self, name: str, model: BardVLForConditionalGeneration, is_batched: bool, **settings: Any):
         self.name, self.model, self.is_batched, self.settings = name, model, is_batched, settings
+        self.dtype, self.is_optional = model.dtype, "cache_implementation" in settings
 
     def decode(self, prompts: list[torch.Tensor], task: Task, first_block_only: bool = False) -> Decoded:
         """See `Contender`."""
@@ -90,6 +95,7 @@ class AutoregressiveContender:
 
     def __init__(self, name: str, model: Qwen3VLForConditionalGeneration, **settings: Any):
         self.name, self.model, self.settings = name, model, settings
+        self.dtype, self.is_optional = model.dtype, "cache_implementation" in settings
 
     def decode(self, prompts: list[torch.Tensor], task: Task, first_block_only: bool = False) -> Decoded:
         """See `Contender`; the first block is the first `block_size` tokens."""
@@ -116,7 +122,7 @@ def _stop(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
     return torch.ones(len(ids), dtype=torch.bool, device=ids.device)
 
 
-def collate(prompts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def collate(prompts: list[torch.Tensor]) -> dict[str, Any]:
     """`input_ids` and `attention_mask` (batch, longest), padded on the left."""
     width = max(len(prompt) for prompt in prompts)
     padded = [torch.nn.functional.pad(prompt, [width - len(prompt), 0]) for prompt in prompts]

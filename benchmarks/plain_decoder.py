@@ -74,20 +74,15 @@ class Rung:
     fused_commit: bool = False
 
 
-LADDER = tuple(
-    accumulate(
-        (
-            {"name": "+ in-place cache", "in_place": True},
-            {"name": "+ no mask inside a block", "maskless": True},
-            {"name": "+ logits of the block alone", "block_logits": True},
-            {"name": "+ no host checks in a block", "device_rule": True},
-            {"name": "+ prefill with the first step", "fused_prefill": True},
-            {"name": "+ commit with the first step", "fused_commit": True},
-        ),
-        lambda rung, better: replace(rung, **better),
-        initial=Rung(),
-    )
+_BETTER: tuple[dict[str, Any], ...] = (
+    {"name": "+ in-place cache", "in_place": True},
+    {"name": "+ no mask inside a block", "maskless": True},
+    {"name": "+ logits of the block alone", "block_logits": True},
+    {"name": "+ no host checks in a block", "device_rule": True},
+    {"name": "+ prefill with the first step", "fused_prefill": True},
+    {"name": "+ commit with the first step", "fused_commit": True},
 )
+LADDER = tuple(accumulate(_BETTER, lambda rung, better: replace(rung, **better), initial=Rung()))
 
 
 class InPlaceLayer(DynamicLayer):
@@ -95,6 +90,7 @@ class InPlaceLayer(DynamicLayer):
 
     def __init__(self, capacity: int):
         super().__init__()
+        self.is_initialized = False
         self.capacity, self.length = capacity, 0
 
     def update(

@@ -104,11 +104,11 @@ def config_of(shape: Shape) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def fill_weights(model: nn.Module, shape: Shape, seed: int) -> None:
+def fill_weights(model: BardVLForConditionalGeneration, shape: Shape, seed: int) -> None:
     """Fill every matrix with noise of variance 1 / inputs.
 
-    With transformers' own, much smaller noise the masked positions of a block are near copies of each other, and rounding
-    would decide their order: no two decoders would agree on a token.
+    With transformers' own, much smaller noise the masked positions of a block are near copies of each other, and
+    rounding would decide their order: no two decoders would agree on a token.
     """
     generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
     for parameter in model.parameters():
@@ -133,20 +133,19 @@ def stock_twin(model: BardVLForConditionalGeneration, attention: str) -> Qwen3VL
     return twin.eval()
 
 
-def num_parameters(model: nn.Module) -> int:
+def num_parameters(model: BardVLForConditionalGeneration) -> int:
     """Parameters of the text stack, head included and shared ones once."""
     return sum(parameter.numel() for parameter in _text_parameters(model, with_embedding=True))
 
 
-def bytes_read_per_forward(model: nn.Module) -> int:
+def bytes_read_per_forward(model: BardVLForConditionalGeneration) -> int:
     """Bytes of the weights that every forward reads whole: layers and head, not a separate embedding."""
     return sum(
         parameter.numel() * parameter.element_size() for parameter in _text_parameters(model, with_embedding=False)
     )
 
 
-def _text_parameters(model: nn.Module, with_embedding: bool) -> list[nn.Parameter]:
+def _text_parameters(model: BardVLForConditionalGeneration, with_embedding: bool) -> list[nn.Parameter]:
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     layers = [p for p in model.model.language_model.parameters() if p is not embedding and p is not head]
-    shared = head.data_ptr() == embedding.data_ptr()
-    return [*layers, head] if shared or not with_embedding else [*layers, head, embedding]
+    return [*layers, head, embedding] if with_embedding and head is not embedding else [*layers, head]

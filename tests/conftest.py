@@ -1,6 +1,12 @@
-"""Shared helpers in this folder are importable by name, whatever pytest's import mode."""
+"""Shared helpers in this folder are importable by name; hypothesis draws the same examples everywhere, without a clock."""
 
 import sys
 from pathlib import Path
 
+from hypothesis import HealthCheck, settings
+
 sys.path.insert(0, str(Path(__file__).parent))
+settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("repeatable")

@@ -12,14 +12,9 @@ import ragged
 import torch
 from bard_vl import BardVLGenerationOutput, DenoisingStep
 from bard_vl.masking_bard_vl import block_visibility, partition_prompt, partition_sequence, to_attention_mask
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ragged import Row, generate, load
-
-settings.register_profile(
-    "batching", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
-settings.load_profile("batching")
 
 
 @dataclass

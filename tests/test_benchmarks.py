@@ -1,22 +1,30 @@
 """The benchmark compares like with like: its plain decoder is the reference's, every rung gives the engine's tokens."""
 
 import json
-import subprocess
+import runpy
 import sys
+from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bard_vl import BardVLConfig, BardVLForConditionalGeneration
 from test_golden import VISUAL, cases_of, load, tensors_of
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from plain_decoder import LADDER, MASKLESS, LadderDecoder, Rung, Task  # noqa: E402
-from shapes import SHAPES, Shape, build_model, config_of, num_parameters, stock_twin  # noqa: E402
+import decoding  # noqa: E402
+from contenders import EngineContender, contenders  # noqa: E402
+from decoding import make_prompts  # noqa: E402
+from measuring import Result, measure  # noqa: E402
+from plain_decoder import LADDER, MASKLESS, InPlaceLayer, LadderDecoder, Rung, Task  # noqa: E402
+from shapes import SHAPES, build_model, config_of, num_parameters, stock_twin  # noqa: E402
 
 CPU = torch.device("cpu")
+FIGURES = ("ms_per_forward", "ms_to_first_block", "decode_tokens_per_second", "tokens_per_second")
 
 
 def golden_decoder(folder: str, case: str, rung: Rung) -> tuple[LadderDecoder, list[int], torch.Tensor]:
@@ -38,3 +46,151 @@ def test_every_rung_reproduces_the_golden_cases(folder: str, case: str, rung: Ru
     decoder, expected, steps = golden_decoder(folder, case, rung)
     assert decoder.run() == expected
     assert [decoder.steps] == steps.tolist()
+
+
+TINY = SHAPES["tiny"]
+MODEL = build_model(TINY, CPU, torch.float32, seed=1)
+
+
+def task_of(steps: int, block_size: int = 8, max_new_tokens: int = 28, **changes: Any) -> Task:
+    """Four blocks, the last one cut."""
+    ids = {"mask_token_id": TINY.mask_token_id, "eos_token_id": TINY.eos_token_id}
+    settings = {"remasking_strategy": "low_confidence_static", **ids, **changes}
+    return Task(max_new_tokens, block_size, steps, **settings)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_every_rung_gives_the_engines_tokens_one_by_one_and_in_a_batch(steps: int) -> None:
+    prompts, task = make_prompts([5, 16, 23], TINY, 0, CPU), task_of(steps)
+    compared = [c for batch in (1, 3) for c in contenders(MODEL, ["plain", "ladder", "engine"], batch, False)]
+    decoded = [contender.decode(prompts, task).tokens for contender in compared]
+    assert len(decoded) == len(LADDER) + 1 + 3
+    assert all(tokens == decoded[0] for tokens in decoded)
+    assert [len(tokens) for tokens in decoded[0]] == [28, 28, 28]
+    assert len({token for tokens in decoded[0] for token in tokens}) > 10  # a text of one token would agree by chance
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_forwards_of_every_rung_are_its_formula(steps: int) -> None:
+    prompts, task, blocks = make_prompts([13], TINY, 0, CPU), task_of(steps), 4
+    denoise = {"denoise": blocks * steps}
+    expected = [{"prefill": 1, **denoise, "commit": blocks - 1}] * 5
+    fused = {"prefill+denoise": 1, "denoise": blocks * steps - 1, "commit": blocks - 1}
+    expected.append(fused)
+    fused = {"prefill+denoise": 1, "denoise": blocks * (steps - 1), "commit+denoise": blocks - 1}
+    expected += [fused, fused]
+    compared = contenders(MODEL, ["plain", "ladder", "engine"], 1, False)
+    for contender, forwards in zip(compared, expected, strict=True):
+        assert +contender.decode(prompts, task).forwards == +Counter(forwards), contender.name
+        first = contender.decode(prompts, task, first_block_only=True)
+        assert sum(first.forwards.values()) == steps + ("prefill" in forwards), contender.name
+
+
+def test_a_rung_does_what_it_says() -> None:
+    """Rows that reach the head, and forwards with a mask, of a prompt of 13 tokens and two blocks of two steps."""
+    prompt, task = make_prompts([13], TINY, 0, CPU)[0], task_of(2, max_new_tokens=16)
+    rows, masked = [], []
+    for rung in LADDER:
+        twin = stock_twin(MODEL, MASKLESS if rung.maskless else "sdpa")
+        heads: list[int] = []
+        masks: list[bool] = []
+        twin.lm_head.register_forward_hook(lambda _, args, __, heads=heads: heads.append(args[0].shape[1]))
+        twin.model.language_model.register_forward_pre_hook(
+            lambda _, __, kwargs, masks=masks: masks.append(kwargs["attention_mask"] is not None), with_kwargs=True
+        )
+        decoder = LadderDecoder(twin, rung, task, {"input_ids": prompt[None]}, torch.arange(13).expand(4, 1, -1))
+        decoder.run()
+        rows.append(sum(heads))
+        masked.append(sum(masks))
+        assert all(isinstance(layer, InPlaceLayer) == rung.in_place for layer in decoder.cache.layers)
+    assert rows == [13 + 5 * 8] * 3 + [4 * 8] * 4
+    assert masked == [6, 6, 1, 1, 1, 1, 2]
+
+
+def test_autoregressive_forwards_are_counted() -> None:
+    prompts, task = make_prompts([5, 9], TINY, 0, CPU), task_of(8)
+    (qwen,) = contenders(MODEL, ["qwen"], 2, False)
+    calls: list[int] = []
+    qwen.model.model.language_model.register_forward_hook(lambda *_: calls.append(1))
+    decoded = qwen.decode(prompts, task)
+    assert [len(tokens) for tokens in decoded.tokens] == [28, 28]
+    assert decoded.forwards == {"prefill": 1, "decode": 27}
+    assert len(calls) == 28
+    assert [len(tokens) for tokens in qwen.decode(prompts, task, first_block_only=True).tokens] == [8, 8]
+
+
+def test_another_decoders_tokens_are_an_error() -> None:
+    engine, plain = contenders(MODEL, ["engine"], 1, False)[0], contenders(MODEL, ["plain"], 1, False)[0]
+    plain.model = stock_twin(build_model(TINY, CPU, torch.float32, seed=2), "sdpa")
+    prompts = make_prompts([5], TINY, 0, CPU)
+    with pytest.raises(ValueError, match=r"plain baseline agrees with this engine on .* of the tokens only"):
+        measure([plain, engine], prompts, task_of(2), 1)
+
+
+def test_what_cannot_run_here_is_said_and_left_out() -> None:
+    engine = contenders(MODEL, ["engine"], 1, False)[0]
+    impossible = EngineContender("no such cache", MODEL, True, cache_implementation="moebius")
+    results = measure([engine, impossible], make_prompts([5], TINY, 0, CPU), task_of(2), 1)
+    assert [bool(result.error) for result in results] == [False, True]
+    assert "moebius" in str(results[1].error)
+    assert not results[1].seconds
+
+
+@pytest.mark.parametrize(("name", "millions"), [("tiny", 0.1), ("100m", 101), ("2b", 1721), ("4b", 4022), ("8b", 8191)])
+def test_presets_are_the_real_sizes(name: str, millions: float) -> None:
+    """Text parameters of Qwen3-VL 2B, 4B and 8B."""
+    with torch.device("meta"):
+        model = BardVLForConditionalGeneration(BardVLConfig(**config_of(SHAPES[name])))
+        assert num_parameters(model) / 1e6 == pytest.approx(millions, rel=0.01, abs=0.05)
+
+
+def test_script_writes_numbers_and_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    numbers, tables = tmp_path / "run.json", tmp_path / "run.md"
+    command = "decoding.py --shape tiny --device cpu --prompt-length 40 --new-tokens 32 --steps 4 2 --repetitions 1"
+    files = ["--json", str(numbers), "--markdown", str(tables)]
+    monkeypatch.setattr(sys, "argv", [*command.split(), *files])
+    runpy.run_path(str(BENCHMARKS / "decoding.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    run = json.loads(numbers.read_text())
+    assert {"torch", "transformers", "bard_vl", "processor", "threads"} <= set(run["environment"])
+    assert run["weight_read_ms"] > 0
+    assert run["prompt_lengths"] == [40]
+    for steps in (4, 2):
+        results = [result for result in run["results"] if result["steps"] == steps]
+        names = [result["name"] for result in results]
+        assert names == [*(rung.name for rung in LADDER), "this engine", "Qwen3-VL, eager"]
+        for result in results:
+            assert set(result) == {field.name for field in fields(Result)} | {"figures", "summary"}
+            assert len(result["seconds"]) == len(result["first_block_seconds"]) == 1
+            assert set(result["summary"]) == set(FIGURES)
+            assert result["agreement"] == (None if "Qwen" in result["name"] else 1)
+            assert result["peak_memory_bytes"] > result["memory_growth_bytes"] >= 0
+            assert f"| {result['name']} |" in tables.read_text()
+    assert tables.read_text() in printed
+
+
+def test_a_ragged_batch_in_half_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = tmp_path / "run.json"
+    command = (
+        "--shape tiny --device cpu --dtype bfloat16 --batch 3 --ragged 6 20 --new-tokens 20 --block-size 4 --steps 2"
+    )
+    decoding.main([*command.split(), "--repetitions", "1", "--quiet", "--json", str(numbers)])
+    run = json.loads(numbers.read_text())
+    assert run["prompt_lengths"] == [6, 13, 20]
+    engine = {result["is_batched"]: result for result in run["results"] if result["name"].startswith("this engine")}
+    assert sum(engine[True]["forwards"].values()) == 10
+    assert sum(engine[False]["forwards"].values()) == 30
+    assert engine[True]["num_tokens"] == engine[False]["num_tokens"] == 60
+    assert "plain baseline, one by one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [("--new-tokens 16", "more than one block"), ("--steps 17", "between 1 and"), ("--batch 0", "at least 1")],
+)
+def test_wrong_arguments_are_named(wrong: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        decoding.main(wrong.split())
+    assert message in capsys.readouterr().err

@@ -65,11 +65,14 @@ def forwards_of(model: Any) -> Iterator[list[dict[str, Any]]]:
     arguments=arguments_of(),
     chunk=st.sampled_from([None, 1, 7, 16]),
     interval=st.integers(1, 4),
+    cache=st.sampled_from(["dynamic", "static"]),
 )
 def test_every_mode_decides_alike(
-    batch: list[Row], arguments: dict[str, Any], chunk: int | None, interval: int
+    batch: list[Row], arguments: dict[str, Any], chunk: int | None, interval: int, cache: str
 ) -> None:
-    output = run(batch, prefill_chunk_size=chunk, check_interval=interval, **arguments)
+    mode = {"prefill_chunk_size": chunk, "check_interval": interval, "cache_implementation": cache}
+    with torch.compiler.set_stance("force_eager"):
+        output = run(batch, **mode, **arguments)
     assert_same(output, run(batch, **arguments))
 
 

@@ -94,7 +94,7 @@ def valid_fields(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(valid_fields())
-@hypothesis_settings(deadline=None, max_examples=40)
+@hypothesis_settings(max_examples=40)
 def test_every_setting_but_block_size_survives_the_file(
     tmp_path_factory: pytest.TempPathFactory, fields: dict[str, Any]
 ) -> None:

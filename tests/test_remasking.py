@@ -30,7 +30,6 @@ def decisions(draw: st.DrawFn) -> tuple[list[list[float]], list[list[bool]], lis
 
 @pytest.mark.parametrize("name", ["low_confidence_static", "low_confidence_dynamic"])
 @given(decisions())
-@settings(deadline=None)
 def test_rules_equal_the_branchy_statement(name: str, decision: tuple) -> None:
     confidence, masked, quota, threshold = decision
     commit = REMASKING_RULES[name](torch.tensor(confidence), torch.tensor(masked), torch.tensor(quota), threshold)
@@ -41,7 +40,6 @@ def test_rules_equal_the_branchy_statement(name: str, decision: tuple) -> None:
 
 
 @given(decisions())
-@settings(deadline=None)
 def test_ranks_order_masked_positions_by_confidence_then_place(decision: tuple) -> None:
     confidence, masked, *_ = decision
     ranks = rank_by_confidence(torch.tensor(confidence), torch.tensor(masked))
@@ -51,7 +49,6 @@ def test_ranks_order_masked_positions_by_confidence_then_place(decision: tuple) 
 
 
 @given(st.integers(1, 64), st.data())
-@settings(deadline=None)
 def test_schedule_spreads_a_block_over_its_steps(block_size: int, data: st.DataObject) -> None:
     steps = data.draw(st.integers(1, block_size))
     schedule = transfer_schedule(block_size, steps).tolist()
@@ -75,7 +72,6 @@ def test_threshold_is_exclusive() -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(0, 4), st.sampled_from([0.0, 0.5, 1.0, 3.0]), st.integers(0, 6))
-@settings(deadline=None)
 def test_mask_token_is_never_chosen(seed: int, mask: int, temperature: float, top_k: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(2, 3, 5, generator=generator)
@@ -86,7 +82,6 @@ def test_mask_token_is_never_chosen(seed: int, mask: int, temperature: float, to
 
 
 @given(st.integers(0, 2**32), st.sampled_from([0.0, 0.7, 2.0]), st.sampled_from([torch.float32, torch.bfloat16]))
-@settings(deadline=None)
 def test_confidence_is_the_models_own_probability(seed: int, temperature: float, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = (2 * torch.randn(2, 3, 7, generator=generator)).to(dtype)
@@ -112,7 +107,6 @@ def test_samples_follow_the_softmax_at_the_temperature() -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(0, 9), st.sampled_from([0.05, 0.3, 0.5, 0.8, 0.95, 1.0]))
-@settings(deadline=None)
 def test_filters_keep_the_top_k_then_the_nucleus(seed: int, top_k: int, top_p: float) -> None:
     scores = 3 * torch.randn(8, generator=torch.Generator().manual_seed(seed))
     ranked = sorted(range(8), key=lambda token: -scores[token].item())[: top_k or 8]
