@@ -148,4 +148,5 @@ def bytes_read_per_forward(model: BardVLForConditionalGeneration) -> int:
 def _text_parameters(model: BardVLForConditionalGeneration, with_embedding: bool) -> list[nn.Parameter]:
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     layers = [p for p in model.model.language_model.parameters() if p is not embedding and p is not head]
-    return [*layers, head, embedding] if with_embedding and head is not embedding else [*layers, head]
+    shared = model.config.text_config.tie_word_embeddings
+    return [*layers, head, embedding] if with_embedding and not shared else [*layers, head]

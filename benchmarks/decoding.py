@@ -1,0 +1,151 @@
+r"""Speed and memory of block-diffusion decoding, side by side in one run.
+
+    python benchmarks/decoding.py --shape 100m --prompt-length 1024 --new-tokens 256 --block-size 16 --steps 4 2
+    python benchmarks/decoding.py --shape 100m --batch 8 --ragged 64 256 --steps 4
+    python benchmarks/decoding.py --shape 4b --device cuda --prompt-length 2048 --compile --json 4b.json
+
+It compares
+- a plain baseline that decodes as published block-diffusion decoders do (plain_decoder.py),
+- the rungs of a ladder from there to this engine, each with one improvement more than the one before,
+- this engine, `generate` of the package,
+- Qwen3-VL of the same shape and weights, token by token, through transformers' own `generate`.
+
+Weights and prompts are random, so the time per forward is real and the text is not. How many steps a block takes
+depends on the text; here it is fixed by the static rule: with `--steps` S every step commits block size / S tokens. No
+response ends early. What a trained model needs is measured elsewhere, as tokens per forward.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import GROUPS, contenders
+from measuring import copy_bandwidth, environment, measure
+from plain_decoder import Task
+from report import plot, to_markdown
+from shapes import SHAPES, Shape, build_model, bytes_read_per_forward, num_parameters
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; exit with a message if the values do not go together."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="100m", help="text stack: 2b, 4b and 8b are Qwen3-VL's (default: 100m)")
+    add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on cpu, else bfloat16")
+    add("--batch", type=int, default=1, help="prompts; with several, engine and baseline also decode them one by one")
+    add("--prompt-length", type=int, default=1024, help="tokens of every prompt (default: 1024)")
+    add("--ragged", type=int, nargs=2, metavar=("LOW", "HIGH"), help="prompts of evenly spread lengths instead")
+    add("--new-tokens", type=int, default=256, help="response tokens, more than one block (default: 256)")
+    add("--block-size", type=int, default=16, help="tokens denoised together (default: 16)")
+    add("--steps", type=int, nargs="+", default=[4, 2], help="denoising steps per block; a table each (default: 4 2)")
+    add("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="leave the others out")
+    add("--compile", action="store_true", help="also static caches and compiled forwards; the warm-up takes minutes")
+    add(
+        "--check-interval", type=int, help="steps that the engine runs between two looks of the host (default: its own)"
+    )
+    add("--repetitions", type=int, default=5, help="timed rounds, every decoder once a round (default: 5)")
+    add("--threads", type=int, help="CPU threads (default: torch's own choice, see OMP_NUM_THREADS)")
+    add("--seed", type=int, default=0, help="of weights and prompts")
+    add("--json", type=Path, metavar="FILE", help="write the raw numbers, hardware and versions")
+    add("--markdown", type=Path, metavar="FILE", help="write the tables, which are also printed")
+    add("--plot", type=Path, metavar="FILE", help="write a picture of tokens/s; needs matplotlib")
+    add("--quiet", action="store_true", help="no progress on stderr")
+    chosen = parser.parse_args(arguments)
+    chosen.dtype = chosen.dtype or ("float32" if torch.device(chosen.device).type == "cpu" else "bfloat16")
+    if chosen.new_tokens <= chosen.block_size:
+        parser.error(f"--new-tokens {chosen.new_tokens} must be more than one block of {chosen.block_size}")
+    if not all(1 <= steps <= chosen.block_size for steps in chosen.steps):
+        parser.error(f"--steps must lie between 1 and the block size {chosen.block_size}, got {chosen.steps}")
+    if min(chosen.batch, chosen.repetitions, chosen.prompt_length, *(chosen.ragged or [1])) < 1:
+        parser.error("--batch, --repetitions and the lengths of prompts must be at least 1")
+    return chosen
+
+
+def prompt_lengths(chosen: argparse.Namespace) -> list[int]:
+    """Tokens of each prompt."""
+    if chosen.ragged is None:
+        return [chosen.prompt_length] * chosen.batch
+    low, high = chosen.ragged
+    return [round(length) for length in torch.linspace(low, high, chosen.batch).tolist()]
+
+
+def make_prompts(lengths: list[int], shape: Shape, seed: int, device: torch.device) -> list[torch.Tensor]:
+    """1-D prompts of random ordinary ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(shape.num_prompt_ids, (length,), generator=generator).to(device) for length in lengths]
+
+
+def run(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Measure everything that the command line asks for; the result is what `--json` writes."""
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    device, shape = torch.device(chosen.device), SHAPES[chosen.shape]
+    model = build_model(shape, device, getattr(torch, chosen.dtype), chosen.seed)
+    lengths = prompt_lengths(chosen)
+    prompts = make_prompts(lengths, shape, chosen.seed, device)
+    compared = contenders(model, chosen.only, chosen.batch, chosen.compile, chosen.check_interval)
+    bandwidth = copy_bandwidth(device)
+    results = []
+    for steps in chosen.steps:
+        task = Task(
+            max_new_tokens=chosen.new_tokens,
+            block_size=chosen.block_size,
+            denoising_steps=steps,
+            remasking_strategy="low_confidence_static",
+            mask_token_id=shape.mask_token_id,
+            eos_token_id=shape.eos_token_id,
+        )
+        say = _silent if chosen.quiet else _say
+        for result in measure(compared, prompts, task, chosen.repetitions, say):
+            summary = {} if result.error else {"figures": result.figures(), "summary": result.summary()}
+            results.append({**asdict(result), **summary})
+    return {
+        "command": shlex.join(["python", "benchmarks/decoding.py", *chosen.command_line]),
+        "arguments": {name: _plain(value) for name, value in vars(chosen).items() if name != "command_line"},
+        "environment": environment(device),
+        "shape": asdict(shape),
+        "parameters": num_parameters(model),
+        "prompt_lengths": lengths,
+        "copy_bytes_per_second": bandwidth,
+        "weight_read_ms": 1000 * bytes_read_per_forward(model) / bandwidth,
+        "results": results,
+    }
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _silent(message: str) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print the tables, write the files asked for."""
+    chosen = parse_arguments(arguments)
+    chosen.command_line = sys.argv[1:] if arguments is None else arguments
+    measured = run(chosen)
+    # The raw numbers first: a missing matplotlib must not cost the run.
+    if chosen.json:
+        chosen.json.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+    tables = to_markdown(measured)
+    print(tables)
+    if chosen.markdown:
+        chosen.markdown.write_text(tables, encoding="utf-8")
+    if chosen.plot:
+        plot(measured, chosen.plot)
+
+
+if __name__ == "__main__":
+    main()
