@@ -239,7 +239,7 @@ class BardVLGenerationMixin:
             num_rows: prompts of a batch, times `num_return_sequences`.
             prompt_length: tokens of the longest prompt.
             settings: `max_new_tokens`, `block_size`, `mask_token_id`, `check_interval` of the calls to come, as far as
-                they differ from the model's own. Calls whose columns round up to the same multiple of 256 share a graph.
+                they differ from the model's own. Calls whose columns round up to the same multiple of 256 share it.
         """
         size = resolve_block_size(settings.get("block_size"), self.config)
         mask_token_id = resolve_mask_token_id(settings.get("mask_token_id"), self.config)

@@ -1,4 +1,4 @@
-"""Shared helpers in this folder are importable by name; hypothesis draws the same examples everywhere, without a clock."""
+"""Helpers in this folder are importable by name; hypothesis draws the same examples everywhere, without a clock."""
 
 import sys
 from pathlib import Path

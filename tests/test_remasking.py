@@ -12,7 +12,7 @@ from bard_vl.remasking_bard_vl import (
     transfer_schedule,
 )
 from golden_models import committed_positions
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 LEVELS = [0.0, 0.125, 0.25, 0.5, 0.75, 0.875, 1.0]  # few, so that ties and exact thresholds are common
