@@ -228,12 +228,13 @@ def test_an_attention_implementation_set_later_is_refused_by_name(call: str) -> 
         arguments["answers"] = ids([1, 2])
     with pytest.raises(ValueError, match="flex_attention"):
         model.set_attn_implementation("flex_attention")
+    before = model.config.text_config._attn_implementation
     model.config.text_config._attn_implementation = "flex_attention"  # what a registered implementation gets past
     try:
         with pytest.raises(ValueError, match="not 'flex_attention'"), nothing_computed(model.model.language_model):
             getattr(model, call)(**arguments)
     finally:
-        model.config.text_config._attn_implementation = "sdpa"
+        model.config.text_config._attn_implementation = before
 
 
 THREE = ids([1, 2, 3])

@@ -1,5 +1,6 @@
 """Faults of the converter: a bad source, target or moment gives a clear error and leaves nothing behind."""
 
+import contextlib
 import errno
 import json
 import os
@@ -359,21 +360,36 @@ def test_interrupt_from_the_keyboard(
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder that another process may be writing, moving or removing."""
+    size = 0
+    with contextlib.suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            size += path.stat().st_size
+    return size
+
+
 def test_kill_at_random_moments(tmp_path: Path) -> None:
-    """24 kills over the whole run: the output is absent or complete, and the next run starts clean."""
+    """24 kills, by the clock and by the bytes written: the output is absent or complete, the next run starts clean."""
     source = cases.write_source(tmp_path / "source", intermediate_size=16_384)
     folder, options = tmp_path / "outputs", ("--max-shard-size", "8MB", "--quiet")
     start = time.monotonic()
     assert cases.run_script(source, folder / "reference", *options).returncode == 0
     duration = time.monotonic() - start
     expected = cases.file_digests(folder / "reference")
+    total = size_of(folder / "reference")
     shutil.rmtree(folder / "reference")
     # The card names the output; the same name keeps its bytes comparable.
     output, rng = folder / "reference", random.Random(0)
     outcomes: Counter[str] = Counter()
     for kill in range(24):
         process = subprocess.Popen(cases.command(source, output, *options), stderr=subprocess.DEVNULL)
-        time.sleep(duration * (0.2 + 0.9 * (kill + rng.random()) / 24))
+        if kill % 2:
+            time.sleep(duration * (0.2 + 0.9 * (kill + rng.random()) / 24))
+        else:  # however fast the machine is just now, some of the kills fall into the writing
+            share = total * kill / 24
+            while process.poll() is None and size_of(folder / ".reference.partial") <= share:
+                time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.wait()
         names = {path.name for path in folder.iterdir()}
