@@ -79,7 +79,8 @@ class EngineContender:
                 **vars(task),
                 **self.settings,
                 return_dict_in_generate=True,
-                # Asked at the end of a block: a smaller `max_new_tokens` would change the shapes of a compiled model.
+                # A smaller `max_new_tokens` would stop there too, but change the shapes of a compiled model. With a
+                # criterion the engine looks after every step, whatever the `check_interval`: at most that many early.
                 stopping_criteria=[_stop] if first_block_only else None,
             )
             width = max(len(prompt) for prompt in batch)

@@ -16,6 +16,7 @@ response ends early. What a trained model needs is measured elsewhere, as tokens
 """
 
 import argparse
+import importlib.util
 import json
 import shlex
 import sys
@@ -63,6 +64,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--new-tokens {chosen.new_tokens} must be more than one block of {chosen.block_size}")
     if not all(1 <= steps <= chosen.block_size for steps in chosen.steps):
         parser.error(f"--steps must lie between 1 and the block size {chosen.block_size}, got {chosen.steps}")
+    if chosen.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error(
+            "--plot needs matplotlib; or write --json now and draw later: python benchmarks/report.py FILE --plot"
+        )
     if min(chosen.batch, chosen.repetitions, chosen.prompt_length, *(chosen.ragged or [1])) < 1:
         parser.error("--batch, --repetitions and the lengths of prompts must be at least 1")
     return chosen
@@ -136,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parse_arguments(arguments)
     chosen.command_line = sys.argv[1:] if arguments is None else arguments
     measured = run(chosen)
-    # The raw numbers first: a missing matplotlib must not cost the run.
+    # The raw numbers first: from them the rest can be made again.
     if chosen.json:
         chosen.json.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
     tables = to_markdown(measured)

@@ -186,6 +186,24 @@ def test_a_ragged_batch_in_half_precision(tmp_path: Path, capsys: pytest.Capture
     assert "plain baseline, one by one" in capsys.readouterr().out
 
 
+def test_plot_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    command = (
+        "--shape tiny --device cpu --prompt-length 6 --new-tokens 20 --steps 4 2 --repetitions 1 --only plain --quiet"
+    )
+    decoding.main([*command.split(), "--plot", str(tmp_path / "run.png")])
+    assert (tmp_path / "run.png").stat().st_size > 5000
+
+
+def test_plot_without_matplotlib_is_refused_before_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        decoding.main(["--plot", "run.png"])
+    assert "--plot needs matplotlib" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [("--new-tokens 16", "more than one block"), ("--steps 17", "between 1 and"), ("--batch 0", "at least 1")],
