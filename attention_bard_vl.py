@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+# Registered for the whole process, where copies of this file may meet: another calling convention takes another name.
 ATTENTION_NAME = "bard_vl"
 
 
@@ -20,7 +21,7 @@ def block_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    num_clean: int = 0,
+    num_clean: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention in transformers' calling convention.
@@ -29,16 +30,21 @@ def block_attention(
         module: the attention layer, unused.
         query: (batch, heads, queries, head size).
         key, value: (batch, key/value heads, keys, head size).
-        attention_mask: (batch, 1, queries, keys) boolean, or None: then every query sees every key, but for
-            `num_clean`.
+        attention_mask: (batch, 1, queries, keys) boolean, or floating to be added; None where `num_clean` says that
+            every query sees every key.
         scaling: of the products, 1 / sqrt(head size) by default.
         dropout: of the weights, in training.
         num_clean: without a mask, the first so many queries do not see the keys of the queries behind them: a finished
-            block in front of the next one.
+            block in front of the next one. Only the text layers need it, the vision tower attends without masks.
 
     Returns:
         (batch, queries, heads, head size), and None for the weights.
+
+    Raises:
+        ValueError: text without a mask; who sees whom is then unknown.
     """
+    if attention_mask is None and num_clean is None and getattr(module, "is_causal", False):
+        raise ValueError(f"the attention {ATTENTION_NAME!r} of text layers needs a 4-D mask: call the whole model")
     if attention_mask is None and num_clean:
         hidden = key.shape[2] - (query.shape[2] - num_clean)
         clean = attend(query[:, :, :num_clean], key[:, :, :hidden], value[:, :, :hidden], None, scaling, dropout)

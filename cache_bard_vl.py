@@ -74,20 +74,30 @@ class BardVLCache(Cache):
     """What `generate` returns as `past_key_values` and takes back for the next turn.
 
     Attributes:
-        block_size: block size of the partition that the keys and values were computed under, None while empty.
+        scheme: what the keys and values were computed under, None while empty: block size first, then what else must
+            be alike for them to be used, such as dtype and device.
         contents: per row, the (length,) CPU tensor of what the columns from 0 on encode: token ids, and for visual
             tokens a negative fingerprint of their image or video. Later columns hold nothing of use.
     """
 
     def __init__(self, num_layers: int):
         super().__init__(layers=[BlockCacheLayer() for _ in range(num_layers)])
-        self.block_size: int | None = None
+        self.scheme: tuple | None = None
         self.contents: list[torch.Tensor] = []
         self._order: list[int] = []  # which row of the call each row is; empty while rows are being moved
         self._in_doubt = False  # from the start of a call until its clean-up is through
 
-    def shared_prefix(self, contents: list[torch.Tensor], block_size: int) -> int:
+    @property
+    def block_size(self) -> int | None:
+        """Block size of the partition that the keys and values were computed under, None while empty."""
+        return self.scheme[0] if self.scheme else None
+
+    def shared_prefix(self, contents: list[torch.Tensor], scheme: tuple) -> int:
         """Columns, in whole blocks, that this cache already holds of every row of `contents`.
+
+        Args:
+            contents: per row, ids and fingerprints as in the attribute.
+            scheme: as the attribute.
 
         Raises:
             ValueError: the cache holds another number of rows.
@@ -96,8 +106,9 @@ class BardVLCache(Cache):
             return 0
         if len(self.contents) != len(contents):
             raise ValueError(f"`past_key_values` holds {len(self.contents)} rows, the prompt has {len(contents)}")
-        if self.block_size != block_size:
+        if self.scheme != scheme:
             return 0
+        block_size = scheme[0]
         shared = []
         for mine, theirs in zip(self.contents, contents, strict=True):
             length = min(len(mine), len(theirs))
@@ -106,17 +117,17 @@ class BardVLCache(Cache):
         return min(shared)
 
     @contextmanager
-    def generation(self, contents: list[torch.Tensor], block_size: int) -> Iterator[None]:
+    def generation(self, contents: list[torch.Tensor], scheme: tuple) -> Iterator[None]:
         """Keep the shared prefix and lend the columns behind it; whatever happens, what `contents` says stays true.
 
         After an exception the cache holds the prefix again, in the rows of `contents`. One that strikes while rows are
         moved, or during the clean-up, leaves a cache that the next call takes for empty.
         """
-        kept = self.shared_prefix(contents, block_size)
+        kept = self.shared_prefix(contents, scheme)
         self._in_doubt = True
         if not kept:
             self._clear()
-        self.block_size = block_size
+        self.scheme = scheme
         self.contents = prefix = [row[:kept] for row in contents]
         self._order = list(range(len(contents)))
         try:

@@ -216,7 +216,7 @@ class WindowEncoder:
         window: CacheWindow,
         visible: torch.Tensor | None,
         features: VisualFeatures | None = None,
-        num_clean: int = 0,
+        num_clean: int | None = None,
     ) -> torch.Tensor:
         """One forward of the language model.
 
@@ -230,7 +230,7 @@ class WindowEncoder:
         """
         text_model = self.model.model.language_model
         embeds = text_model.embed_tokens(ids)
-        extras: dict[str, Any] = {"num_clean": num_clean} if num_clean else {}
+        extras: dict[str, Any] = {} if visible is not None else {"num_clean": num_clean}
         if features is not None:
             padded = torch.nn.functional.pad(features.index, [0, self.table.num_columns], value=-1)
             index = padded.gather(1, window.columns)

@@ -53,8 +53,10 @@ class BardVLGenerationOutput(ModelOutput):
             took part in, whatever they were for.
         past_key_values: the cache, for the next turn.
         block_step_counts: (rows, blocks) denoising steps of each block, 0 where a row has no such block.
-        num_forwards: forwards of the language model by kind: `prefill+denoise`, `denoise`, `commit+denoise`. A forward
-            counts once, however many rows took part.
+        num_forwards: forwards of the language model by kind: `prefill` (chunks but the last), `prefill+denoise`,
+            `denoise`, `commit+denoise`, `overrun` (no row had a use for it; with `check_interval` above 1). A forward
+            counts once, however many rows took part. None commits a block alone: a finished block shares a forward
+            with the next one, and the last block is never encoded again.
         num_encoded_tokens: (rows,) prompt tokens that this call encoded; the others came from `past_key_values`.
         confidences: (rows, response) probability that the model gave each token when it committed, 0 for padding.
         history: per row, the denoising steps in order; None unless `output_history=True`.
@@ -145,7 +147,8 @@ class BardVLGenerationMixin:
                 finished block, in order.
             streamer: gets the prompt, then `put` with the ids of each finished block, and `put_draft(value=ids)` after
                 each step if it has that method; undecided tokens hold the mask id. One row only.
-            past_key_values: the cache of an earlier call whose prompts begin like these; it is updated in place.
+            past_key_values: the cache of an earlier call whose prompts begin like these; it is updated in place. What
+                was computed in another dtype, on another device, or under another inference mode is encoded again.
             generator: source of randomness on the model's device; or `seed`.
             tokenizer: needed with `stop_strings`.
 
@@ -192,12 +195,13 @@ class BardVLGenerationMixin:
         cache = BardVLCache(self.config.text_config.num_hidden_layers) if past_key_values is None else past_key_values
         track = return_dict or past_key_values is not None
         contents = prompt.contents(self.config) if track else [prompt.input_ids[:0, 0].cpu()] * len(input_ids)
-        reused = cache.shared_prefix(contents, settings.block_size)
+        scheme = self._cache_scheme(settings.block_size, input_ids.device)
+        reused = cache.shared_prefix(contents, scheme)
 
         # 3. and 4. Decode
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        with cache.generation(contents, settings.block_size):
+        with cache.generation(contents, scheme):
             decoder = BlockDecoder(self, prompt, settings, cache, hooks)
             decoder.prefill(reused)
             while decoder.rows:
@@ -295,11 +299,11 @@ class BardVLGenerationMixin:
         check_length(self.config, prompt, answers.shape[1], block_size)
 
         # 2. Encode every prompt once, then the answers without masks: what later blocks see
-        answers = answers.to(input_ids.device)
+        answers = answers.to(input_ids.device).long()
         table = TokenTable.lay_out(prompt, num_columns, block_size, mask_token_id)
         cache = BardVLCache(self.config.text_config.num_hidden_layers)
         rows = torch.arange(len(answers), device=input_ids.device)
-        with cache.generation([torch.empty(0)] * len(input_ids), block_size):
+        with cache.generation([torch.empty(0)] * len(input_ids), self._cache_scheme(block_size, input_ids.device)):
             encoder = WindowEncoder(self, table, cache)
             encoder.encode_prompts(prompt, 0, 0)
             if len(answers) > len(input_ids):
@@ -367,8 +371,15 @@ class BardVLGenerationMixin:
         if input_ids is None:
             raise ValueError("no `input_ids`")
         check_ids(input_ids)
+        input_ids = input_ids.long()
         visual_inputs = {name: value for name, value in model_inputs.items() if value is not None}
         return input_ids, attention_mask, visual_inputs
+
+    def _cache_scheme(self, block_size: int, device: torch.device) -> tuple:
+        """What keys and values of another call must have been computed under to serve in this one."""
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        inference = torch.is_inference_mode_enabled()
+        return (block_size, self.model.get_input_embeddings().weight.dtype, device, autocast, inference)
 
     def _realign(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, visual_inputs: dict[str, torch.Tensor]

@@ -219,9 +219,12 @@ class DecodingSettings:
         if config.eos_token_id is None and vocab_size > DEFAULT_EOS_TOKEN_ID:
             eos = (DEFAULT_EOS_TOKEN_ID,)
         pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if eos else 0)
+        mask_token_id = resolve_mask_token_id(config.mask_token_id, model_config)
         for name, token_id in [("eos_token_id", token_id) for token_id in eos] + [("pad_token_id", pad)]:
             if token_id >= vocab_size:
                 raise ValueError(f"`{name}` = {token_id} lies outside the vocabulary of {vocab_size} tokens")
+            if token_id == mask_token_id:
+                raise ValueError(f"`{name}` = {token_id} is the mask token")
         return cls(
             block_size=block_size,
             denoising_steps=block_size if denoising_steps is None else denoising_steps,
@@ -231,7 +234,7 @@ class DecodingSettings:
             temperature=1.0 if temperature is None else temperature,
             top_k=setting(config, "top_k"),
             top_p=setting(config, "top_p"),
-            mask_token_id=resolve_mask_token_id(config.mask_token_id, model_config),
+            mask_token_id=mask_token_id,
             eos_token_ids=eos,
             pad_token_id=pad,
             num_return_sequences=setting(config, "num_return_sequences"),

@@ -90,9 +90,21 @@ def check_attention_implementation(implementation: str | None) -> None:
         )
 
 
+def check_explicit_mask(mask: torch.Tensor, batch: int, queries: int, keys: int) -> None:
+    """Raise `ValueError` unless a 4-D mask is boolean or additive, and (batch or 1, any, queries, keys)."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"a 4-D `attention_mask` must be boolean, or floating to be added, got {mask.dtype}")
+    if mask.shape[0] not in (1, batch) or tuple(mask.shape[2:]) != (queries, keys):
+        raise ValueError(
+            f"a 4-D `attention_mask` must be (batch, heads, queries, keys) = ({batch}, 1, {queries}, {keys}), "
+            f"got shape {tuple(mask.shape)}"
+        )
+
+
 __all__ = [
     "block_visibility",
     "check_attention_implementation",
+    "check_explicit_mask",
     "partition_prompt",
     "partition_sequence",
     "to_attention_mask",

@@ -24,10 +24,17 @@ from .masking_bard_vl import (
     PADDING_BLOCK,
     block_visibility,
     check_attention_implementation,
+    check_explicit_mask,
     partition_prompt,
     to_attention_mask,
 )
 from .remasking_bard_vl import REMASKING_RULES
+
+_MODEL_AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+AUTO_MAP = {
+    "AutoConfig": "configuration_bard_vl.BardVLConfig",
+    **dict.fromkeys(_MODEL_AUTO_CLASSES, "modeling_bard_vl.BardVLForConditionalGeneration"),
+}
 
 
 class BardVLModel(Qwen3VLModel):
@@ -86,12 +93,13 @@ class BardVLModel(Qwen3VLModel):
         implementation = self.config.text_config._attn_implementation
         check_attention_implementation(implementation)
         dtype = self.get_input_embeddings().weight.dtype
+        batch, queries = tokens.shape[:2]
+        keys = (batch, cached + queries)
         if attention_mask is not None and attention_mask.ndim == 4:
+            check_explicit_mask(attention_mask, batch, queries, cached + queries)
             if attention_mask.dtype != torch.bool:
                 return attention_mask
             return to_attention_mask(attention_mask, implementation, dtype)
-        batch, queries = tokens.shape[:2]
-        keys = (batch, cached + queries)
         if attention_mask is None:
             attention_mask = torch.ones(keys, dtype=torch.long, device=tokens.device)
         if attention_mask.shape != keys:
@@ -196,6 +204,7 @@ class BardVLForConditionalGeneration(BardVLGenerationMixin, Qwen3VLForConditiona
 
     config_class = BardVLConfig
     accepts_loss_kwargs = True
+    _auto_class = "AutoModelForImageTextToText"  # makes `save_pretrained` copy the code, loaded as remote code or not
 
     def __init__(self, config: BardVLConfig):
         # Before transformers looks for the package of an implementation that would then be refused.
@@ -207,6 +216,11 @@ class BardVLForConditionalGeneration(BardVLGenerationMixin, Qwen3VLForConditiona
         self.model = BardVLModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save as transformers does, with the code and an `auto_map` that names it for every Auto class."""
+        self.config.auto_map = dict(AUTO_MAP)
+        return super().save_pretrained(*args, **kwargs)
 
     def get_position_ids(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See `BardVLModel.get_position_ids`."""

@@ -95,6 +95,8 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"mask_token_id": 2}, "the prompt contains the mask token 2"),
     ({"eos_token_id": [511, "x"]}, "`eos_token_id` must be an integer of at least 0, got 'x'"),
     ({"eos_token_id": [511, 600]}, "`eos_token_id` = 600 lies outside the vocabulary of 512 tokens"),
+    ({"pad_token_id": MASK}, f"`pad_token_id` = {MASK} is the mask token"),
+    ({"eos_token_id": [511, MASK]}, f"`eos_token_id` = {MASK} is the mask token"),
     ({"pad_token_id": 600}, "`pad_token_id` = 600 lies outside the vocabulary of 512 tokens"),
     ({"seed": 1, "generator": torch.Generator()}, "give `generator` or `seed`, not both"),
     ({"seed": "x"}, "`seed` must be an integer, got 'x'"),

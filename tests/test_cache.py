@@ -51,6 +51,17 @@ def test_next_turn_gives_the_tokens_of_a_fresh_call(kind: str) -> None:
     assert second.past_key_values is first.past_key_values
 
 
+@pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)])
+def test_what_another_context_computed_is_encoded_again(context: Any) -> None:
+    prompt = PROMPTS["aligned text"]
+    with context():
+        first = run(prompt)
+    second_prompt = next_turn(prompt, first)
+    second = run(second_prompt, past_key_values=first.past_key_values)
+    assert_same(second, run(second_prompt))
+    assert second.num_encoded_tokens.tolist() == [len(second_prompt.ids)]
+
+
 def test_only_what_is_new_runs_through_the_model() -> None:
     prompt = PROMPTS["aligned text"]
     first = run(prompt)

@@ -63,6 +63,16 @@ def test_calling_conventions_agree(kind: str) -> None:
     assert torch.equal(as_dict.sequences, keywords), "prompt and response, always"
 
 
+def test_ids_of_32_bits_are_as_good() -> None:
+    inputs = collate([PROMPTS["mixture"]])
+    expected = load().generate(**inputs, block_size=8, max_new_tokens=12)
+    narrow = {**inputs, "input_ids": inputs["input_ids"].int()}
+    assert torch.equal(load().generate(**narrow, block_size=8, max_new_tokens=12), expected)
+    answers = torch.tensor([[5, 6, 7]])
+    scores = [load().score(one, ids, block_size=8) for one, ids in ((inputs, answers), (narrow, answers.int()))]
+    assert torch.equal(*scores)
+
+
 def test_none_is_as_good_as_an_absent_visual_input() -> None:
     nothing = {"pixel_values": None, "image_grid_thw": None, "attention_mask": None}
     ids = torch.tensor([TEXT.ids])

@@ -91,6 +91,26 @@ def test_masks_of_every_form_agree(ids: torch.Tensor, attention: str) -> None:
         torch.testing.assert_close(model(input_ids=ids).logits, expected)
 
 
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(2, 1, 13, 13, dtype=torch.long), "must be boolean, or floating to be added, got torch.int64"),
+        (torch.ones(2, 1, 13, 12, dtype=torch.bool), r"= \(2, 1, 13, 13\), got shape \(2, 1, 13, 12\)"),
+        (torch.ones(3, 1, 13, 13, dtype=torch.bool), r"= \(2, 1, 13, 13\), got shape \(3, 1, 13, 13\)"),
+    ],
+)
+def test_explicit_masks_that_would_be_misread_are_refused(
+    model: BardVLForConditionalGeneration, ids: torch.Tensor, mask: torch.Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=ids, attention_mask=mask)
+
+
+def test_text_layers_without_a_mask_are_refused(model: BardVLForConditionalGeneration, ids: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="text layers needs a 4-D mask"):
+        model.model.language_model(inputs_embeds=model.get_input_embeddings()(ids))
+
+
 def test_cached_tokens_need_stated_blocks(model: BardVLForConditionalGeneration, ids: torch.Tensor) -> None:
     positions = model.get_position_ids(ids)
     blocks = (torch.arange(13) // 4).expand(2, -1)

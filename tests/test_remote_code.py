@@ -58,6 +58,16 @@ def load_by_package(published: str) -> dict[str, Any]:
     }
 
 
+def save_by_package(published: str, target: str) -> list[int]:
+    import bard_vl
+    import torch
+
+    model = auto("AutoModelForImageTextToText").from_pretrained(published, dtype=torch.float32)
+    model.save_pretrained(target)
+    bard_vl.BardVLProcessor.from_pretrained(published).save_pretrained(target)
+    return generate(model)
+
+
 def load_registered_processor(folder: str) -> list[str]:
     import bard_vl  # noqa: F401
 
@@ -200,6 +210,15 @@ def test_auto_processor_is_registered_where_the_folder_names_none(published: Pat
     function, options = "test_remote_code.load_registered_processor", {"home": tmp_path / "home", "line": line}
     found = fresh.call(function, folder, **options, package=True)
     assert found == ["bard_vl.processing_bard_vl", "BardVLProcessor"]
+
+
+def test_what_the_package_saves_loads_without_the_package(published: Path, line: str, tmp_path: Path) -> None:
+    target = tmp_path / "saved"
+    function, options = "test_remote_code.save_by_package", {"home": tmp_path / "home", "line": line}
+    expected = fresh.call(function, published, target, **options, package=True)
+    assert sorted(path.name for path in target.glob("*.py")) == CODE
+    (found,) = fresh.call("test_remote_code.load_and_save_again", target, **options)
+    assert found["ids"] == [expected] * 2
 
 
 def test_code_beside_the_weights_is_what_runs(saved: dict[str, dict[str, Any]], line: str) -> None:
