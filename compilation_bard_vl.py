@@ -23,7 +23,7 @@ _lock = threading.Lock()
 
 
 def block_logits(
-    text_model: torch.nn.Module,
+    text_model: Any,
     lm_head: torch.nn.Module,
     cache: Any,
     ids: torch.Tensor,

@@ -325,7 +325,7 @@ def test_wrong_values_are_named_before_any_compute(name: str, value: Any) -> Non
         ("num_beams", 4), ("assistant_model", object()), ("constraints", [object()]), ("penalty_alpha", 0.6),
         ("guidance_scale", 1.5), ("prompt_lookup_num_tokens", 3), ("force_words_ids", [[1]]), ("num_beam_groups", 2),
         ("min_p", 0.1), ("typical_p", 0.5), ("dola_layers", "high"), ("use_cache", False), ("output_scores", True),
-        ("output_attentions", True), ("cache_implementation", "static"), ("min_new_tokens", 3), ("wrong_word", 1),
+        ("output_attentions", True), ("cache_implementation", "quantized"), ("min_new_tokens", 3), ("wrong_word", 1),
         ("forced_eos_token_id", 3), ("length_penalty", 2.0), ("early_stopping", True), ("watermarking_config", {}),
     ],
 )  # fmt: skip
