@@ -21,7 +21,7 @@ from .compilation_bard_vl import compiled_step
 from .generation_config_bard_vl import DecodingSettings
 from .inputs_bard_vl import Prompt, VisualFeatures
 from .masking_bard_vl import partition_sequence, to_attention_mask
-from .remasking_bard_vl import REMASKING_RULES, choose_tokens, transfer_schedule
+from .remasking_bard_vl import REMASKING_RULES, choose_tokens, overwritten, remasked, transfer_schedule
 
 STATIC_COLUMNS = 256  # static caches have a multiple of so many columns, so that calls of similar lengths share a graph
 
@@ -34,12 +34,14 @@ class DenoisingStep:
         block: index of the block in the response.
         ids: (block size,) CPU ids after the step, the mask id where undecided.
         committed: (block size,) bool, decided at this step.
+        revised: (block size,) bool, decided before and changed, or masked again, at this step.
         confidence: (block size,) probability of the token that each position would have taken.
     """
 
     block: int
     ids: torch.Tensor
     committed: torch.Tensor
+    revised: torch.Tensor
     confidence: torch.Tensor
 
 
@@ -267,6 +269,23 @@ class PromptStates:
     num_chunks: int
 
 
+@dataclass
+class Choice:
+    """What a forward predicts for each row's block; all are (n, block size).
+
+    Attributes:
+        ids: the token that each position would take.
+        confidence: its probability.
+        measure: what the remasking rule ranks by.
+        present: probability of the token that each position holds, where tokens may be masked again.
+    """
+
+    ids: torch.Tensor
+    confidence: torch.Tensor
+    measure: torch.Tensor
+    present: torch.Tensor | None
+
+
 class BlockDecoder:
     """The state of one call of `generate`: each row denoises its own block at its own pace.
 
@@ -300,7 +319,7 @@ class BlockDecoder:
         self.response_length = torch.zeros(num_rows, dtype=torch.long, device=self.device)
         self.confidences = torch.zeros(num_rows, self.table.num_columns, device=self.device)
         self.history: list[list[DenoisingStep]] = [[] for _ in range(num_rows)]
-        self.choice = (torch.empty(0), torch.empty(0))  # ids and confidence (n, block size) of the last forward
+        self.choice: Choice  # of the last forward
 
         self.num_forwards: Counter[str] = Counter()
         self.num_prefill_forwards = 0  # beyond the one that holds the first step
@@ -337,12 +356,12 @@ class BlockDecoder:
         elif self.rows:
             self._encode_unread_windows()
 
-    def _choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose a token for every position of each row's block, with its confidence."""
+    def _choose(self, logits: torch.Tensor) -> "Choice":
+        """Choose a token for every position of each row's block, and measure how sure the model is."""
         logits, settings = logits.to(self.device), self.settings
         if self.hooks.processors:
             logits = self._process_logits(logits)
-        return choose_tokens(
+        ids, confidence = choose_tokens(
             logits,
             settings.mask_token_id,
             settings.temperature,
@@ -350,25 +369,36 @@ class BlockDecoder:
             settings.top_p,
             self.hooks.generator,
         )
+        measure = REMASKING_RULES[settings.remasking_strategy].measure(logits, confidence)
+        if settings.revision != "remask":
+            return Choice(ids, confidence, measure, None)
+        held = logits.gather(-1, self.table.ids[self._cell()][..., None])[..., 0].float()
+        return Choice(ids, confidence, measure, (held - logits.float().logsumexp(-1)).exp())
+
+    def _cell(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Index of each row's block in the table."""
+        place = torch.arange(self.settings.block_size, device=self.device)
+        return self.slots[:, None], self.block_start[self.slots][:, None] + place
 
     def _denoise(self) -> torch.Tensor:
         """Commit tokens in every row's block, and move the rows on; (n,) bool, which finished a block."""
         settings, slots = self.settings, self.slots
-        size, start = settings.block_size, self.block_start[slots]
-        offset = start - self.table.lengths[slots]
-        cell = (slots[:, None], start[:, None] + torch.arange(size, device=self.device))
+        size, cell = settings.block_size, self._cell()
+        offset = self.block_start[slots] - self.table.lengths[slots]
         step = (slots, offset // size)
-        block, running = self.table.ids[cell], ~self.ended[slots]
+        block, running, choice = self.table.ids[cell], ~self.ended[slots], self.choice
         masked = (block == settings.mask_token_id) & running[:, None]
-        ids, confidence = self.choice
-        quota = self.schedule[self.steps[step].clamp(max=len(self.schedule) - 1)]
+        is_last = self.steps[step] >= len(self.schedule) - 1
+        quota = torch.where(is_last, size, self.schedule[self.steps[step].clamp(max=len(self.schedule) - 1)])
         rule = REMASKING_RULES[settings.remasking_strategy]
-        commit = rule(confidence, masked, quota, settings.confidence_threshold)
-        block = torch.where(commit, ids, block)
+        commit = rule.commit(choice.measure, masked, quota, getattr(settings, rule.bound))
+        revised = self._revise(block, ~masked & running[:, None], is_last)
+        again = revised & (settings.revision == "remask")
+        block = torch.where(commit | revised, choice.ids, block).masked_fill(again, settings.mask_token_id)
         self.table.ids[cell] = block
-        self.confidences[cell] = torch.where(commit, confidence, self.confidences[cell])
+        self.confidences[cell] = torch.where(commit | revised, choice.confidence, self.confidences[cell])
         self.steps[step] += running
-        self._report(block, commit, confidence)
+        self._report(block, commit, revised, choice.confidence)
 
         finished = running & (block != settings.mask_token_id).all(-1)
         length, ends = self._response_end(block, offset)
@@ -377,6 +407,15 @@ class BlockDecoder:
         self.carries[slots] = finished & ~ends
         self.block_start[slots] += size * (finished & ~ends)
         return finished
+
+    def _revise(self, block: torch.Tensor, visible: torch.Tensor, is_last: torch.Tensor) -> torch.Tensor:
+        """(n, block size) visible positions that change; none is masked again at a block's last step."""
+        settings, choice = self.settings, self.choice
+        if settings.revision == "overwrite":
+            return overwritten(block, visible, choice.ids, choice.confidence, settings.revision_threshold)
+        if choice.present is not None:
+            return remasked(choice.present, visible & ~is_last[:, None], settings.revision_threshold)
+        return torch.zeros_like(visible)
 
     def _response_end(self, block: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Response tokens up to the end of each finished block (n, block size), EOS and limit heeded; is it the end?"""
@@ -399,12 +438,12 @@ class BlockDecoder:
                 logits[slot, offset] = self.hooks.processors(left[None], logits[slot, offset][None])[0]
         return logits
 
-    def _report(self, block: torch.Tensor, commit: torch.Tensor, confidence: torch.Tensor) -> None:
+    def _report(self, block: torch.Tensor, *decisions: torch.Tensor) -> None:
         """Hand a draft to the streamer and keep the history, if asked."""
         if hasattr(self.hooks.streamer, "put_draft"):
             self.hooks.streamer.put_draft(value=block.cpu())
         if self.hooks.keep_history:
-            for row, *parts in zip(self.rows, block.cpu(), commit.cpu(), confidence.cpu(), strict=True):
+            for row, *parts in zip(self.rows, *(part.cpu() for part in (block, *decisions)), strict=True):
                 index = (self.starts[row] - self.lengths[row]) // self.settings.block_size
                 self.history[row].append(DenoisingStep(index, *parts))
 

@@ -2,13 +2,14 @@
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import GenerationConfig
 
 from .configuration_bard_vl import check_integer
-from .remasking_bard_vl import REMASKING_RULES
+from .remasking_bard_vl import REMASKING_RULES, REVISION_THRESHOLDS
 
 DEFAULT_EOS_TOKEN_ID = 151645  # <|im_end|>, for published checkpoints that state none
 
@@ -16,6 +17,8 @@ DEFAULTS: dict[str, Any] = {
     "max_new_tokens": 256,
     "remasking_strategy": "low_confidence_dynamic",
     "confidence_threshold": 0.9,
+    "entropy_bound": 0.1,
+    "factor": 1.0,
     "check_interval": 1,
     "top_k": 0,
     "top_p": 1.0,
@@ -29,6 +32,10 @@ BLOCK_DIFFUSION_FIELDS = (
     "denoising_steps",
     "remasking_strategy",
     "confidence_threshold",
+    "entropy_bound",
+    "factor",
+    "revision",
+    "revision_threshold",
     "check_interval",
     "mask_token_id",
     "return_step_stats",
@@ -68,7 +75,16 @@ class BardVLGenerationConfig(GenerationConfig):
             is a fact of the weights.
         denoising_steps (`int`, defaults to `block_size`): steps per block at most, 1 to `block_size`.
         remasking_strategy (`str`, defaults to `"low_confidence_dynamic"`): which positions commit at a step.
-        confidence_threshold (`float` in [0, 1], defaults to 0.9): commit what the model finds more probable than this.
+            `"low_confidence_static"` and `"low_confidence_dynamic"` are the reference's; `"margin"` ranks by the lead
+            of the first token over the second; `"entropy_bounded"` and `"factor"` bound what commits together.
+        confidence_threshold (`float` in [0, 1], defaults to 0.9): commit what the model finds more probable than this;
+            for `"margin"`, what leads by more.
+        entropy_bound (`float`, defaults to 0.1): nats, for `"entropy_bounded"`.
+        factor (`float`, defaults to 1): for `"factor"`.
+        revision (`"overwrite"` or `"remask"`): let later steps of a block change tokens committed before: to another
+            token more probable than the threshold, or back to a mask when less probable. Off by default; for models
+            trained with visible corruption.
+        revision_threshold (`float` in [0, 1], defaults to 0.9 for overwriting, 0.1 for remasking).
         temperature (`float`, defaults to 0, or 1 with `do_sample=True`): 0 is greedy.
         do_sample (`bool`): False forces greedy decoding whatever the temperature.
         top_k (`int`, defaults to 0, off), top_p (`float`, defaults to 1, off): sample among the most probable tokens.
@@ -116,6 +132,10 @@ class BardVLGenerationConfig(GenerationConfig):
                               ("check_interval", 1), ("prefill_chunk_size", 1)):  # fmt: skip
             check_integer(name, getattr(self, name), minimum=minimum, optional=True)
         check_number("confidence_threshold", self.confidence_threshold, 0.0, 1.0)
+        check_number("entropy_bound", self.entropy_bound, 0.0, math.inf)
+        check_number("factor", self.factor, 0.0, math.inf, open_below=True)
+        check_number("revision_threshold", self.revision_threshold, 0.0, 1.0)
+        check_choice("revision", self.revision, list(REVISION_THRESHOLDS))
         check_number("temperature", self.temperature, 0.0, math.inf)
         check_number("top_p", self.top_p, 0.0, 1.0, open_below=True)
         check_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_below=True)
@@ -131,6 +151,9 @@ class BardVLGenerationConfig(GenerationConfig):
             )
         for token_id in token_ids(self.eos_token_id):
             check_integer("eos_token_id", token_id, minimum=0)
+        check_texts("stop_strings", self.stop_strings)
+        check_banned("suppress_tokens", self.suppress_tokens, is_id, "token ids")
+        check_banned("bad_words_ids", self.bad_words_ids, is_word, "non-empty lists of token ids")
         for name, neutral in _plain_defaults().items():
             value = getattr(self, name, None)
             if name not in FIELDS and value not in (None, False, *neutral):
@@ -180,6 +203,10 @@ class DecodingSettings:
     max_new_tokens: int
     remasking_strategy: str
     confidence_threshold: float
+    entropy_bound: float
+    factor: float
+    revision: str | None
+    revision_threshold: float
     temperature: float
     top_k: int
     top_p: float
@@ -231,6 +258,12 @@ class DecodingSettings:
             max_new_tokens=max_new_tokens,
             remasking_strategy=setting(config, "remasking_strategy"),
             confidence_threshold=setting(config, "confidence_threshold"),
+            entropy_bound=setting(config, "entropy_bound"),
+            factor=setting(config, "factor"),
+            revision=config.revision,
+            revision_threshold=REVISION_THRESHOLDS.get(config.revision, 0.0)
+            if config.revision_threshold is None
+            else config.revision_threshold,
             temperature=1.0 if temperature is None else temperature,
             top_k=setting(config, "top_k"),
             top_p=setting(config, "top_p"),
@@ -293,6 +326,29 @@ def check_choice(name: str, value: Any, choices: list[Any]) -> None:
     """Raise `ValueError` unless `value` is None or one of `choices`."""
     if value is not None and value not in choices:
         raise ValueError(f"`{name}` must be one of {choices}, got {value!r}")
+
+
+def check_texts(name: str, value: Any) -> None:
+    """Raise `ValueError` unless `value` is None, a text or a list of texts, none of them empty."""
+    texts = value if isinstance(value, list | tuple) else [value]
+    if value is not None and not (texts and all(isinstance(text, str) and text for text in texts)):
+        raise ValueError(f"`{name}` must be a non-empty text or a list of them, got {value!r}")
+
+
+def check_banned(name: str, value: Any, is_item: Callable[[Any], bool], items: str) -> None:
+    """Raise `ValueError` unless `value` is None or a list of what `is_item` accepts and `items` names."""
+    if value is not None and not (isinstance(value, list) and all(map(is_item, value))):
+        raise ValueError(f"`{name}` must be a list of {items}, got {value!r}")
+
+
+def is_id(value: Any) -> bool:
+    """Whether `value` is an integer of at least 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_word(value: Any) -> bool:
+    """Whether `value` is a non-empty list of token ids."""
+    return isinstance(value, list) and len(value) > 0 and all(map(is_id, value))
 
 
 def readable_settings(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """One denoising decision: the token each position would take, how sure it is, and which positions commit.
 
-Everything is a pure tensor function without host synchronisation. A rule maps (confidence, masked, quota, threshold) to
-the positions that commit at this step; every rule commits at least `quota` positions, or all that are left.
+Everything is a pure tensor function without host synchronisation. A rule maps (measure, masked, quota, bound) to the
+positions that commit at this step; the measure is larger where the model is surer. Every rule commits at least `quota`
+positions, or all that are left, so that a block takes as many steps as the schedule has, at most.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-
-RemaskingRule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
 def transfer_schedule(block_size: int, denoising_steps: int) -> torch.Tensor:
@@ -26,13 +26,13 @@ def rank_by_confidence(confidence: torch.Tensor, masked: torch.Tensor) -> torch.
     """Rank of each position among the masked ones of its row, 0 for the most confident; ties go to the lower position.
 
     Args:
-        confidence: (batch, block) probabilities.
+        confidence: (batch, block) probabilities, or what else is larger where the model is surer.
         masked: (batch, block) bool, True where undecided.
 
     Returns:
         (batch, block) ranks; decided positions come last.
     """
-    order = confidence.masked_fill(~masked, -1.0).sort(dim=-1, descending=True, stable=True).indices
+    order = confidence.masked_fill(~masked, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
     return order.argsort(dim=-1)
 
 
@@ -54,10 +54,98 @@ def low_confidence_dynamic(
     return masked & ((confidence > threshold) | (rank_by_confidence(confidence, masked) < quota[:, None]))
 
 
-REMASKING_RULES: dict[str, RemaskingRule] = {
-    "low_confidence_static": low_confidence_static,
-    "low_confidence_dynamic": low_confidence_dynamic,
+def entropy_bounded(measure: torch.Tensor, masked: torch.Tensor, quota: torch.Tensor, bound: float) -> torch.Tensor:
+    """Commit the surest positions while their entropies, the largest aside, add up to at most `bound` (in nats).
+
+    The sum bounds what the tokens say about each other (Ben-Hamu et al. 2025, arXiv 2505.24857). The measure is the
+    negative entropy.
+    """
+    rank = rank_by_confidence(measure, masked)
+    entropy = torch.zeros_like(measure).scatter(-1, rank, -measure)  # in ascending order
+    within = entropy.cumsum(-1) - entropy <= bound
+    return masked & (within.gather(-1, rank) | (rank < quota[:, None]))
+
+
+def factor(measure: torch.Tensor, masked: torch.Tensor, quota: torch.Tensor, bound: float) -> torch.Tensor:
+    """Commit the n most probable positions for the largest n with (n + 1)(1 - p_n) < `bound`.
+
+    The more positions commit together, the surer the last of them must be (Wu et al. 2025, arXiv 2505.22618). The
+    measure is the probability.
+    """
+    rank = rank_by_confidence(measure, masked)
+    holds = masked & ((rank + 2) * (1 - measure) < bound)
+    count = torch.where(holds, rank + 1, 0).amax(-1)
+    return masked & (rank < torch.maximum(count, quota)[:, None])
+
+
+def probability(logits: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
+    """The probability of the chosen token."""
+    return confidence
+
+
+def probability_margin(logits: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
+    """The difference between the two largest probabilities (batch, block)."""
+    first, second = (
+        (logits.float().topk(2, dim=-1).values - logits.float().logsumexp(-1, keepdim=True)).exp().unbind(-1)
+    )
+    return first - second
+
+
+def negative_entropy(logits: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
+    """The negative entropy of the prediction, in nats (batch, block)."""
+    log_probabilities = logits.float().log_softmax(-1)
+    return (log_probabilities.exp() * log_probabilities).nan_to_num(0.0).sum(-1)
+
+
+@dataclass(frozen=True)
+class RemaskingRule:
+    """A rule, what it ranks positions by, and the setting that is its bound."""
+
+    commit: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+    measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    bound: str
+
+
+REMASKING_RULES = {
+    "low_confidence_static": RemaskingRule(low_confidence_static, probability, "confidence_threshold"),
+    "low_confidence_dynamic": RemaskingRule(low_confidence_dynamic, probability, "confidence_threshold"),
+    "entropy_bounded": RemaskingRule(entropy_bounded, negative_entropy, "entropy_bound"),
+    "factor": RemaskingRule(factor, probability, "factor"),
+    "margin": RemaskingRule(low_confidence_dynamic, probability_margin, "confidence_threshold"),
 }
+
+
+def overwritten(
+    block: torch.Tensor, visible: torch.Tensor, ids: torch.Tensor, confidence: torch.Tensor, threshold: float
+) -> torch.Tensor:
+    """Visible positions that take another token because it is more probable than `threshold` (eq. 12 of the paper).
+
+    Args:
+        block: (batch, block) present ids; visible: (batch, block) bool, True where decided before this step.
+        ids, confidence: (batch, block) the token that each position would take now, and its probability.
+
+    Returns:
+        (batch, block) bool.
+    """
+    return visible & (ids != block) & (confidence > threshold)
+
+
+def remasked(present: torch.Tensor, visible: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Visible positions whose token has become less probable than `threshold` and is masked again.
+
+    After Wang et al. 2025 (arXiv 2503.00307), by present probability.
+
+    Args:
+        present: (batch, block) present probability of the token that each position holds.
+        visible: (batch, block) bool, True where decided before this step.
+
+    Returns:
+        (batch, block) bool.
+    """
+    return visible & (present < threshold)
+
+
+REVISION_THRESHOLDS = {"overwrite": 0.9, "remask": 0.1}  # the ways to revise, and their default thresholds
 
 
 def choose_tokens(
@@ -113,10 +201,18 @@ def filter_scores(scores: torch.Tensor, top_k: int, top_p: float) -> torch.Tenso
 
 __all__ = [
     "REMASKING_RULES",
+    "REVISION_THRESHOLDS",
+    "RemaskingRule",
     "choose_tokens",
+    "entropy_bounded",
+    "factor",
     "filter_scores",
     "low_confidence_dynamic",
     "low_confidence_static",
+    "negative_entropy",
+    "overwritten",
+    "probability_margin",
     "rank_by_confidence",
+    "remasked",
     "transfer_schedule",
 ]

@@ -4,15 +4,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from bard_vl import BardVLGenerationOutput
 from bard_vl.attention_bard_vl import block_attention
+from bard_vl.remasking_bard_vl import REMASKING_RULES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ragged import Row, collate, load, rows
+from ragged import MASK, Row, collate, load, rows
 from ragged import settings as arguments_of
 from torch.overrides import TorchFunctionMode
 
@@ -59,10 +61,52 @@ def forwards_of(model: Any) -> Iterator[list[dict[str, Any]]]:
         hook.remove()
 
 
+@st.composite
+def any_arguments(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments with every rule, and with revision."""
+    return draw(arguments_of()) | {
+        "remasking_strategy": draw(st.sampled_from(sorted(REMASKING_RULES))),
+        "entropy_bound": draw(st.sampled_from([0.0, 1.0, 6.0, 40.0])),
+        "factor": draw(st.sampled_from([0.5, 2.0, 8.0])),
+        "revision": draw(st.sampled_from([None, "overwrite", "remask"])),
+        "revision_threshold": draw(st.sampled_from([None, 0.0, 0.1, 0.3, 1.0])),
+    }
+
+
+@settings(max_examples=60)
+@given(batch=st.lists(rows(), min_size=1, max_size=4), arguments=any_arguments())
+def test_every_rule_ends_in_time_with_revision_and_without(batch: list[Row], arguments: dict[str, Any]) -> None:
+    output = run(batch, output_history=True, **arguments)
+    assert (output.block_step_counts <= arguments["denoising_steps"]).all()
+    assert not (output.sequences[:, -output.confidences.shape[1] :] == MASK).any()
+    for place, row in enumerate(batch):
+        alone = run([row], **arguments)
+        length = int((alone.confidences > 0).sum())
+        mine = output.sequences[place, -output.confidences.shape[1] :][:length]
+        assert torch.equal(mine, alone.sequences[0, -alone.confidences.shape[1] :][:length])
+        for step in output.history[place]:
+            assert not (step.committed & step.revised).any()
+            assert arguments["revision"] or not step.revised.any()
+
+
+def test_revision_revises_and_the_history_tells() -> None:
+    row = Row().add_text(20, 3)
+    settings = {"block_size": 16, "denoising_steps": 16, "max_new_tokens": 64, "output_history": True}
+    for revision, threshold in (("overwrite", 0.0), ("remask", 1.0)):
+        output = run([row], revision=revision, revision_threshold=threshold, **settings)
+        history = output.history[0]
+        assert any(step.revised.any() for step in history)
+        for before, step in pairwise(history):
+            if step.block == before.block:
+                changed = (before.ids != step.ids) & (before.ids != MASK)
+                assert torch.equal(changed, step.revised)
+                assert ((step.ids == MASK) & step.revised).any() == (revision == "remask" and step.revised.any())
+
+
 @settings(max_examples=40)
 @given(
     batch=st.lists(rows(), min_size=1, max_size=5),
-    arguments=arguments_of(),
+    arguments=any_arguments(),
     chunk=st.sampled_from([None, 1, 7, 16]),
     interval=st.integers(1, 4),
     cache=st.sampled_from(["dynamic", "static"]),

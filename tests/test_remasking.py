@@ -8,7 +8,11 @@ from bard_vl.remasking_bard_vl import (
     REMASKING_RULES,
     choose_tokens,
     filter_scores,
+    negative_entropy,
+    overwritten,
+    probability_margin,
     rank_by_confidence,
+    remasked,
     transfer_schedule,
 )
 from golden_models import committed_positions
@@ -32,7 +36,9 @@ def decisions(draw: st.DrawFn) -> tuple[list[list[float]], list[list[bool]], lis
 @given(decisions())
 def test_rules_equal_the_branchy_statement(name: str, decision: tuple) -> None:
     confidence, masked, quota, threshold = decision
-    commit = REMASKING_RULES[name](torch.tensor(confidence), torch.tensor(masked), torch.tensor(quota), threshold)
+    commit = REMASKING_RULES[name].commit(
+        torch.tensor(confidence), torch.tensor(masked), torch.tensor(quota), threshold
+    )
     for row, values in enumerate(confidence):
         undecided = [place for place, is_open in enumerate(masked[row]) if is_open]
         expected = committed_positions(values, undecided, quota[row], threshold, name)
@@ -59,15 +65,59 @@ def test_schedule_spreads_a_block_over_its_steps(block_size: int, data: st.DataO
 
 
 def test_at_least_the_quota_commits_where_nothing_is_sure() -> None:
-    confidence, masked = torch.tensor([[0.2, 0.3, 0.1, 0.3]]), torch.tensor([[True, True, True, True]])
-    for rule in REMASKING_RULES.values():
-        assert rule(confidence, masked, torch.tensor([2]), 0.9).tolist() == [[False, True, False, True]]
-        assert rule(confidence, masked, torch.tensor([1]), 0.9).tolist() == [[False, True, False, False]]
+    masked = torch.tensor([[True, True, True, True]])
+    for name, rule in REMASKING_RULES.items():
+        # Entropies are negative; no bound allows more than the first.
+        measure = torch.tensor([[0.2, 0.3, 0.1, 0.3]]) - (2 if name == "entropy_bounded" else 0)
+        bound = {"entropy_bounded": 0.5, "factor": 0.5}.get(name, 0.9)
+        assert rule.commit(measure, masked, torch.tensor([2]), bound).tolist() == [[False, True, False, True]]
+        assert rule.commit(measure, masked, torch.tensor([1]), bound).tolist() == [[False, True, False, False]]
+
+
+@given(decisions(), st.sampled_from([0.0, 0.25, 0.6, 1.0, 1.5, 3.0]))
+def test_entropy_bound_and_factor_equal_a_walk_down_the_ranking(decision: tuple, bound: float) -> None:
+    confidence, masked, quota, _ = decision
+    for name in ("entropy_bounded", "factor"):
+        # Where the model is less sure its entropy is larger; any falling function serves.
+        measure = torch.tensor(confidence) - (1.0 if name == "entropy_bounded" else 0.0)
+        commit = REMASKING_RULES[name].commit(measure, torch.tensor(masked), torch.tensor(quota), bound)
+        for row, values in enumerate(measure.tolist()):
+            order = sorted((p for p, is_open in enumerate(masked[row]) if is_open), key=lambda p: (-values[p], p))
+            allowed = [
+                n
+                for n in range(1, len(order) + 1)
+                if (
+                    sum(-values[p] for p in order[: n - 1]) <= bound
+                    if name == "entropy_bounded"
+                    else (n + 1) * (1 - values[order[n - 1]]) < bound
+                )
+            ]
+            expected = order[: max([quota[row], *allowed])]
+            assert commit[row].nonzero()[:, 0].tolist() == sorted(expected)
+
+
+def test_measures_are_what_they_say() -> None:
+    logits = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)) * 3
+    probabilities = logits.double().softmax(-1)
+    first, second = probabilities.topk(2).values.unbind(-1)
+    torch.testing.assert_close(probability_margin(logits, first).double(), first - second, atol=1e-6, rtol=0)
+    entropy = torch.distributions.Categorical(probs=probabilities).entropy()
+    torch.testing.assert_close(negative_entropy(logits, first).double(), -entropy, atol=1e-5, rtol=0)
+    banned = logits.index_fill(-1, torch.arange(10), float("-inf"))
+    assert negative_entropy(banned, first).isfinite().all()
+
+
+def test_revision_changes_what_is_visible_and_nothing_else() -> None:
+    block, visible = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[True, True, True, False]])
+    ids, confidence = torch.tensor([[1, 9, 9, 9]]), torch.tensor([[0.99, 0.95, 0.5, 0.99]])
+    assert overwritten(block, visible, ids, confidence, 0.9).tolist() == [[False, True, False, False]]
+    present = torch.tensor([[0.05, 0.2, 0.09, 0.0]])
+    assert remasked(present, visible, 0.1).tolist() == [[True, False, True, False]]
 
 
 def test_threshold_is_exclusive() -> None:
     confidence, masked = torch.tensor([[0.5, 0.75, 0.8]]), torch.ones(1, 3, dtype=torch.bool)
-    commit = REMASKING_RULES["low_confidence_dynamic"](confidence, masked, torch.tensor([1]), 0.75)
+    commit = REMASKING_RULES["low_confidence_dynamic"].commit(confidence, masked, torch.tensor([1]), 0.75)
     assert commit.tolist() == [[False, False, True]]
 
 
