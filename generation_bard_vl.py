@@ -22,6 +22,7 @@ from transformers.generation import (
 from transformers.utils import ModelOutput
 
 from .cache_bard_vl import BardVLCache
+from .configuration_bard_vl import check_integer
 from .decoding_bard_vl import BlockDecoder, DecodingHooks, DenoisingStep, TokenTable, WindowEncoder
 from .generation_config_bard_vl import (
     BardVLGenerationConfig,
@@ -150,7 +151,7 @@ class BardVLGenerationMixin:
             past_key_values: the cache of an earlier call whose prompts begin like these; it is updated in place. What
                 was computed in another dtype, on another device, or under another inference mode is encoded again.
             generator: source of randomness on the model's device; or `seed`.
-            tokenizer: needed with `stop_strings`.
+            tokenizer: needed with `stop_strings`; a processor will do.
 
         Returns:
             Prompt and response ids (rows, length), or the response ids alone for a mapping, followed by history and
@@ -169,17 +170,17 @@ class BardVLGenerationMixin:
         check_attention_implementation(self.config.text_config._attn_implementation)
         attention_mask = check_prompt(self.config, input_ids, attention_mask, settings.mask_token_id)
         check_visual_inputs(self.config, input_ids, **visual_inputs)
-        num_rows = len(input_ids) * settings.num_return_sequences
-        if streamer is not None and num_rows > 1:
-            raise ValueError(f"a streamer follows one row, this batch has {num_rows}")
+        check_streamer(streamer, len(input_ids) * settings.num_return_sequences)
         return_dict = setting(config, "return_dict_in_generate")
         output_history = setting(config, "output_history")
-        if output_history and not (return_dict or from_mapping):
-            raise ValueError("`output_history=True` needs `return_dict_in_generate=True`, or the inputs as a mapping")
+        for name in ("output_history", "return_step_stats"):
+            if setting(config, name) and not (return_dict or from_mapping):
+                raise ValueError(f"`{name}=True` needs `return_dict_in_generate=True`, or the inputs as a mapping")
         if past_key_values is not None and not hasattr(past_key_values, "shared_prefix"):
             raise ValueError(
                 f"`past_key_values` must be a cache that `generate` returned, got {type(past_key_values).__name__}"
             )
+        check_banned_tokens(config, settings, self.config.get_text_config().vocab_size)
         hooks = DecodingHooks(
             processors=_logits_processors(config, logits_processor, input_ids.device),
             criteria=_stopping_criteria(config, stopping_criteria, tokenizer),
@@ -284,9 +285,12 @@ class BardVLGenerationMixin:
             (answers, length) log-probabilities in float32, 0 for padding. Their sum over the last axis is the score.
 
         Raises:
-            ValueError: prompts or answers are wrong, or their numbers do not match.
+            ValueError: prompts or answers are wrong, their numbers do not match, or an argument is out of range.
         """
         # 1. Checks
+        if not isinstance(inputs, Mapping):
+            raise ValueError(f"`inputs` must be the processor's output, a mapping, got {type(inputs).__name__}")
+        check_integer("positions_per_forward", positions_per_forward, minimum=1)
         input_ids, attention_mask, visual_inputs = self._split_inputs(dict(inputs))
         block_size = resolve_block_size(block_size, self.config)
         mask_token_id = resolve_mask_token_id(mask_token_id, self.config)
@@ -340,6 +344,10 @@ class BardVLGenerationMixin:
 
         A later source overrides an earlier one; a keyword argument does so even with None, which unsets a field.
         """
+        # The class lets such names through, for transformers alone.
+        private = sorted(name for name in kwargs if name.startswith("_"))
+        if private:
+            raise ValueError(f"unknown generation settings: {', '.join(private)}")
         settings = {}
         for name, value in kwargs.items():
             if name in (*VISUAL_INPUTS, "input_ids", "attention_mask", "mm_token_type_ids"):
@@ -406,6 +414,35 @@ def check_answers(config: Any, answers: Any, num_prompts: int, mask_token_id: in
         )
 
 
+def check_streamer(streamer: Any, num_rows: int) -> None:
+    """Raise `ValueError` unless `streamer` is None, or has `put` and `end` and there is one row to follow."""
+    if streamer is None:
+        return
+    if not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+        raise ValueError(f"`streamer` must have the methods `put` and `end`, got {streamer!r}")
+    if num_rows > 1:
+        raise ValueError(f"a streamer follows one row, this batch has {num_rows}")
+
+
+def check_callables(name: str, value: Any) -> None:
+    """Raise `ValueError` unless `value` is None or a list of callables."""
+    if value is not None and not (isinstance(value, list | tuple) and all(map(callable, value))):
+        hint = f": give a list, `{name}=[...]`" if callable(value) else ""
+        raise ValueError(f"`{name}` must be a list of callables, got {value!r}{hint}")
+
+
+def check_banned_tokens(config: BardVLGenerationConfig, settings: DecodingSettings, vocab_size: int) -> None:
+    """Raise `ValueError` if an id of `suppress_tokens` or `bad_words_ids` is unknown, or they leave none to choose."""
+    suppressed, words = config.suppress_tokens or [], config.bad_words_ids or []
+    for name, ids in (("suppress_tokens", suppressed), ("bad_words_ids", [i for word in words for i in word])):
+        if ids and max(ids) >= vocab_size:
+            raise ValueError(f"`{name}`: {max(ids)} lies outside the vocabulary of {vocab_size} tokens")
+    # A bad word that is an EOS bans nothing, as in transformers.
+    single = {word[0] for word in words if len(word) == 1} - set(settings.eos_token_ids)
+    if len({*suppressed, *single, settings.mask_token_id}) == vocab_size:
+        raise ValueError("`suppress_tokens` and `bad_words_ids` leave no token to choose")
+
+
 def _explicit(config: GenerationConfig | None) -> dict[str, Any]:
     """The settings that a config states: its own list, or for a plain config what differs from the defaults."""
     if config is None:
@@ -423,6 +460,7 @@ def _logits_processors(
     config: BardVLGenerationConfig, extra: list[Callable] | None, device: torch.device
 ) -> LogitsProcessorList:
     """transformers' processors for the settings that name one, then the caller's."""
+    check_callables("logits_processor", extra)
     processors = LogitsProcessorList()
     if config.repetition_penalty not in (None, 1.0):
         processors.append(RepetitionPenaltyLogitsProcessor(penalty=config.repetition_penalty))
@@ -440,10 +478,15 @@ def _stopping_criteria(
     config: BardVLGenerationConfig, extra: list[Callable] | None, tokenizer: Any
 ) -> StoppingCriteriaList:
     """transformers' criteria for the settings that name one, then the caller's."""
+    check_callables("stopping_criteria", extra)
     criteria = StoppingCriteriaList()
     if config.stop_strings is not None:
         if tokenizer is None:
             raise ValueError(f"`stop_strings` = {config.stop_strings!r} needs `tokenizer=` in the call of `generate`")
+        if not hasattr(tokenizer, "get_vocab"):
+            given, tokenizer = tokenizer, getattr(tokenizer, "tokenizer", None)
+            if not hasattr(tokenizer, "get_vocab"):
+                raise ValueError(f"`tokenizer` must be a tokenizer or a processor, got {type(given).__name__}")
         criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=config.stop_strings))
     criteria.extend(extra or [])
     return criteria
@@ -458,6 +501,8 @@ def _generator(generator: torch.Generator | None, seed: int | None, device: torc
         raise ValueError("give `generator` or `seed`, not both")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"`seed` must be an integer, got {seed!r}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"`seed` must lie in [-2**63, 2**64), got {seed}")
     return torch.Generator(device=device).manual_seed(seed)
 
 

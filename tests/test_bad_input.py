@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ GRID = torch.tensor([[1, 4, 4]])
 PIXELS = pixels((1, 4, 4), 0)
 ONE_IMAGE = [1, VISION_START, *[IMAGE] * 4, VISION_END]
 LIMIT = 4096  # `max_position_embeddings` of the tiny model
+
+ALL_BUT_MASK = [token_id for token_id in range(512) if token_id != MASK]
 
 
 def ids(*rows: list[int]) -> torch.Tensor:
@@ -100,9 +103,39 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"pad_token_id": 600}, "`pad_token_id` = 600 lies outside the vocabulary of 512 tokens"),
     ({"seed": 1, "generator": torch.Generator()}, "give `generator` or `seed`, not both"),
     ({"seed": "x"}, "`seed` must be an integer, got 'x'"),
+    ({"seed": 2**70}, f"`seed` must lie in [-2**63, 2**64), got {2**70}"),
+    ({"seed": -(2**63) - 1}, f"`seed` must lie in [-2**63, 2**64), got {-(2**63) - 1}"),
     ({"generator": 5}, "`generator` must be a torch.Generator, got int"),
     ({"generation_config": {"block_size": 4}}, "`generation_config` must be a GenerationConfig, got dict"),
     ({"stop_strings": ["end"]}, "`stop_strings` = ['end'] needs `tokenizer=`"),
+    ({"stop_strings": 5}, "`stop_strings` must be a non-empty text or a list of them, got 5"),
+    ({"stop_strings": ["a", 3]}, "`stop_strings` must be a non-empty text or a list of them, got ['a', 3]"),
+    ({"stop_strings": []}, "`stop_strings` must be a non-empty text or a list of them, got []"),
+    ({"stop_strings": ["a", ""]}, "`stop_strings` must be a non-empty text or a list of them, got ['a', '']"),
+    ({"stop_strings": "a", "tokenizer": "x"}, "`tokenizer` must be a tokenizer or a processor, got str"),
+    ({"streamer": "x"}, "`streamer` must have the methods `put` and `end`, got 'x'"),
+    ({"streamer": SimpleNamespace(put=print)}, "`streamer` must have the methods `put` and `end`, got namespace(put="),
+    ({"logits_processor": max}, "`logits_processor` must be a list of callables, got <built-in function max>: give a"),
+    ({"logits_processor": 5}, "`logits_processor` must be a list of callables, got 5"),
+    (
+        {"logits_processor": [max, 5]},
+        "`logits_processor` must be a list of callables, got [<built-in function max>, 5]",
+    ),
+    ({"stopping_criteria": max}, "got <built-in function max>: give a list, `stopping_criteria=[...]`"),
+    ({"stopping_criteria": "x"}, "`stopping_criteria` must be a list of callables, got 'x'"),
+    ({"bad_words_ids": []}, "bad_words_ids"),
+    ({"bad_words_ids": [[]]}, "`bad_words_ids` must be a list of non-empty lists of token ids, got [[]]"),
+    ({"bad_words_ids": [5]}, "`bad_words_ids` must be a list of non-empty lists of token ids, got [5]"),
+    ({"bad_words_ids": [[5, -1]]}, "`bad_words_ids` must be a list of non-empty lists of token ids, got [[5, -1]]"),
+    ({"bad_words_ids": [[5], [6, 512]]}, "`bad_words_ids`: 512 lies outside the vocabulary of 512 tokens"),
+    ({"suppress_tokens": 5}, "`suppress_tokens` must be a list of token ids, got 5"),
+    ({"suppress_tokens": [-1]}, "`suppress_tokens` must be a list of token ids, got [-1]"),
+    ({"suppress_tokens": [True]}, "`suppress_tokens` must be a list of token ids, got [True]"),
+    ({"suppress_tokens": [10**6]}, "`suppress_tokens`: 1000000 lies outside the vocabulary of 512 tokens"),
+    ({"suppress_tokens": ALL_BUT_MASK}, "`suppress_tokens` and `bad_words_ids` leave no token to choose"),
+    ({"suppress_tokens": ALL_BUT_MASK[1:], "bad_words_ids": [[ALL_BUT_MASK[0]]]}, "leave no token to choose"),
+    ({"_foo": 1}, "unknown generation settings: _foo"),
+    ({"return_step_stats": True}, "`return_step_stats=True` needs `return_dict_in_generate=True`, or the inputs as a"),
     ({"output_history": True}, "`output_history=True` needs `return_dict_in_generate=True`"),
     ({"num_beams": 4}, "`num_beams=4` is not supported by block-diffusion decoding"),
     ({"assistant_model": "draft"}, "assistant_model"),
@@ -300,6 +333,23 @@ def test_score_refuses_by_name_before_any_compute(answers: Any, message: str) ->
     model = load()
     with pytest.raises(ValueError, match=re.escape(message)), nothing_computed(model):
         model.score({"input_ids": ids([1, 2, 3])}, answers, block_size=4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"inputs": ids([1, 2, 3])}, "`inputs` must be the processor's output, a mapping, got Tensor"),
+        ({"inputs": None}, "`inputs` must be the processor's output, a mapping, got NoneType"),
+        ({"inputs": [[1, 2, 3]]}, "`inputs` must be the processor's output, a mapping, got list"),
+        ({"positions_per_forward": 0}, "`positions_per_forward` must be an integer of at least 1, got 0"),
+        ({"positions_per_forward": 1.5}, "`positions_per_forward` must be an integer of at least 1, got 1.5"),
+    ],
+)
+def test_score_refuses_other_arguments_by_name_before_any_compute(wrong: dict[str, Any], message: str) -> None:
+    model = load()
+    good = {"inputs": {"input_ids": ids([1, 2, 3])}, "answers": ids([1, 2]), "block_size": 4}
+    with pytest.raises(ValueError, match=re.escape(message)), nothing_computed(model):
+        model.score(**(good | wrong))
 
 
 def test_score_refuses_answers_that_match_no_prompt() -> None:

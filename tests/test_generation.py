@@ -1,6 +1,7 @@
 """Features of `generate` and `score`, against a slow twin where one exists."""
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -273,6 +274,13 @@ def test_sampling_narrows_to_greedy() -> None:
     assert sampled(seed=1, do_sample=False) == greedy
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38])
+def test_tiny_temperature_is_greedy(temperature: float) -> None:
+    greedy = sampled(temperature=0.0)
+    assert sampled(seed=1, temperature=temperature) == greedy
+    assert sampled(seed=1, temperature=temperature, top_p=0.9, top_k=5) == greedy
+
+
 @pytest.mark.parametrize("narrow", [{"top_k": 3}, {"top_p": 0.2}])
 def test_samples_come_from_the_most_probable_tokens(narrow: dict[str, Any]) -> None:
     seen: list[torch.Tensor] = []
@@ -351,6 +359,13 @@ def test_stop_string_may_span_tokens_and_blocks() -> None:
 def test_stop_strings_need_a_tokenizer() -> None:
     with pytest.raises(ValueError, match=r"`stop_strings` = \['a'\] needs `tokenizer=`"):
         run(TEXT, stop_strings=["a"])
+
+
+def test_stop_strings_take_a_processor_for_its_tokenizer() -> None:
+    tokenizer, arguments = word_tokenizer(), {"stop_strings": "L"}
+    processor = SimpleNamespace(tokenizer=tokenizer)
+    expected = tokens_of(run(TEXT, tokenizer=tokenizer, **arguments))
+    assert tokens_of(run(TEXT, tokenizer=processor, **arguments)) == expected
 
 
 class StopAt(StoppingCriteria):
@@ -490,6 +505,13 @@ def test_processor_cannot_bring_the_mask_token_in() -> None:
     output = run(TEXT, logits_processor=[favour_mask])
     assert MASK not in output.sequences
     assert output.block_step_counts.tolist() == [[8, 8, 8]], "nothing is sure beside the mask token"
+
+
+def test_the_one_token_left_is_chosen() -> None:
+    banned = [token for token in range(512) if token not in (7, MASK)]
+    for temperature in (0.0, 1.0):
+        output = run(TEXT, suppress_tokens=banned, temperature=temperature, max_new_tokens=8)
+        assert tokens_of(output) == [7] * 8
 
 
 # Streamers -----------------------------------------------------------------------------------------------------------
