@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 
 from .cache_bard_vl import BardVLCache
 from .configuration_bard_vl import check_integer
-from .decoding_bard_vl import BlockDecoder, DecodingHooks, DenoisingStep, TokenTable, WindowEncoder
+from .decoding_bard_vl import BlockDecoder, DecodingHooks, DenoisingStep
 from .generation_config_bard_vl import (
     BardVLGenerationConfig,
     DecodingSettings,
@@ -42,6 +42,7 @@ from .inputs_bard_vl import (
     check_visual_inputs,
 )
 from .masking_bard_vl import check_attention_implementation
+from .windows_bard_vl import TokenTable, WindowEncoder
 
 
 @dataclass

@@ -29,6 +29,7 @@ from .masking_bard_vl import (
     to_attention_mask,
 )
 from .remasking_bard_vl import REMASKING_RULES
+from .windows_bard_vl import WindowEncoder
 
 _MODEL_AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 AUTO_MAP = {
@@ -301,5 +302,6 @@ __all__ = [
     "BardVLGenerationConfig",
     "BardVLModel",
     "BlockDecoder",
+    "WindowEncoder",
     "compiled_step",
 ]
