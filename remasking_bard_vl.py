@@ -178,9 +178,9 @@ def choose_tokens(
     if temperature == 0:
         ids = scores.argmax(dim=-1)
     else:
-        # Relative to the largest, which then stays finite however small the temperature.
+        # Relative to the largest, which then stays finite; a temperature that float32 takes for 0 would make it 0 / 0.
         relative = scores.float() - scores.amax(-1, keepdim=True).float()
-        weights = filter_scores(relative / temperature, top_k, top_p).softmax(-1)
+        weights = filter_scores(relative / max(temperature, 1e-30), top_k, top_p).softmax(-1)
         ids = torch.multinomial(weights.flatten(0, 1), 1, generator=generator).view(logits.shape[:2])
     chosen = scores.gather(-1, ids[..., None])[..., 0]
     return ids, (chosen.float() - log_normaliser).exp()

@@ -187,7 +187,6 @@ def test_a_ragged_batch_in_half_precision(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_plot_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     command = (
         "--shape tiny --device cpu --prompt-length 6 --new-tokens 20 --steps 4 2 --repetitions 1 --only plain --quiet"
     )

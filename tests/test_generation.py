@@ -274,7 +274,7 @@ def test_sampling_narrows_to_greedy() -> None:
     assert sampled(seed=1, do_sample=False) == greedy
 
 
-@pytest.mark.parametrize("temperature", [1e-30, 1e-38])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 5e-324])
 def test_tiny_temperature_is_greedy(temperature: float) -> None:
     greedy = sampled(temperature=0.0)
     assert sampled(seed=1, temperature=temperature) == greedy
