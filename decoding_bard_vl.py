@@ -4,18 +4,17 @@ A prompt shares a forward with the first step of its first block, and a finished
 a separate pass to commit keys and values is never needed.
 """
 
-import math
 import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from .cache_bard_vl import BardVLCache, CacheWindow
 from .compilation_bard_vl import compiled_step
 from .generation_config_bard_vl import DecodingSettings
+from .hooks_bard_vl import DecodingHooks
 from .inputs_bard_vl import Prompt
 from .remasking_bard_vl import REMASKING_RULES, choose_tokens, overwritten, remasked, transfer_schedule
 from .windows_bard_vl import STATIC_COLUMNS, TokenTable, WindowEncoder
@@ -38,28 +37,6 @@ class DenoisingStep:
     committed: torch.Tensor
     revised: torch.Tensor
     confidence: torch.Tensor
-
-
-@dataclass
-class DecodingHooks:
-    """The caller's parts of the loop."""
-
-    processors: LogitsProcessorList
-    criteria: StoppingCriteriaList
-    streamer: Any
-    generator: torch.Generator | None
-    keep_history: bool
-    deadline: float  # in the seconds of time.monotonic
-
-    @property
-    def watch_blocks(self) -> bool:
-        """Whether something looks at finished blocks on the host."""
-        return bool(self.criteria) or self.streamer is not None or self.deadline < math.inf
-
-    @property
-    def any(self) -> bool:
-        """Whether something looks at the steps on the host."""
-        return self.watch_blocks or bool(self.processors) or self.keep_history
 
 
 @dataclass
@@ -383,4 +360,4 @@ class BlockDecoder:
         return encoded
 
 
-__all__ = ["BlockDecoder", "DecodingHooks", "DenoisingStep"]
+__all__ = ["BlockDecoder", "DenoisingStep"]

@@ -9,21 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.generation import (
-    GenerationConfig,
-    LogitsProcessorList,
-    NoBadWordsLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteriaList,
-    StopStringCriteria,
-    SuppressTokensLogitsProcessor,
-)
+from transformers.generation import GenerationConfig
 from transformers.utils import ModelOutput
 
 from .cache_bard_vl import BardVLCache
 from .configuration_bard_vl import check_integer
-from .decoding_bard_vl import BlockDecoder, DecodingHooks, DenoisingStep
+from .decoding_bard_vl import BlockDecoder, DenoisingStep
 from .generation_config_bard_vl import (
     BardVLGenerationConfig,
     DecodingSettings,
@@ -31,7 +22,14 @@ from .generation_config_bard_vl import (
     resolve_block_size,
     resolve_mask_token_id,
     setting,
-    token_ids,
+)
+from .hooks_bard_vl import (
+    DecodingHooks,
+    build_generator,
+    build_logits_processors,
+    build_stopping_criteria,
+    check_banned_tokens,
+    check_streamer,
 )
 from .inputs_bard_vl import (
     VISUAL_INPUTS,
@@ -183,10 +181,10 @@ class BardVLGenerationMixin:
             )
         check_banned_tokens(config, settings, self.config.get_text_config().vocab_size)
         hooks = DecodingHooks(
-            processors=_logits_processors(config, logits_processor, input_ids.device),
-            criteria=_stopping_criteria(config, stopping_criteria, tokenizer),
+            processors=build_logits_processors(config, logits_processor, input_ids.device),
+            criteria=build_stopping_criteria(config, stopping_criteria, tokenizer),
             streamer=streamer,
-            generator=_generator(generator, seed, input_ids.device),
+            generator=build_generator(generator, seed, input_ids.device),
             keep_history=output_history,
             deadline=math.inf if config.max_time is None else time.monotonic() + config.max_time,
         )
@@ -415,35 +413,6 @@ def check_answers(config: Any, answers: Any, num_prompts: int, mask_token_id: in
         )
 
 
-def check_streamer(streamer: Any, num_rows: int) -> None:
-    """Raise `ValueError` unless `streamer` is None, or has `put` and `end` and there is one row to follow."""
-    if streamer is None:
-        return
-    if not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
-        raise ValueError(f"`streamer` must have the methods `put` and `end`, got {streamer!r}")
-    if num_rows > 1:
-        raise ValueError(f"a streamer follows one row, this batch has {num_rows}")
-
-
-def check_callables(name: str, value: Any) -> None:
-    """Raise `ValueError` unless `value` is None or a list of callables."""
-    if value is not None and not (isinstance(value, list | tuple) and all(map(callable, value))):
-        hint = f": give a list, `{name}=[...]`" if callable(value) else ""
-        raise ValueError(f"`{name}` must be a list of callables, got {value!r}{hint}")
-
-
-def check_banned_tokens(config: BardVLGenerationConfig, settings: DecodingSettings, vocab_size: int) -> None:
-    """Raise `ValueError` if an id of `suppress_tokens` or `bad_words_ids` is unknown, or they leave none to choose."""
-    suppressed, words = config.suppress_tokens or [], config.bad_words_ids or []
-    for name, ids in (("suppress_tokens", suppressed), ("bad_words_ids", [i for word in words for i in word])):
-        if ids and max(ids) >= vocab_size:
-            raise ValueError(f"`{name}`: {max(ids)} lies outside the vocabulary of {vocab_size} tokens")
-    # A bad word that is an EOS bans nothing, as in transformers.
-    single = {word[0] for word in words if len(word) == 1} - set(settings.eos_token_ids)
-    if len({*suppressed, *single, settings.mask_token_id}) == vocab_size:
-        raise ValueError("`suppress_tokens` and `bad_words_ids` leave no token to choose")
-
-
 def _explicit(config: GenerationConfig | None) -> dict[str, Any]:
     """The settings that a config states: its own list, or for a plain config what differs from the defaults."""
     if config is None:
@@ -455,56 +424,6 @@ def _explicit(config: GenerationConfig | None) -> dict[str, Any]:
         )
     # By its method, not its class: remote code may have loaded the class twice.
     return config.explicit() if hasattr(config, "explicit") else drop_plain_defaults(config.to_dict())
-
-
-def _logits_processors(
-    config: BardVLGenerationConfig, extra: list[Callable] | None, device: torch.device
-) -> LogitsProcessorList:
-    """transformers' processors for the settings that name one, then the caller's."""
-    check_callables("logits_processor", extra)
-    processors = LogitsProcessorList()
-    if config.repetition_penalty not in (None, 1.0):
-        processors.append(RepetitionPenaltyLogitsProcessor(penalty=config.repetition_penalty))
-    if config.no_repeat_ngram_size:
-        processors.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
-    if config.bad_words_ids is not None:
-        processors.append(NoBadWordsLogitsProcessor(config.bad_words_ids, list(token_ids(config.eos_token_id)) or None))
-    if config.suppress_tokens is not None:
-        processors.append(SuppressTokensLogitsProcessor(config.suppress_tokens, device=device))
-    processors.extend(extra or [])
-    return processors
-
-
-def _stopping_criteria(
-    config: BardVLGenerationConfig, extra: list[Callable] | None, tokenizer: Any
-) -> StoppingCriteriaList:
-    """transformers' criteria for the settings that name one, then the caller's."""
-    check_callables("stopping_criteria", extra)
-    criteria = StoppingCriteriaList()
-    if config.stop_strings is not None:
-        if tokenizer is None:
-            raise ValueError(f"`stop_strings` = {config.stop_strings!r} needs `tokenizer=` in the call of `generate`")
-        if not hasattr(tokenizer, "get_vocab"):
-            given, tokenizer = tokenizer, getattr(tokenizer, "tokenizer", None)
-            if not hasattr(tokenizer, "get_vocab"):
-                raise ValueError(f"`tokenizer` must be a tokenizer or a processor, got {type(given).__name__}")
-        criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=config.stop_strings))
-    criteria.extend(extra or [])
-    return criteria
-
-
-def _generator(generator: torch.Generator | None, seed: int | None, device: torch.device) -> torch.Generator | None:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(f"`generator` must be a torch.Generator, got {type(generator).__name__}")
-    if seed is None:
-        return generator
-    if generator is not None:
-        raise ValueError("give `generator` or `seed`, not both")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"`seed` must be an integer, got {seed!r}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"`seed` must lie in [-2**63, 2**64), got {seed}")
-    return torch.Generator(device=device).manual_seed(seed)
 
 
 __all__ = ["BardVLGenerationMixin", "BardVLGenerationOutput"]

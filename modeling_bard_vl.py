@@ -19,6 +19,7 @@ from .configuration_bard_vl import BardVLConfig
 from .decoding_bard_vl import BlockDecoder
 from .generation_bard_vl import BardVLGenerationMixin
 from .generation_config_bard_vl import BardVLGenerationConfig, resolve_block_size
+from .hooks_bard_vl import DecodingHooks
 from .inputs_bard_vl import VISUAL_INPUTS, VisualFeatures, check_visual_inputs, check_visual_layout, visual_items
 from .masking_bard_vl import (
     PADDING_BLOCK,
@@ -302,6 +303,7 @@ __all__ = [
     "BardVLGenerationConfig",
     "BardVLModel",
     "BlockDecoder",
+    "DecodingHooks",
     "WindowEncoder",
     "compiled_step",
 ]
