@@ -95,7 +95,6 @@ class BlockDecoder:
         self.num_prefill_forwards = 0  # beyond the one that holds the first step
         self.check_interval = 1 if hooks.any else settings.check_interval
         self.num_unread = 0  # steps since the host last read
-        self.num_host_checks = 0
         self.unread_kinds: list[torch.Tensor] = []  # of forwards whose kind the host does not know
 
     def prefill(self, reused: int) -> None:
@@ -227,7 +226,6 @@ class BlockDecoder:
                 if is_finished:
                     self._show_block(row)
         state = torch.stack([self.block_start[self.slots], self.ended[self.slots].long()]).tolist()
-        self.num_host_checks += 1
         moved_on, ended = set(), []
         for row, start, is_ended in zip(self.rows, *state, strict=True):
             if is_ended:
