@@ -247,7 +247,7 @@ class BlockDecoder:
                 kept, stopped = count, True
                 break
         if self.hooks.streamer is not None:
-            self.hooks.streamer.put(self.table.ids[row, start : start + kept][None].cpu())
+            self.hooks.streamer.put(self.table.ids[row, start : start + kept].cpu())
         if stopped:
             self.response_length[row] = start - self.lengths[row] + kept
             self.ended[row] = True

@@ -145,8 +145,9 @@ class BardVLGenerationMixin:
                 (1, n), scores (1, vocabulary)) before choice and confidence.
             stopping_criteria: each is called with (prompt and response prefix (1, n), None) for every prefix of a
                 finished block, in order.
-            streamer: gets the prompt, then `put` with the ids of each finished block, and `put_draft(value=ids)` after
-                each step if it has that method; undecided tokens hold the mask id. One row only.
+            streamer: gets the prompt (1, length), then `put` with the ids (n,) of each finished block, and
+                `put_draft(value=ids)` with those of the block (1, block size) after each step if it has that method;
+                undecided tokens hold the mask id. One row only.
             past_key_values: the cache of an earlier call whose prompts begin like these; it is updated in place. What
                 was computed in another dtype, on another device, or under another inference mode is encoded again.
             generator: source of randomness on the model's device; or `seed`.

@@ -209,7 +209,7 @@ def stream(streamer: Any, text: str, block_size: int, seed: int) -> None:
         for position in rng.sample(range(len(block)), len(block)):
             draft[position] = block[position]
             streamer.put_draft(value=draft[None])
-        streamer.put(block[None])
+        streamer.put(block)
     streamer.end()
 
 

@@ -542,7 +542,7 @@ def test_streamer_hears_the_prompt_each_block_and_each_draft() -> None:
     kinds = ["put"] + [kind for count in steps for kind in ["draft"] * count + ["put"]] + ["end"]
     assert [kind for kind, _ in listener.events] == kinds
     puts = [value for kind, value in listener.events if kind == "put"]
-    assert [value.tolist() for value in puts] == [[IMAGE.ids], [free[:8]], [free[8:16]], [free[16:]]]
+    assert [value.tolist() for value in puts] == [[IMAGE.ids], free[:8], free[8:16], free[16:]]
     drafts = [value for kind, value in listener.events if kind == "draft"]
     for draft, step in zip(drafts, output.history[0], strict=True):
         assert draft.tolist() == [step.ids.tolist()]
@@ -554,8 +554,8 @@ def test_streamer_without_drafts_hears_no_token_behind_the_end() -> None:
     for arguments in ({"eos_token_id": eos}, {"stopping_criteria": [StopAt(len(TEXT.ids) + free.index(eos) + 1)]}):
         listener = Listener()
         run(TEXT, streamer=listener, **arguments)
-        puts = [value[0].tolist() for kind, value in listener.events if kind == "put"]
-        assert puts[0] == TEXT.ids
+        puts = [value.tolist() for kind, value in listener.events if kind == "put"]
+        assert puts[0] == [TEXT.ids]
         assert [token for put in puts[1:] for token in put] == free[: free.index(eos) + 1]
         assert listener.events[-1][0] == "end"
 
