@@ -1,0 +1,258 @@
+"""Corruption of responses: which tokens are masked, which are replaced by random ones, and how strongly at which time.
+
+Time as in the paper (arXiv 2604.16514): t = 0 corrupts everything, t = 1 nothing. Pure tensor functions; all randomness
+comes from the generator that is passed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Collection
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from .packing import PackedRows
+
+NOISE_KINDS = ("mask", "uniform", "mixed")
+TIME_SCHEMES = ("sample", "block", "stratified")
+
+
+class Corrupted(NamedTuple):
+    """Corrupted tokens; every field has the shape of the ids that were corrupted.
+
+    Attributes:
+        ids: long, what the model sees.
+        masked: bool, True where the mask token stands now.
+        replaced: bool, True where another token stands now, never the original one.
+        t: float32 time of each token, 1 where nothing was to be corrupted.
+    """
+
+    ids: torch.Tensor
+    masked: torch.Tensor
+    replaced: torch.Tensor
+    t: torch.Tensor
+
+    @property
+    def corrupted(self) -> torch.Tensor:
+        """S_t of the paper: masked or replaced."""
+        return self.masked | self.replaced
+
+
+def corruption_probabilities(kind: str, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probability that a token is masked, and that it is replaced, at time t.
+
+    "mask": 1 - t and 0. "uniform": 0 and 1 - t. "mixed", with phi = pi t / 2: 1 - sin phi and cos phi + sin phi - 1,
+    which over all times masks .363 of the tokens, replaces .273 and leaves .363.
+
+    Args:
+        kind: one of `NOISE_KINDS`.
+        t: times in [0, 1], any shape.
+
+    Raises:
+        ValueError: another kind, or a time outside [0, 1].
+    """
+    if kind not in NOISE_KINDS:
+        raise ValueError(f"the kind of noise must be one of {NOISE_KINDS}, got {kind!r}")
+    outside = ~((t >= 0) & (t <= 1))
+    if outside.any():
+        raise ValueError(f"times must lie in [0, 1], got {t[outside][0].item()}")
+    if kind == "mask":
+        return 1 - t, torch.zeros_like(t)
+    if kind == "uniform":
+        return torch.zeros_like(t), 1 - t
+    phi = math.pi / 2 * t
+    # Rounding makes cos(pi / 2) a little less than 0.
+    return (1 - phi.sin()).clamp_(min=0), (phi.cos() + phi.sin() - 1).clamp_(min=0)
+
+
+def sample_times(
+    num_blocks: int, scheme: str, generator: torch.Generator, low: float = 0.0, high: float = 1.0
+) -> torch.Tensor:
+    """Times of the blocks of one sample, each uniform in [low, high).
+
+    Args:
+        num_blocks: noisy blocks of all turns of the sample.
+        scheme: "sample": one time for all blocks; "block": each block its own; "stratified": each block its own, one in
+            each of `num_blocks` equal parts of the range, in random order.
+        generator: of the CPU.
+        low, high: 0 <= low <= high <= 1. A `high` below 1 bounds the weights of the inverse-time loss.
+
+    Returns:
+        (num_blocks,) float32.
+
+    Raises:
+        ValueError: an unknown scheme, a negative number of blocks or a range outside [0, 1].
+    """
+    if scheme not in TIME_SCHEMES:
+        raise ValueError(f"the scheme of times must be one of {TIME_SCHEMES}, got {scheme!r}")
+    if num_blocks < 0:
+        raise ValueError(f"the number of blocks must not be negative, got {num_blocks}")
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"times must have 0 <= low <= high <= 1, got low {low} and high {high}")
+    if scheme == "sample":
+        unit = torch.rand(1, generator=generator).expand(num_blocks)
+    elif scheme == "block":
+        unit = torch.rand(num_blocks, generator=generator)
+    else:
+        stratum = torch.randperm(num_blocks, generator=generator)
+        unit = (stratum + torch.rand(num_blocks, generator=generator)) / max(num_blocks, 1)
+    # In float32 the last stratum can round up to its end.
+    return (low + (high - low) * unit).clamp(low, high)
+
+
+def replacement_ids(
+    vocab_size: int, mask_token_id: int, special_ids: Collection[int] = (), allow_special: bool = False
+) -> torch.Tensor:
+    """Ids that may stand in for a token: all but the mask token, and special ones only if asked.
+
+    Args:
+        vocab_size: ids that mean something, `len(tokenizer)`; rows of the embedding beyond it were never trained.
+        mask_token_id: never a replacement.
+        special_ids: special tokens of the tokenizer; those beyond `vocab_size` play no part.
+        allow_special: let them be replacements too.
+
+    Returns:
+        Ascending ids (n,), long.
+
+    Raises:
+        ValueError: no id is left.
+    """
+    allowed = torch.ones(max(vocab_size, 0), dtype=torch.bool)
+    excluded = {mask_token_id, *(() if allow_special else special_ids)}
+    allowed[[token for token in excluded if 0 <= token < vocab_size]] = False
+    if not allowed.any():
+        raise ValueError(f"no id is left as a replacement: a vocabulary of {vocab_size}, less {sorted(excluded)}")
+    return allowed.nonzero()[:, 0]
+
+
+def corrupt(
+    ids: torch.Tensor,
+    t: torch.Tensor,
+    kind: str,
+    mask_token_id: int,
+    replacements: torch.Tensor,
+    generator: torch.Generator,
+) -> Corrupted:
+    """Mask or replace every token independently with the probabilities of its time.
+
+    A replacement is drawn uniformly among the allowed ids other than the token itself: every replaced position is truly
+    corrupted, so the shares are exactly those of `corruption_probabilities`, and the loss never counts a clean token as
+    corrupted. No minimum is enforced: at times near 1 a block may stay clean, which an added corruption would belie.
+
+    Args:
+        ids: clean tokens, any shape, without the mask token.
+        t: time of each token, broadcastable to `ids`.
+        kind: one of `NOISE_KINDS`.
+        mask_token_id: what masked positions hold.
+        replacements: (n,) ascending ids as `replacement_ids` gives them; not read by "mask" noise.
+        generator: on the device of the ids. It is advanced alike for every kind, so kinds share their draws.
+
+    Raises:
+        ValueError: an unknown kind, a time outside [0, 1], the mask token among ids or replacements, or replacements
+            that are unsorted or fewer than two.
+    """
+    t = t.to(torch.float32).expand(ids.shape)
+    mask_probability, uniform_probability = corruption_probabilities(kind, t)
+    if (ids == mask_token_id).any():
+        raise ValueError(f"the ids to corrupt hold the mask token {mask_token_id} already")
+    draw = torch.rand(ids.shape, generator=generator, device=ids.device)
+    which = torch.rand(ids.shape, generator=generator, device=ids.device, dtype=torch.float64)
+    masked = draw < mask_probability
+    replaced = ~masked & (draw < mask_probability + uniform_probability)
+    corrupted = ids.masked_fill(masked, mask_token_id)
+    if kind != "mask":
+        _check_replacements(replacements, mask_token_id)
+        corrupted = torch.where(replaced, _others(ids, replacements.to(ids.device), which), corrupted)
+    return Corrupted(corrupted, masked, replaced, t)
+
+
+def _check_replacements(replacements: torch.Tensor, mask_token_id: int) -> None:
+    if len(replacements) < 2:
+        raise ValueError(f"noise by replacement needs at least two ids, got {replacements.tolist()}")
+    if (replacements.diff() <= 0).any():
+        raise ValueError("the ids of replacements must ascend, without repetition")
+    if (replacements == mask_token_id).any():
+        raise ValueError(f"the mask token {mask_token_id} must not be a replacement")
+
+
+def _others(ids: torch.Tensor, replacements: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    """For each id another one: `which` in [0, 1) picks among the replacements with the id itself left out."""
+    place = torch.searchsorted(replacements, ids).clamp(max=len(replacements) - 1)
+    is_among = replacements[place] == ids
+    pick = (which * (len(replacements) - is_among.long())).long()
+    return replacements[pick + (is_among & (pick >= place))]
+
+
+def noise_generator(seed: int, step: int, sample_id: int) -> torch.Generator:
+    """CPU generator for the noise of one sample at one optimiser step, the same wherever the sample lands."""
+    digest = hashlib.blake2b(f"{seed} {step} {sample_id}".encode(), digest_size=8).digest()
+    # torch's CPU generator reads 32 bits of a seed.
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+def corrupt_rows(
+    rows: PackedRows,
+    block_size: int,
+    kind: str,
+    scheme: str,
+    mask_token_id: int,
+    replacements: torch.Tensor,
+    seed: int,
+    step: int,
+    low: float = 0.0,
+    high: float = 1.0,
+) -> Corrupted:
+    """Corrupt the noisy copies of packed rows; everything else stays clean.
+
+    The noise of a sample depends on (seed, step, sample id) and its own noisy tokens alone: it is the same in any
+    packing, order, number of processes and on any device. Response padding is corrupted like the rest of its block.
+
+    Args:
+        rows: packed samples.
+        block_size: tokens per block; a block has one time.
+        kind, mask_token_id, replacements: as in `corrupt`.
+        scheme, low, high: as in `sample_times`; blocks are counted over all turns of a sample.
+        seed, step: of the run, and of the optimiser.
+
+    Returns:
+        `Corrupted` of (rows, length) tensors on the rows' device.
+
+    Raises:
+        ValueError: as `corrupt` and `sample_times` do.
+    """
+    layout = rows.layout(block_size)
+    sample, turn, noisy, place, rank = (
+        field.cpu() for field in (layout.sample, layout.turn, layout.noisy, layout.place, layout.rank)
+    )
+    clean = rows.input_ids.cpu()
+    ids, t = clean.clone(), torch.ones(clean.shape)
+    masked, replaced = torch.zeros_like(noisy), torch.zeros_like(noisy)
+    for number, sample_id in enumerate(rows.sample_ids.tolist()):
+        where = (noisy & (sample == number)).nonzero(as_tuple=True)
+        # By turn and place, so that no order of the copies within a row can matter.
+        order = (turn[where] * (place.max() + 1) + place[where]).argsort()
+        where = tuple(index[order] for index in where)
+        blocks = torch.stack([turn[where], rank[where]]).unique_consecutive(dim=1, return_inverse=True)
+        generator = noise_generator(seed, step, sample_id)
+        times = sample_times(blocks[0].shape[1], scheme, generator, low, high)[blocks[1]]
+        noise = corrupt(clean[where], times, kind, mask_token_id, replacements, generator)
+        for target, value in zip((ids, masked, replaced, t), noise, strict=True):
+            target[where] = value
+    device = rows.input_ids.device
+    return Corrupted(ids.to(device), masked.to(device), replaced.to(device), t.to(device))
+
+
+__all__ = [
+    "NOISE_KINDS",
+    "TIME_SCHEMES",
+    "Corrupted",
+    "corrupt",
+    "corrupt_rows",
+    "corruption_probabilities",
+    "noise_generator",
+    "replacement_ids",
+    "sample_times",
+]
