@@ -230,14 +230,15 @@ def corrupt_rows(
     clean = rows.input_ids.cpu()
     ids, t = clean.clone(), torch.ones(clean.shape)
     masked, replaced = torch.zeros_like(noisy), torch.zeros_like(noisy)
+    # By turn and place, so that no order of the copies within a row can matter.
+    key = turn * (place.max() + 1) + place
     for number, sample_id in enumerate(rows.sample_ids.tolist()):
         where = (noisy & (sample == number)).nonzero(as_tuple=True)
-        # By turn and place, so that no order of the copies within a row can matter.
-        order = (turn[where] * (place.max() + 1) + place[where]).argsort()
+        order = key[where].argsort()
         where = tuple(index[order] for index in where)
-        blocks = torch.stack([turn[where], rank[where]]).unique_consecutive(dim=1, return_inverse=True)
+        blocks, block = torch.stack([turn[where], rank[where]]).unique_consecutive(dim=1, return_inverse=True)
         generator = noise_generator(seed, step, sample_id)
-        times = sample_times(blocks[0].shape[1], scheme, generator, low, high)[blocks[1]]
+        times = sample_times(blocks.shape[1], scheme, generator, low, high)[block]
         noise = corrupt(clean[where], times, kind, mask_token_id, replacements, generator)
         for target, value in zip((ids, masked, replaced, t), noise, strict=True):
             target[where] = value
