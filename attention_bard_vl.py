@@ -4,9 +4,12 @@ Inside a block every query sees the whole prefix and its block, so scaled dot-pr
 flash kernels apply. transformers' own `sdpa` would attend causally without a mask.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 # Registered for the whole process, where copies of this file may meet: another calling convention takes another name.
@@ -18,7 +21,7 @@ def block_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | BlockMask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     num_clean: int | None = None,
@@ -30,8 +33,8 @@ def block_attention(
         module: the attention layer, unused.
         query: (batch, heads, queries, head size).
         key, value: (batch, key/value heads, keys, head size).
-        attention_mask: (batch, 1, queries, keys) boolean, or floating to be added; None where `num_clean` says that
-            every query sees every key.
+        attention_mask: (batch, 1, queries, keys) boolean, or floating to be added, or a `BlockMask` for
+            FlexAttention; None where `num_clean` says that every query sees every key.
         scaling: of the products, 1 / sqrt(head size) by default.
         dropout: of the weights, in training.
         num_clean: without a mask, the first so many queries do not see the keys of the queries behind them: a finished
@@ -41,11 +44,13 @@ def block_attention(
         (batch, queries, heads, head size), and None for the weights.
 
     Raises:
-        ValueError: text without a mask; who sees whom is then unknown.
+        ValueError: text without a mask, who sees whom is then unknown; dropout under a `BlockMask`.
     """
     if attention_mask is None and num_clean is None and getattr(module, "is_causal", False):
         raise ValueError(f"the attention {ATTENTION_NAME!r} of text layers needs a 4-D mask: call the whole model")
-    if attention_mask is None and num_clean:
+    if isinstance(attention_mask, BlockMask):
+        output = attend_sparsely(query, key, value, attention_mask, scaling, dropout)
+    elif attention_mask is None and num_clean:
         hidden = key.shape[2] - (query.shape[2] - num_clean)
         clean = attend(query[:, :, :num_clean], key[:, :, :hidden], value[:, :, :hidden], None, scaling, dropout)
         behind = attend(query[:, :, num_clean:], key, value, None, scaling, dropout)
@@ -76,6 +81,27 @@ def attend(
         query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
     )
     return output.reshape(batch, heads, queries, size)
+
+
+def attend_sparsely(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: BlockMask,
+    scaling: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    """Grouped-query attention that skips the tiles of which the mask shows nothing."""
+    if dropout:
+        raise ValueError(f"FlexAttention has no dropout of attention weights, got {dropout}: give a dense mask")
+    kernel: Callable[..., Any] = _fused_flex_attention() if query.is_cuda else flex_attention
+    return kernel(query, key, value, block_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+
+
+@cache
+def _fused_flex_attention() -> Callable[..., Any]:
+    """Compiled once for the process; without compilation FlexAttention would hold all scores in memory."""
+    return torch.compile(flex_attention)
 
 
 def no_mask(*args: Any, **kwargs: Any) -> None:

@@ -5,7 +5,7 @@ in the same columns.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ class Prompt:
 
 
 def visual_items(
-    config: Any, visual_inputs: dict[str, torch.Tensor]
+    config: Any, visual_inputs: Mapping[str, torch.Tensor | None]
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Images, then videos, as (token id, pixels (patches, size), grids (items, 3), tokens per item (items,))."""
     merged = config.vision_config.spatial_merge_size**2
@@ -90,13 +90,16 @@ def visual_items(
         (config.image_token_id, "pixel_values", "image_grid_thw"),
         (config.video_token_id, "pixel_values_videos", "video_grid_thw"),
     ):
-        if visual_inputs.get(pixels) is not None:
-            grid = visual_inputs[grids]
-            yield token_id, visual_inputs[pixels], grid, grid.prod(-1) // merged
+        values, grid = visual_inputs.get(pixels), visual_inputs.get(grids)
+        if values is not None and grid is not None:
+            yield token_id, values, grid, grid.prod(-1) // merged
 
 
-def check_visual_inputs(config: Any, input_ids: torch.Tensor, **visual_inputs: torch.Tensor | None) -> None:
-    """Raise `ValueError` unless pixels, grids and placeholder tokens agree in number, for images and for videos."""
+def check_visual_inputs(config: Any, input_ids: torch.Tensor | None, **visual_inputs: torch.Tensor | None) -> None:
+    """Raise `ValueError` unless pixels, grids and placeholder tokens agree in number, for images and for videos.
+
+    Without `input_ids` the placeholder tokens are not counted.
+    """
     merged = config.vision_config.spatial_merge_size**2
     for kind, token_id, pixels_name, grid_name in (
         ("image", config.image_token_id, "pixel_values", "image_grid_thw"),
@@ -105,7 +108,7 @@ def check_visual_inputs(config: Any, input_ids: torch.Tensor, **visual_inputs: t
         pixels, grid = visual_inputs.get(pixels_name), visual_inputs.get(grid_name)
         if (pixels is None) != (grid is None):
             raise ValueError(f"`{pixels_name}` and `{grid_name}` belong together: one of them is missing")
-        tokens = int((input_ids == token_id).sum())
+        tokens = None if input_ids is None else int((input_ids == token_id).sum())
         if pixels is None or grid is None:
             if tokens:
                 raise ValueError(f"the prompt has {tokens} {kind} tokens but there is no `{pixels_name}`")
@@ -114,10 +117,24 @@ def check_visual_inputs(config: Any, input_ids: torch.Tensor, **visual_inputs: t
         patches = int(grid.prod(-1).sum())
         if patches != pixels.shape[0]:
             raise ValueError(f"`{grid_name}` speaks of {patches} patches, `{pixels_name}` holds {pixels.shape[0]}")
-        if patches // merged != tokens:
+        if tokens is not None and patches // merged != tokens:
             raise ValueError(
                 f"the prompt has {tokens} {kind} tokens, `{grid_name}` stands for {patches // merged} features"
             )
+
+
+def check_visual_index(
+    config: Any, visual_index: torch.Tensor, tokens: torch.Tensor, visual_inputs: Mapping[str, torch.Tensor | None]
+) -> None:
+    """Raise `ValueError` unless `visual_index` has the shape of the tokens and every entry is -1 or has a feature."""
+    if visual_index.shape != tokens.shape[:2]:
+        wanted, got = tuple(tokens.shape[:2]), tuple(visual_index.shape)
+        raise ValueError(f"`visual_index` must have the shape of the tokens, {wanted}, got {got}")
+    num_features = sum(int(counts.sum()) for *_, counts in visual_items(config, visual_inputs))
+    lowest, highest = visual_index.aminmax()
+    if lowest < -1 or highest >= num_features:
+        wrong = int(lowest if lowest < -1 else highest)
+        raise ValueError(f"`visual_index` holds {wrong}, pixels and grids give {num_features} visual features")
 
 
 def check_visual_shapes(
@@ -235,6 +252,7 @@ __all__ = [
     "check_ids",
     "check_length",
     "check_prompt",
+    "check_visual_index",
     "check_visual_inputs",
     "check_visual_layout",
     "visual_items",

@@ -5,6 +5,7 @@ earlier ones (arXiv 2604.16514, figure 3b). Nothing here knows of a model.
 """
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
 from .attention_bard_vl import ATTENTION_NAME
 
@@ -101,9 +102,21 @@ def check_explicit_mask(mask: torch.Tensor, batch: int, queries: int, keys: int)
         )
 
 
+def check_block_mask(mask: BlockMask, implementation: str, batch: int, queries: int, keys: int) -> None:
+    """Raise `ValueError` unless the attention takes a `BlockMask`, and it is (batch or 1, any, queries, keys)."""
+    if implementation != ATTENTION_NAME:
+        raise ValueError(f"a `BlockMask` needs the attention {ATTENTION_NAME!r}, not {implementation!r}")
+    if mask.shape[0] not in (1, batch) or tuple(mask.shape[2:]) != (queries, keys):
+        raise ValueError(
+            f"the `BlockMask` must be (batch, heads, queries, keys) = ({batch}, 1, {queries}, {keys}), "
+            f"got shape {tuple(mask.shape)}"
+        )
+
+
 __all__ = [
     "block_visibility",
     "check_attention_implementation",
+    "check_block_mask",
     "check_explicit_mask",
     "partition_prompt",
     "partition_sequence",

@@ -5,10 +5,13 @@ differs.
 """
 
 import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditionalGeneration, Qwen3VLModel
 
 # The loader of transformers 4.57 copies only what this file imports itself: the helpers of helpers are named here too.
@@ -20,11 +23,19 @@ from .decoding_bard_vl import BlockDecoder
 from .generation_bard_vl import BardVLGenerationMixin
 from .generation_config_bard_vl import BardVLGenerationConfig, resolve_block_size
 from .hooks_bard_vl import DecodingHooks
-from .inputs_bard_vl import VISUAL_INPUTS, VisualFeatures, check_visual_inputs, check_visual_layout, visual_items
+from .inputs_bard_vl import (
+    VISUAL_INPUTS,
+    VisualFeatures,
+    check_visual_index,
+    check_visual_inputs,
+    check_visual_layout,
+    visual_items,
+)
 from .masking_bard_vl import (
     PADDING_BLOCK,
     block_visibility,
     check_attention_implementation,
+    check_block_mask,
     check_explicit_mask,
     partition_prompt,
     to_attention_mask,
@@ -48,13 +59,14 @@ class BardVLModel(Qwen3VLModel):
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | BlockMask | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         block_size: int | None = None,
         block_ids: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        visual_index: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Encode tokens; the arguments are those of `BardVLForConditionalGeneration.forward`."""
@@ -62,18 +74,38 @@ class BardVLModel(Qwen3VLModel):
             raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
         tokens = next(given for given in (input_ids, inputs_embeds) if given is not None)
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if input_ids is not None:
-            check_visual_inputs(self.config, input_ids, **{name: kwargs.get(name) for name in VISUAL_INPUTS})
+        visual_inputs = {name: kwargs.get(name) for name in VISUAL_INPUTS}
+        if visual_index is not None:
+            check_visual_inputs(self.config, None, **visual_inputs)
+            check_visual_index(self.config, visual_index, tokens, visual_inputs)
+        elif input_ids is not None:
+            check_visual_inputs(self.config, input_ids, **visual_inputs)
         mask = self.get_block_mask(tokens, cached, attention_mask, block_size, block_ids)
         if position_ids is None:
-            if cached or input_ids is None:
+            if cached or input_ids is None or visual_index is not None:
                 raise ValueError(
-                    "with cached tokens or `inputs_embeds` the positions cannot be derived: pass `position_ids` "
-                    "(4, batch, length), for instance the last columns of `get_position_ids` of the whole sequence"
+                    "with cached tokens, `inputs_embeds` or `visual_index` the positions cannot be derived: pass "
+                    "`position_ids` (4, batch, length), for instance the last columns of `get_position_ids` of the "
+                    "whole sequence"
                 )
-            padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+            padding = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
             grids = {name: kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
             position_ids = self.get_position_ids(input_ids, padding, **grids)
+        if visual_index is not None:
+            for name in VISUAL_INPUTS:
+                kwargs.pop(name, None)
+            embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            embeds, deepstack = self.show_features(embeds, visual_index, visual_inputs)
+            outputs = self.language_model(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **deepstack,
+                **kwargs,
+            )
+            outputs.rope_deltas = None  # older lines of transformers read it
+            return outputs
         return super().forward(
             input_ids=input_ids,
             attention_mask=mask,
@@ -87,16 +119,19 @@ class BardVLModel(Qwen3VLModel):
         self,
         tokens: torch.Tensor,
         cached: int,
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | BlockMask | None,
         block_size: int | None,
         block_ids: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | BlockMask:
         """The 4-D mask of (batch, queries, ...) `tokens` behind `cached` keys, in the form that the attention takes."""
         implementation = self.config.text_config._attn_implementation
         check_attention_implementation(implementation)
         dtype = self.get_input_embeddings().weight.dtype
         batch, queries = tokens.shape[:2]
         keys = (batch, cached + queries)
+        if isinstance(attention_mask, BlockMask):
+            check_block_mask(attention_mask, implementation, batch, queries, cached + queries)
+            return attention_mask
         if attention_mask is not None and attention_mask.ndim == 4:
             check_explicit_mask(attention_mask, batch, queries, cached + queries)
             if attention_mask.dtype != torch.bool:
@@ -149,6 +184,39 @@ class BardVLModel(Qwen3VLModel):
         )
         text = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         return torch.cat([text[None], multimodal], dim=0)
+
+    def show_features(
+        self, embeds: torch.Tensor, visual_index: torch.Tensor, visual_inputs: Mapping[str, torch.Tensor | None]
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Put visual features in the place of the tokens that show them.
+
+        Args:
+            embeds: (batch, length, hidden) input embeddings.
+            visual_index: (batch, length) row of the features, images before videos, that a token shows; -1 for none.
+            visual_inputs: pixels and grids; also what no token shows is encoded, and gets gradients of zero, so that
+                under data parallelism all processes train the same parameters.
+
+        Returns:
+            The embeddings, and the language model's arguments for the deepstack features.
+        """
+        encoded = [
+            _split_features(self.get_image_features(pixels, grids))
+            for _, pixels, grids, _ in visual_items(self.config, visual_inputs)
+        ]
+        if not encoded:
+            return embeds, {}
+        features = torch.cat([features for features, _ in encoded])
+        layers = [torch.cat(parts) for parts in zip(*(layers for _, layers in encoded), strict=True)]
+        is_visual = visual_index >= 0
+        chosen = visual_index[is_visual].to(features.device)
+        for table in (features, *layers):
+            embeds = embeds + table[:0].sum().to(embeds.device, embeds.dtype)
+        shown = features[chosen].to(embeds.device, embeds.dtype)
+        embeds = embeds.masked_scatter(is_visual[..., None].to(embeds.device), shown)
+        return embeds, {
+            "visual_pos_masks": is_visual,
+            "deepstack_visual_embeds": [layer[chosen] for layer in layers],
+        }
 
     def encode_visual(
         self, input_ids: torch.Tensor, visual_inputs: dict[str, torch.Tensor], first: int = 0
@@ -231,7 +299,7 @@ class BardVLForConditionalGeneration(BardVLGenerationMixin, Qwen3VLForConditiona
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | BlockMask | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -241,6 +309,8 @@ class BardVLForConditionalGeneration(BardVLGenerationMixin, Qwen3VLForConditiona
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
         return_dict: bool | None = None,
+        visual_index: torch.Tensor | None = None,
+        objective: Callable[[torch.Tensor, nn.Module], torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits of every token given the tokens that its block sees; the prediction at a position is of that position.
@@ -248,8 +318,8 @@ class BardVLForConditionalGeneration(BardVLGenerationMixin, Qwen3VLForConditiona
         Args:
             input_ids: (batch, length); undecided tokens hold the mask id.
             attention_mask: (batch, keys) padding mask under which attention is block-causal, or a full 4-D mask,
-                boolean or additive, which is used as it is. With a cache and several new tokens a 4-D mask or
-                `block_ids` is required.
+                boolean, additive or a `BlockMask` of FlexAttention, which is used as it is. With a cache and several
+                new tokens a 4-D mask or `block_ids` is required.
             position_ids: (4, batch, length) or (3, batch, length); derived for a whole sequence.
             labels: (batch, length) targets of the same positions (no shift), -100 where there is none. The loss is the
                 mean over the other labels, or their sum over `num_items_in_batch`.
@@ -257,6 +327,11 @@ class BardVLForConditionalGeneration(BardVLGenerationMixin, Qwen3VLForConditiona
             block_ids: (batch, keys) block of every cached and new token; a token sees blocks up to its own.
             logits_to_keep: the last so many positions (0 for all), or a 1-D tensor of the positions wanted.
             num_items_in_batch: labels in the whole batch over all accumulation steps and processes.
+            visual_index: (batch, length) row of the visual features (of all images, then of all videos) that a token
+                shows, -1 for none, where placeholders do not say it: several tokens may show one feature, in any order,
+                and some features may be shown by none.
+            objective: computes the loss from the hidden states (batch, length, hidden) after the last norm and the
+                output head; no logits are returned then. It runs in here, where sharded parameters are whole.
             kwargs: `pixel_values`, `image_grid_thw`, `pixel_values_videos`, `video_grid_thw`, `use_cache` and what else
                 Qwen3-VL takes.
 
@@ -265,20 +340,26 @@ class BardVLForConditionalGeneration(BardVLGenerationMixin, Qwen3VLForConditiona
 
         Raises:
             ValueError: no block size is stated, the mask cannot be derived, placeholders and pixels differ in number,
-                or the attention implementation is none that follows a 4-D mask.
+                the attention implementation is none that follows the mask, or both `labels` and `objective` are given.
         """
-        outputs = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            block_size=block_size,
-            block_ids=block_ids,
-            logits_to_keep=logits_to_keep,
-            return_dict=True,
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "block_size": block_size,
+            "block_ids": block_ids,
+            "visual_index": visual_index,
             **kwargs,
-        )
+        }
+        if objective is not None:
+            if labels is not None:
+                raise ValueError("give `labels` or an `objective`, not both")
+            hidden_states = self.model(**inputs)[0]
+            outputs = CausalLMOutputWithPast(loss=objective(hidden_states, self.lm_head))
+        else:
+            outputs = super().forward(**inputs, logits_to_keep=logits_to_keep, return_dict=True)
         if labels is not None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             loss = same_position_loss(outputs.logits, labels[:, kept], num_items_in_batch)

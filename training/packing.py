@@ -1,0 +1,468 @@
+"""Packed rows: several conversations in one row, every assistant turn trained, as inference would see it.
+
+A sample x with responses [s_k, e_k) lies in a row as (arXiv 2604.16514, figure 3b, extended to several turns)
+
+    base x[0 : a_last) | for each turn k: tail x[a_k : s_k), clean response, noisy response
+
+where a_k = floor(s_k / B) * B and both copies of a response are padded to a multiple of B. Inference cuts the prompt of
+a turn into blocks from 0 up to s_k, so what lies behind a_k is in another block for every turn and is copied; what lies
+before is shared. With one turn this is [prompt | clean | noisy]. `visible` says who sees whom; it serves dense masks
+and FlexAttention alike.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+BASE, CLEAN, NOISY = 0, 1, 2
+EVERYTHING = 2**31 - 1  # an anchor behind every place
+VISUAL_KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
+
+
+@dataclass
+class Sample:
+    """One tokenised conversation, on the CPU.
+
+    Attributes:
+        input_ids: (length,) token ids, a placeholder for every visual feature.
+        position_ids: (3, length) temporal, height and width positions.
+        responses: [start, end) of every assistant turn, ascending; the end is behind its end-of-sequence token.
+        visual_index: (length,) row of the sample's own visual features that a token shows, images before videos, -1
+            for none.
+        visual_inputs: pixels and grids as the processor makes them, absent where there are none.
+        sample_id: seeds the sample's noise.
+        merge_size: patches along a side of a visual feature.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    responses: list[tuple[int, int]]
+    visual_index: torch.Tensor
+    visual_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    sample_id: int = 0
+    merge_size: int = 2
+
+    def features_per_item(self) -> list[torch.Tensor]:
+        """Visual features of each image, then of each video: two (items,) tensors."""
+        none = torch.zeros(0, 3, dtype=torch.long)
+        return [self.visual_inputs.get(name, none).prod(-1) // self.merge_size**2 for _, name in VISUAL_KINDS]
+
+
+class Layout(NamedTuple):
+    """What decides who sees whom; every member has the same shape.
+
+    Attributes:
+        sample: number of the sample; every padding token is a sample of its own.
+        turn: 0 for the base, k for the copies of turn k.
+        noisy: whether the token belongs to a noisy copy.
+        place: position in the sample.
+        anchor: base tokens at places before it can be seen.
+        rank: number of the token's block when inference comes to its turn.
+    """
+
+    sample: torch.Tensor
+    turn: torch.Tensor
+    noisy: torch.Tensor
+    place: torch.Tensor
+    anchor: torch.Tensor
+    rank: torch.Tensor
+
+
+def visible(query: Layout, key: Layout) -> torch.Tensor:
+    """Whether queries see keys; the members of both broadcast against each other.
+
+    Base keys before the query's anchor and not in a later block; of the query's own turn, clean keys of earlier blocks
+    (and of its own, if it is clean itself), and for noisy queries the noisy keys of their own block.
+    """
+    base = (key.turn == 0) & (key.place < query.anchor) & (key.rank <= query.rank)
+    earlier = ~key.noisy & (key.rank < query.rank)
+    own_block = (key.noisy == query.noisy) & (key.rank == query.rank)
+    return (key.sample == query.sample) & (base | ((key.turn == query.turn) & (earlier | own_block)))
+
+
+def dense_mask(layout: Layout) -> torch.Tensor:
+    """Mask (rows, length, length) bool of a layout whose members are (rows, length)."""
+    return visible(Layout(*(x[:, :, None] for x in layout)), Layout(*(x[:, None, :] for x in layout)))
+
+
+def flex_mask(layout: Layout, tile: int = 128) -> BlockMask:
+    """The same mask for FlexAttention, in tiles of `tile` x `tile`; seen on CUDA only in training."""
+    rows, length = layout.rank.shape
+    sample, turn, noisy, place, anchor, rank = (x if x.dtype == torch.bool else x.int() for x in layout)
+
+    def mask_mod(
+        row: torch.Tensor, head: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor
+    ) -> torch.Tensor:
+        query, key = (
+            Layout(sample[row, i], turn[row, i], noisy[row, i], place[row, i], anchor[row, i], rank[row, i])
+            for i in (query_index, key_index)
+        )
+        return visible(query, key)
+
+    return create_block_mask(mask_mod, rows, None, length, length, device=str(rank.device), BLOCK_SIZE=tile)
+
+
+@dataclass
+class PackedRows:
+    """Samples packed into rows; tensors are (rows, length) unless said otherwise.
+
+    Attributes:
+        block_size: tokens per block that the rows are laid out for.
+        input_ids: clean tokens everywhere, in the noisy copies too.
+        position_ids: (4, rows, length) column, then temporal, height and width positions of the source.
+        visual_index: row of the batch's visual features (all images in the order of the samples, then all videos) that
+            a token shows, -1 for none.
+        visual_inputs: pixels and grids of all samples.
+        sample: number of the sample in the batch, -1 for padding.
+        turn: 0 for the base, k = 1, 2, ... for the copies of turn k.
+        stream: `BASE`, `CLEAN` (tail and clean copy) or `NOISY`.
+        place: position in the sample; what pads a response continues the count.
+        origin: first place of the turn's response; 0 for the base.
+        anchor: base tokens at places before it are seen.
+        is_response_padding: whether the token only fills up a response's last block.
+        twin: column of a noisy token's clean twin, -1 for other tokens.
+        previous: column of the clean token right before a noisy token's place, where an autoregressive model predicts
+            it; -1 for other tokens.
+        sample_ids: (samples,) `sample_id` of each sample.
+    """
+
+    block_size: int
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    visual_index: torch.Tensor
+    visual_inputs: dict[str, torch.Tensor]
+    sample: torch.Tensor
+    turn: torch.Tensor
+    stream: torch.Tensor
+    place: torch.Tensor
+    origin: torch.Tensor
+    anchor: torch.Tensor
+    is_response_padding: torch.Tensor
+    twin: torch.Tensor
+    previous: torch.Tensor
+    sample_ids: torch.Tensor
+
+    @property
+    def noisy(self) -> torch.Tensor:
+        """Whether a token belongs to a noisy copy, response padding included: (rows, length) bool."""
+        return self.stream == NOISY
+
+    def layout(self, block_size: int | None = None) -> Layout:
+        """Who sees whom under a block size: the rows' own by default, or another that divides it (a teacher's).
+
+        Raises:
+            ValueError: `block_size` does not divide the rows' own: its prompt blocks would cross the tails' edges.
+        """
+        block_size = self.block_size if block_size is None else block_size
+        if block_size < 1 or self.block_size % block_size:
+            raise ValueError(
+                f"rows packed in blocks of {self.block_size} can be read under block sizes that divide it, "
+                f"not {block_size}"
+            )
+        in_response = (self.turn > 0) & (self.place >= self.origin)
+        first = (self.origin + block_size - 1) // block_size
+        rank = torch.where(in_response, first + (self.place - self.origin) // block_size, self.place // block_size)
+        columns = torch.arange(rank.shape[1], device=rank.device)
+        sample = torch.where(self.sample < 0, -1 - columns, self.sample)
+        return Layout(sample, self.turn, self.noisy, self.place, self.anchor, rank)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedRows":
+        """The rows on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PackedRows":
+        """The rows in page-locked memory; PyTorch's data loader calls this."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PackedRows":
+        changed: dict[str, Any] = {"visual_inputs": {name: change(x) for name, x in self.visual_inputs.items()}}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, torch.Tensor):
+                changed[each.name] = change(value)
+        return replace(self, **changed)
+
+
+def packed_length(responses: Sequence[tuple[int, int]], length: int, block_size: int) -> int:
+    """Columns that a sample of `length` tokens takes in a row.
+
+    Raises:
+        ValueError: the responses are no ascending, disjoint ranges inside the sample behind a prompt.
+    """
+    check_responses(responses, length)
+    anchors = [start // block_size * block_size for start, _ in responses]
+    copies = (
+        start - anchor + 2 * -(-(end - start) // block_size) * block_size
+        for (start, end), anchor in zip(responses, anchors, strict=True)
+    )
+    return anchors[-1] + sum(copies)
+
+
+def check_responses(responses: Sequence[tuple[int, int]], length: int) -> None:
+    """Raise `ValueError` unless there are responses, ascending and disjoint in [1, length), none of them empty."""
+    if not responses:
+        raise ValueError("the sample has no assistant turn to train on")
+    free_from = 1
+    for start, end in responses:
+        if end <= start:
+            raise ValueError(f"the response [{start}, {end}) is empty")
+        if start < 1 or end > length:
+            raise ValueError(f"the response [{start}, {end}) lies outside a prompt's end and the {length} tokens")
+        if start < free_from:
+            raise ValueError(f"the response [{start}, {end}) begins before the one before it has ended, at {free_from}")
+        free_from = end
+
+
+def check_sample(sample: Sample) -> None:
+    """Raise `ValueError` unless a sample's shapes, responses and visual features agree; the message names the value."""
+    length = len(sample.input_ids)
+    shapes = {"position_ids": (3, length), "visual_index": (length,)}
+    for name, shape in shapes.items():
+        if tuple(getattr(sample, name).shape) != shape:
+            raise ValueError(f"`{name}` must have shape {shape}, got {tuple(getattr(sample, name).shape)}")
+    check_responses(sample.responses, length)
+    for pixels, grids in VISUAL_KINDS:
+        patches = int(sample.visual_inputs[grids].prod(-1).sum()) if grids in sample.visual_inputs else 0
+        given = len(sample.visual_inputs[pixels]) if pixels in sample.visual_inputs else 0
+        if patches != given:
+            raise ValueError(f"`{grids}` speaks of {patches} patches, `{pixels}` holds {given}")
+    features = int(torch.cat(sample.features_per_item()).sum())
+    lowest, highest = int(sample.visual_index.min()), int(sample.visual_index.max())
+    if lowest < -1 or highest >= features:
+        wrong = lowest if lowest < -1 else highest
+        raise ValueError(f"`visual_index` holds {wrong}, the sample has {features} visual features")
+    for start, end in sample.responses:
+        if (sample.visual_index[start:end] >= 0).any():
+            raise ValueError(f"the response [{start}, {end}) holds visual tokens, which nothing can generate")
+
+
+def truncate(sample: Sample, block_size: int, max_length: int) -> Sample | None:
+    """Shorten a sample until it takes `max_length` columns at most.
+
+    The last response is cut to whole blocks, so that nothing pads it: a cut response has no end of sequence. Where not
+    one block fits, the turn is dropped. Images and videos that no token shows any more go too.
+
+    Returns:
+        The sample, itself if it fits, or None if nothing is left.
+    """
+    length = len(sample.input_ids)
+    responses = list(sample.responses)
+    excess = packed_length(responses, length, block_size) - max_length
+    while excess > 0:
+        start, end = responses.pop()
+        num_blocks = -(-(end - start) // block_size) - -(-excess // (2 * block_size))
+        if num_blocks > 0:
+            responses.append((start, start + num_blocks * block_size))
+        if not responses:
+            return None
+        excess = packed_length(responses, length, block_size) - max_length
+    return sample if responses == sample.responses else _keep(sample, responses)
+
+
+def _keep(sample: Sample, responses: list[tuple[int, int]]) -> Sample:
+    """The sample up to the end of the last of `responses`, without images and videos that no token shows."""
+    end = responses[-1][1]
+    sample = replace(
+        sample,
+        input_ids=sample.input_ids[:end],
+        position_ids=sample.position_ids[:, :end],
+        responses=responses,
+        visual_index=sample.visual_index[:end],
+    )
+    index = sample.visual_index
+    per_kind = sample.features_per_item()
+    features = torch.cat(per_kind)
+    item = torch.arange(len(features)).repeat_interleave(features)
+    seen = torch.isin(torch.arange(len(features)), item[index[index >= 0]])
+    if seen.all():
+        return sample
+    new_row = seen[item].long().cumsum(0) - 1
+    visual_inputs = {}
+    for (pixels, grids), kept in zip(VISUAL_KINDS, seen.split([len(counts) for counts in per_kind]), strict=True):
+        if kept.any():
+            of_kept = kept.repeat_interleave(sample.visual_inputs[grids].prod(-1))
+            visual_inputs[pixels] = sample.visual_inputs[pixels][of_kept]
+            visual_inputs[grids] = sample.visual_inputs[grids][kept]
+    moved = index.clone()
+    moved[index >= 0] = new_row[index[index >= 0]]
+    return replace(sample, visual_index=moved, visual_inputs=visual_inputs)
+
+
+def first_fit_decreasing(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """Numbers of the items in each row: the longest first, each into the first row with room for it."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
+        row = next((row for row, left in enumerate(room) if left >= lengths[item]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(max_length)
+        rows[row].append(item)
+        room[row] -= lengths[item]
+    return rows
+
+
+def pack(
+    samples: Sequence[Sample],
+    block_size: int,
+    max_length: int,
+    pad_token_id: int,
+    response_padding_id: int,
+    pad_to_multiple_of: int = 1,
+) -> PackedRows:
+    """Pack samples into few rows of `max_length` columns at most, the longest samples first.
+
+    What follows a sample's last response is left out.
+
+    Args:
+        samples: conversations; without any there is one row of padding.
+        block_size: tokens per block.
+        max_length: columns that the samples of a row may take.
+        pad_token_id: pads rows.
+        response_padding_id: pads a response to whole blocks: the end-of-sequence token.
+        pad_to_multiple_of: rows are as long as the longest, rounded up to a multiple of this.
+
+    Raises:
+        ValueError: a sample is inconsistent, or takes more columns than a row has; the message names it.
+    """
+    if block_size < 1 or pad_to_multiple_of < 1:
+        raise ValueError(
+            f"`block_size` and `pad_to_multiple_of` must be positive, got {block_size} and {pad_to_multiple_of}"
+        )
+    lengths = []
+    for number, sample in enumerate(samples):
+        try:
+            check_sample(sample)
+        except ValueError as error:
+            raise ValueError(f"sample {number} (id {sample.sample_id}): {error}") from error
+        lengths.append(packed_length(sample.responses, len(sample.input_ids), block_size))
+        if lengths[-1] > max_length:
+            raise ValueError(
+                f"sample {number} (id {sample.sample_id}) takes {lengths[-1]} columns in blocks of {block_size}, "
+                f"`max_length` is {max_length}: `truncate` it or leave it out"
+            )
+    samples = [_keep(sample, sample.responses) for sample in samples]
+    laid_out = [_lay_out(sample, block_size, response_padding_id) for sample in samples]
+    visual_inputs = _join_visual(samples, laid_out)
+    for number, columns in enumerate(laid_out):
+        columns["sample"] = torch.full_like(columns["place"], number)
+    rows = first_fit_decreasing(lengths, max_length) or [[]]
+    width = max(1, *(sum(lengths[number] for number in row) for row in rows))
+    width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
+    padding = _padding(pad_token_id, width)
+    joined = [_join([laid_out[number] for number in row] + [padding], width) for row in rows]
+    tensors = {name: torch.stack([row[name] for row in joined], dim=-2) for name in padding}
+    # The column: in the positions that transformers reads boundaries of packed sequences from, the row is one sequence.
+    text = torch.arange(width).expand(1, len(rows), -1)
+    tensors["position_ids"] = torch.cat([text, tensors["position_ids"]])
+    sample_ids = torch.tensor([sample.sample_id for sample in samples], dtype=torch.long)
+    return PackedRows(block_size=block_size, visual_inputs=visual_inputs, sample_ids=sample_ids, **tensors)
+
+
+Columns = dict[str, torch.Tensor]  # by the names of `PackedRows`, (columns,) each, `position_ids` (3, columns)
+
+
+def _lay_out(sample: Sample, block_size: int, response_padding_id: int) -> Columns:
+    """The columns of one sample as if it began in column 0: base, then tail and both copies of every turn."""
+    end_of_base = sample.responses[-1][0] // block_size * block_size
+    parts = [_part(0, end_of_base, turn=0, stream=BASE, origin=0, anchor=EVERYTHING)]
+    ends = [end_of_base]
+    num_columns = end_of_base
+    for turn, (start, end) in enumerate(sample.responses, start=1):
+        anchor = start // block_size * block_size
+        width = -(-(end - start) // block_size) * block_size
+        shared = {"turn": turn, "origin": start, "anchor": anchor}
+        parts.append(_part(anchor, start + width, stream=CLEAN, **shared))
+        num_columns += start + width - anchor
+        noisy = _part(start, start + width, stream=NOISY, **shared)
+        noisy["twin"] = torch.arange(num_columns - width, num_columns)
+        noisy["previous"] = noisy["twin"] - 1
+        if start == anchor:  # no tail: the token before the response lies in the base
+            noisy["previous"][0] = start - 1
+        parts.append(noisy)
+        num_columns += width
+        ends += [end, end]
+    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    end_of_text = torch.tensor(ends).repeat_interleave(torch.tensor([len(part["place"]) for part in parts]))
+    behind = (columns["place"] - end_of_text + 1).clamp(min=0)
+    source = columns["place"] - behind
+    is_padding = behind > 0
+    return {
+        **columns,
+        "input_ids": sample.input_ids[source].masked_fill(is_padding, response_padding_id),
+        "position_ids": sample.position_ids[:, source] + behind,
+        "visual_index": sample.visual_index[source],
+        "is_response_padding": is_padding,
+    }
+
+
+def _part(start: int, end: int, **constants: int) -> Columns:
+    """Columns of the places [start, end) with the same constants, without twins."""
+    place = torch.arange(start, end)
+    nothing = torch.full_like(place, -1)
+    columns = {name: torch.full_like(place, value) for name, value in constants.items()}
+    return {"place": place, "twin": nothing, "previous": nothing, **columns}
+
+
+def _padding(pad_token_id: int, width: int) -> Columns:
+    zeros, nothing = torch.zeros(width, dtype=torch.long), torch.full((width,), -1)
+    return {
+        "input_ids": torch.full((width,), pad_token_id),
+        "position_ids": zeros.expand(3, -1),
+        **dict.fromkeys(("visual_index", "sample", "twin", "previous"), nothing),
+        **dict.fromkeys(("turn", "stream", "place", "origin"), zeros),
+        "anchor": torch.full((width,), EVERYTHING),
+        "is_response_padding": zeros.bool(),
+    }
+
+
+def _join(parts: list[Columns], width: int) -> Columns:
+    """Lay parts side by side, cut to `width` columns."""
+    firsts = torch.tensor([0] + [len(part["place"]) for part in parts[:-1]]).cumsum(0).tolist()
+    joined = {}
+    for name in parts[-1]:
+        values = [part[name] for part in parts]
+        if name in ("twin", "previous"):
+            values = [torch.where(value >= 0, value + first, -1) for value, first in zip(values, firsts, strict=True)]
+        joined[name] = torch.cat(values, dim=-1)[..., :width]
+    return joined
+
+
+def _join_visual(samples: Sequence[Sample], laid_out: list[Columns]) -> dict[str, torch.Tensor]:
+    """Join the pixels and grids of all samples; make their `visual_index` point into the features of the batch."""
+    counts = [[int(features.sum()) for features in sample.features_per_item()] for sample in samples]
+    num_images = sum(images for images, _ in counts)
+    first_image, first_video = 0, num_images
+    for (images, videos), columns in zip(counts, laid_out, strict=True):
+        index = columns["visual_index"]
+        moved = torch.where(index < images, index + first_image, index - images + first_video)
+        columns["visual_index"] = torch.where(index < 0, -1, moved)
+        first_image, first_video = first_image + images, first_video + videos
+    return {
+        name: torch.cat([sample.visual_inputs[name] for sample in samples if name in sample.visual_inputs])
+        for kind in VISUAL_KINDS
+        for name in kind
+        if any(name in sample.visual_inputs for sample in samples)
+    }
+
+
+__all__ = [
+    "BASE",
+    "CLEAN",
+    "NOISY",
+    "Layout",
+    "PackedRows",
+    "Sample",
+    "check_responses",
+    "check_sample",
+    "dense_mask",
+    "first_fit_decreasing",
+    "flex_mask",
+    "pack",
+    "packed_length",
+    "truncate",
+    "visible",
+]
