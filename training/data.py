@@ -1,0 +1,305 @@
+"""Chats from files and data sets: read by `datasets`, measured, filtered, and packed into batches.
+
+A mapped data set (`ChatSamples`) is measured once, without decoding pixels where that is possible, so that chats which
+cannot be used are known, counted and reported before training. A stream is taken as it comes: `PackingCollator` encodes
+its chats in the workers of the data loader and leaves out the broken ones.
+"""
+
+import copy
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from datasets.fingerprint import Hasher
+
+from .chats import MEASURED_FEATURES, Broken, ChatEncoder, Measured
+from .messages import BrokenChat
+from .packing import PackedRows, Sample, pack
+
+logger = logging.getLogger(__name__)
+
+NUM_NAMED = 5
+PROBE_SIZE = 16
+FILE_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow"}
+
+
+def open_chats(
+    source: str | os.PathLike[str], split: str = "train", streaming: bool = False, name: str | None = None
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Open a data set of chats, its pictures not decoded.
+
+    Args:
+        source: a JSONL or parquet file, a folder of such files, what `save_to_disk` wrote, or a data set's name on the
+            Hub.
+        split: which split of a data set; files are one split.
+        streaming: read it as it is needed.
+        name: configuration of a data set on the Hub.
+
+    Raises:
+        ValueError: there is no such data set, or it has no column `messages`.
+    """
+    path = Path(source)
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        chats = datasets.load_from_disk(str(path))
+        if isinstance(chats, datasets.DatasetDict):
+            if split not in chats:
+                raise ValueError(f"{path} has no split {split!r}, only {', '.join(chats)}")
+            chats = chats[split]
+        chats = chats.to_iterable_dataset() if streaming else chats
+    elif path.exists():
+        kind, files = data_files(path)
+        chats = datasets.load_dataset(kind, data_files={"train": files}, split="train", streaming=streaming)
+    elif path.suffix in FILE_FORMATS or path.is_absolute():
+        raise ValueError(f"there is no file or folder {path}")
+    else:
+        chats = datasets.load_dataset(str(source), name, split=split, streaming=streaming)
+    return without_decoding(check_columns(chats, str(source)))
+
+
+def data_files(path: Path) -> tuple[str, list[str]]:
+    """The builder of `datasets` for a file or a folder of files of one format, and the files in the order of names."""
+    files = sorted(file for file in ([path] if path.is_file() else path.rglob("*")) if file.suffix in FILE_FORMATS)
+    formats = {FILE_FORMATS[file.suffix] for file in files}
+    if len(formats) != 1:
+        found = " and ".join(sorted(formats)) or "no"
+        raise ValueError(
+            f"{path} must hold files of one of the formats {', '.join(FILE_FORMATS)}; it has {found} files"
+        )
+    return formats.pop(), [str(file) for file in files]
+
+
+def media_folder_of(source: str | os.PathLike[str]) -> Path | None:
+    """Where relative paths in the data of `source` start: the folder of a file, the folder itself, else None."""
+    path = Path(source)
+    return path.parent if path.is_file() else path if path.is_dir() else None
+
+
+def check_columns(chats: Any, source: str) -> Any:
+    """The data set, unless it is known to have no column `messages`; then `ValueError`."""
+    if chats.column_names is not None and "messages" not in chats.column_names:
+        raise ValueError(f"{source} has no column `messages`, only {', '.join(chats.column_names)}")
+    return chats
+
+
+def without_decoding(chats: Any) -> Any:
+    """The data set with pictures as {"bytes", "path"}: sizes are read from headers, and broken ones can be skipped."""
+    if chats.features is None:
+        return chats
+    features = datasets.Features(undecoded(chats.features))
+    if isinstance(chats, datasets.IterableDataset):
+        return chats.cast(features)
+    chats = chats.with_format(None)  # a copy
+    chats.info.features = features  # `cast` would write nested columns, bytes of pictures too, to the disk once more
+    return chats
+
+
+def undecoded(feature: Any) -> Any:
+    """A feature of `datasets`, or a tree of them, that leaves media as they are stored."""
+    if isinstance(feature, Mapping):
+        return {name: undecoded(member) for name, member in feature.items()}
+    if isinstance(feature, list):
+        return [undecoded(member) for member in feature]
+    changed = copy.copy(feature)
+    if hasattr(feature, "feature"):
+        changed.feature = undecoded(feature.feature)
+    elif isinstance(feature, (datasets.Image, datasets.Video)):
+        changed.decode = False
+    return changed
+
+
+class SkippedChats:
+    """Counts skipped chats by reason and names the first few of each in the log."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def add(self, broken: Iterable[Broken]) -> None:
+        """Count, and log those among the first of their reason."""
+        for each in broken:
+            self.counts[each.reason] += 1
+            if self.counts[each.reason] <= NUM_NAMED:
+                where = "" if each.sample_id is None else f" {each.sample_id}"
+                logger.warning("skipped chat%s: %s (%s)", where, each.reason, each.detail)
+
+    def __str__(self) -> str:
+        """For instance "3 missing image, 1 no assistant turn"."""
+        return ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())
+
+
+class ChatSamples(torch.utils.data.Dataset):
+    """The usable chats of a mapped data set, as samples.
+
+    Measuring shows a progress bar, runs in `num_proc` processes and is kept in the cache of `datasets` for data sets
+    that lie on the disk; pixel limits, tokenizer, template and data are its key, the files that paths name are not.
+    Under several processes let the first one measure before the others.
+
+    Attributes:
+        indices: row in the data set of every usable chat; also its `sample_id`.
+        lengths: columns that each takes in a packed row.
+        skipped: what was left out, by reason.
+
+    Args:
+        chats: from `open_chats`, or any `datasets.Dataset` with a column `messages`.
+        encoder: reads a chat; holds the limits.
+        num_proc: processes that measure.
+
+    Raises:
+        ValueError: not one chat can be used.
+    """
+
+    def __init__(self, chats: datasets.Dataset, encoder: ChatEncoder, num_proc: int | None = None):
+        self.chats, self.encoder = without_decoding(check_columns(chats, "the data set")), encoder
+        self.indices: list[int] = []
+        self.lengths: list[int] = []
+        self.skipped = SkippedChats()
+        for index, row in enumerate(self._measured(num_proc)):
+            found = judge(row, index, encoder)
+            if isinstance(found, Broken):
+                self.skipped.add([found])
+            else:
+                self.indices.append(index)
+                self.lengths.append(found)
+        num_skipped = len(self.chats) - len(self.indices)
+        if not self.indices:
+            raise ValueError(f"none of the {len(self.chats)} chats can be used: {self.skipped}")
+        if num_skipped:
+            logger.warning("skipped %d of %d chats: %s", num_skipped, len(self.chats), self.skipped)
+
+    def _measured(self, num_proc: int | None) -> datasets.Dataset:
+        return self.chats.map(
+            self.encoder.measure,
+            remove_columns=self.chats.column_names,
+            features=datasets.Features(MEASURED_FEATURES),
+            num_proc=num_proc,
+            desc="Measuring chats",
+            new_fingerprint=Hasher.hash([self.chats._fingerprint, measuring_key(self.encoder)]),
+        )
+
+    def __len__(self) -> int:
+        """Usable chats."""
+        return len(self.indices)
+
+    def __getitem__(self, number: int) -> Sample | Broken:
+        """A sample, or why there is none after all: some faults show only when pixels are decoded."""
+        index = self.indices[number]
+        return self.encoder.encode(self.chats[index], index)
+
+
+def measuring_key(encoder: ChatEncoder) -> str:
+    """What the measures of a chat depend on, beside the chat."""
+    processor = encoder.processor
+    settings = [part.to_dict() for part in (processor.image_processor, processor.video_processor) if part is not None]
+    vocabulary = sorted(encoder.tokenizer.get_vocab().items())
+    known = [settings, processor.chat_template, vocabulary, str(encoder.media_folder.absolute())]
+    return json.dumps(known, sort_keys=True, default=str)
+
+
+def judge(row: Mapping[str, Any], index: int, encoder: ChatEncoder) -> int | Broken:
+    """Columns that a measured chat takes, or why it is left out."""
+    if row["reason"] is not None:
+        return Broken(index, row["reason"], row["detail"])
+    responses = list(zip(row["starts"], row["ends"], strict=True))
+    measured = Measured(row["length"], responses, row["short_side"], row["aspect_ratio"])
+    try:
+        encoder.limits.check(measured)
+    except BrokenChat as error:
+        return Broken(index, error.reason, error.detail)
+    return encoder.limits.columns(measured)
+
+
+def stream_chats(
+    chats: datasets.IterableDataset, encoder: ChatEncoder, seed: int = 0, buffer_size: int = 1000
+) -> datasets.IterableDataset:
+    """A stream of undecoded chats in an order that depends on the seed and the epoch (`set_epoch`).
+
+    It stays a data set of `datasets`, which workers of the data loader and processes (by accelerate, or by
+    `datasets.distributed.split_dataset_by_node`) share among them, by files where there are enough. `PackingCollator`
+    encodes its chats; their `sample_id` is a hash of their tokens.
+
+    Raises:
+        ValueError: none of the first 16 chats can be used.
+    """
+    chats = without_decoding(check_columns(chats, "the stream"))
+    skipped = SkippedChats()
+    for example in islice(chats, PROBE_SIZE):
+        found = encoder.encode(example)
+        if isinstance(found, Sample):
+            return chats.shuffle(seed=seed, buffer_size=buffer_size) if buffer_size > 1 else chats
+        skipped.add([found])
+    raise ValueError(f"none of the first {sum(skipped.counts.values())} chats of the stream can be used: {skipped}")
+
+
+@dataclass
+class PackedBatch(PackedRows):
+    """Packed rows, and the chats of the batch that were skipped."""
+
+    broken: list[Broken] = field(default_factory=list)
+
+
+@dataclass
+class PackingCollator:
+    """Packs a list of samples, broken chats and, from a stream, chats into a `PackedBatch`.
+
+    A batch in which nothing can be trained is one row of padding. If the vision tower is trained, a batch without
+    pictures carries one blank picture that no token shows: every process must run the tower in every step.
+
+    Attributes:
+        encoder: its limits give block size and row length.
+        trains_vision: whether the vision tower gets gradients.
+        pad_to_multiple_of: rows are padded to a multiple of so many columns.
+    """
+
+    encoder: ChatEncoder
+    trains_vision: bool = True
+    pad_to_multiple_of: int = 1
+
+    def __call__(self, batch: Sequence[Sample | Broken | Mapping[str, Any]]) -> PackedBatch:
+        """Encode what is not encoded yet, and pack."""
+        found = [self.encoder.encode(each) if isinstance(each, Mapping) else each for each in batch]
+        tokenizer, limits = self.encoder.tokenizer, self.encoder.limits
+        rows = pack(
+            [each for each in found if isinstance(each, Sample)],
+            limits.block_size,
+            limits.max_length,
+            pad_token_id=tokenizer.pad_token_id,
+            response_padding_id=tokenizer.eos_token_id,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
+        packed = PackedBatch(**vars(rows), broken=[each for each in found if isinstance(each, Broken)])
+        if self.trains_vision and not packed.visual_inputs:
+            packed.visual_inputs = blank_picture(self.encoder.config.vision_config)
+        return packed
+
+
+def blank_picture(vision_config: Any) -> dict[str, torch.Tensor]:
+    """The smallest picture that a vision tower takes: one feature."""
+    side = vision_config.spatial_merge_size
+    size = vision_config.in_channels * vision_config.temporal_patch_size * vision_config.patch_size**2
+    return {"pixel_values": torch.zeros(side**2, size), "image_grid_thw": torch.tensor([[1, side, side]])}
+
+
+def limit_pixels(processor: Any, min_pixels: int | None, max_pixels: int | None) -> Any:
+    """A copy of the processor that scales images to areas between the two, in pixels; None leaves its own limit.
+
+    Raises:
+        ValueError: the smallest area is above the largest.
+    """
+    processor = copy.copy(processor)
+    image_processor = processor.image_processor = copy.deepcopy(processor.image_processor)
+    size = dict(image_processor.size)
+    for edge, name, pixels in (("shortest_edge", "min_pixels", min_pixels), ("longest_edge", "max_pixels", max_pixels)):
+        if pixels is not None:
+            size[edge] = pixels
+            setattr(image_processor, name, pixels)  # 4.57's Pillow class reads these
+    if size["shortest_edge"] > size["longest_edge"]:
+        raise ValueError(f"`min_pixels` {size['shortest_edge']} is above `max_pixels` {size['longest_edge']}")
+    image_processor.size = size
+    return processor
