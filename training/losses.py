@@ -228,7 +228,7 @@ def linear_losses(
         TypeError: a head's weight that is still sharded.
     """
     _check_linear(hidden, head, targets, weights, teacher, ce_weight, kd_weight, chunk_size)
-    check_distillation(direction, temperature)
+    check_distillation(direction, temperature, top_k)
     divergence = partial(kl_divergence, direction=direction, temperature=temperature, top_k=top_k)
     mixture = partial(_chunk_losses, head, divergence, ce_weight, kd_weight * temperature**2)
     chunks = []
