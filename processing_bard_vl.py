@@ -111,6 +111,7 @@ class BardVLProcessor(Qwen3VLProcessor):
         4.57 refuses plain string contents with `tokenize=True`, drops images in the form `image_url` silently, and so
         it does with `processor_kwargs`.
         """
+        kwargs.pop("load_audio_from_video", None)  # `transformers serve` asks for it; the model has no ears
         if "processor_kwargs" not in inspect.signature(super().apply_chat_template).parameters:
             kwargs |= kwargs.pop("processor_kwargs", None) or {}
         return super().apply_chat_template(normalize_messages(conversation), *args, **kwargs)

@@ -1,0 +1,1 @@
+"""Serving by `transformers serve`; see docs/serving.md."""
