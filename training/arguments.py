@@ -1,0 +1,321 @@
+"""Settings of a training run, and recipes: flat YAML files whose every key is also a command-line flag."""
+
+import copy
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+PARAMETER_GROUPS = ("language", "merger", "vision")
+
+
+class RecipeError(ValueError):
+    """A recipe, or what it names, cannot be run as it stands; nothing was computed or written."""
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with a help text; lists are given as factories."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """Which weights a run starts from, and which of them it trains."""
+
+    model_name_or_path: str | None = option(None, "Qwen3-VL or Bard-VL checkpoint: a folder or a Hub id")
+    model_revision: str | None = option(None, "branch, tag or commit of a Hub id")
+    mask_token_id: int | None = option(None, "id of the mask token (default: the source's, else 151671)")
+    mask_row: Literal["keep", "mean"] = option(
+        "keep", "initial embedding of the mask token when a Qwen3-VL is converted: as it is, or the vocabulary's mean"
+    )
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "dtype of the weights that the optimizer updates; with `bf16` they are cast for each product"
+    )
+    save_dtype: Literal["float32", "bfloat16"] | None = option(None, "dtype of finished stages (default: the source's)")
+    attn_implementation: str | None = option(None, "attention of the model (default: the package's own)")
+    freeze: list[str] = option([], "parameter groups that are not trained: language, merger, vision")
+    use_lora: bool = option(False, "train low-rank adapters (PEFT) and merge them into the finished stage")
+    lora_rank: int = option(16, "rank of the adapters")
+    lora_alpha: int = option(32, "scale of the adapters, divided by their rank")
+    lora_dropout: float = option(0.0, "dropout in front of the adapters")
+    lora_target_modules: list[str] = option(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "linear layers that get an adapter, by the end of their names",
+    )
+
+    def check(self) -> None:
+        """Raise `RecipeError` for what cannot be meant."""
+        require(
+            self.model_name_or_path is not None, "`model_name_or_path` is missing: name the checkpoint to start from"
+        )
+        for group in self.freeze:
+            require(
+                group in PARAMETER_GROUPS, f"`freeze` names {group!r}; the groups are {', '.join(PARAMETER_GROUPS)}"
+            )
+        require(
+            set(self.freeze) != set(PARAMETER_GROUPS), "`freeze` names every parameter group: nothing is left to train"
+        )
+        for name in self.lora_target_modules if self.use_lora else ():
+            require(
+                name not in ("lm_head", "embed_tokens"),
+                f"`lora_target_modules` names {name!r}: the vocabulary's projection is computed from its weight alone",
+            )
+        require(self.lora_rank >= 1, f"`lora_rank` must be at least 1, got {self.lora_rank}")
+
+
+@dataclass
+class DataArguments:
+    """Which chats a run trains on."""
+
+    train_data: str | None = option(
+        None, "chats: a JSONL or parquet file, a folder of them, or a data set by path or name"
+    )
+    train_split: str = option("train", "split of a data set to train on")
+    eval_data: str | None = option(None, "held-out chats, in the same forms")
+    eval_split: str = option("train", "split of the data set of held-out chats")
+    data_name: str | None = option(None, "configuration of a data set on the Hub")
+    media_folder: str | None = option(
+        None, "where relative paths of images and videos start (default: the data's folder)"
+    )
+    streaming: bool = option(False, "read the training chats as a stream of unknown length; needs `max_steps`")
+    shuffle_buffer: int = option(1000, "chats of a stream that are shuffled among each other")
+    max_length: int = option(8192, "columns of a packed row, copies of responses included")
+    overlong: Literal["drop", "truncate"] = option("drop", "what happens to a chat that does not fit in a row")
+    max_total_length: int | None = option(None, "tokens of a chat; longer ones are left out")
+    min_pixels: int | None = option(None, "smallest area that an image is scaled to (default: the processor's)")
+    max_pixels: int | None = option(None, "largest area that an image is scaled to (default: the processor's)")
+    min_short_side: int | None = option(None, "chats with an image of a shorter side are left out, in pixels")
+    max_aspect_ratio: float | None = option(None, "chats with an image of a greater aspect ratio are left out")
+    pad_to_multiple_of: int = option(1, "rows are padded to a multiple of so many columns")
+    measuring_processes: int | None = option(None, "processes that measure chats before training (default: one)")
+    max_eval_samples: int = option(256, "at most so many held-out chats are used")
+
+    def check(self) -> None:
+        """Raise `RecipeError` for what cannot be meant."""
+        require(self.train_data is not None, "`train_data` is missing: name the chats to train on")
+        for name in ("max_length", "pad_to_multiple_of", "max_eval_samples"):
+            require(getattr(self, name) >= 1, f"`{name}` must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass
+class BlockDiffusionArguments(TrainingArguments):
+    """transformers' settings with those of block diffusion (arXiv 2604.16514, sections 3 and 4)."""
+
+    adam_beta2: float = option(0.95, "second moment's decay of AdamW")
+    optim: str = option("adamw_torch", "optimizer, by transformers' names")
+    lr_scheduler_type: str = option("cosine", "schedule of the learning rates, by transformers' names")
+    remove_unused_columns: bool = option(False, "chats have no columns to remove")
+    save_total_limit: int | None = option(2, "checkpoints kept of a stage that is under way")
+
+    noise: Literal["mixed", "mask", "uniform"] = option("mixed", "corruption of the noisy copies")
+    time_sampling: Literal["sample", "block", "stratified"] = option("sample", "one time a sample, or one a block")
+    time_low: float = option(0.0, "smallest time; 0 is all corrupted")
+    time_high: float = option(1.0, "largest time; 1 is clean")
+    replace_with_special_tokens: bool = option(False, "uniform noise may draw special tokens too, never the mask")
+    loss_form: Literal["corrupted_mean", "inverse_time"] = option(
+        "corrupted_mean", "the paper's mean over corrupted positions, or the reference's weights of 1 / probability"
+    )
+    padding_weight: float | None = option(None, "weight of the padding behind a response (default: 1, or 0.5)")
+    loss_chunk_size: int = option(1024, "positions that are projected to the vocabulary at a time")
+    mask_form: Literal["auto", "dense", "flex"] = option("auto", "attention mask: flex on CUDA, dense elsewhere")
+    merger_learning_rate: float | None = option(None, "rate of the vision-language mergers (default: `learning_rate`)")
+    vision_learning_rate: float | None = option(None, "rate of the vision tower (default: `learning_rate`)")
+    min_learning_rate: float | None = option(
+        None, "floor of the cosine, the same for every group; a group whose rate is below it stays at its rate"
+    )
+    decode_samples: int = option(0, "held-out chats whose last answer is decoded at every evaluation")
+    decode_max_new_tokens: int = option(256, "longest decoded answer")
+    decode_confidence_threshold: float | None = option(None, "threshold of that decoding (default: the model's)")
+    decode_denoising_steps: int | None = option(None, "steps a block of that decoding (default: the block size)")
+
+    def __post_init__(self) -> None:
+        """Fill what follows from other settings; transformers checks its own."""
+        later = "activation_checkpointing_kwargs"  # the name from transformers 5.20 on
+        name = later if hasattr(self, later) else "gradient_checkpointing_kwargs"
+        if getattr(self, name) is None:
+            setattr(self, name, {"use_reentrant": False})
+        if self.accelerator_config is None:
+            self.accelerator_config = {"dispatch_batches": False}  # a packed batch cannot be cut into processes' shares
+        if self.report_to is None:
+            self.report_to = "none"
+        super().__post_init__()
+
+    def check(self) -> None:
+        """Raise `RecipeError` for what cannot be meant."""
+        require(self.output_dir is not None, "`output_dir` is missing: name the folder to write to")
+        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+            value = getattr(getattr(self, name), "value", getattr(self, name))
+            require(
+                value in ("no", "steps"), f"`{name}` must be no or steps, got {value!r}: epochs run into each other"
+            )
+        require(
+            0 <= self.time_low < self.time_high <= 1,
+            f"`time_low` and `time_high` must satisfy 0 <= low < high <= 1, got {self.time_low} and {self.time_high}",
+        )
+        require(
+            self.min_learning_rate is None or self.scheduler == "cosine",
+            f"`min_learning_rate` is the floor of `lr_scheduler_type: cosine`, got {self.scheduler!r}",
+        )
+        require(
+            self.max_steps <= 0 or self.get_warmup_steps(self.max_steps) < self.max_steps,
+            f"`warmup_steps` {self.warmup_steps} leaves none of the `max_steps` {self.max_steps}",
+        )
+        require(self.n_gpu <= 1, f"{self.n_gpu} GPUs in one process: start with `accelerate launch`, a process per GPU")
+        require(self.loss_chunk_size >= 1, f"`loss_chunk_size` must be at least 1, got {self.loss_chunk_size}")
+        require(self.decode_samples >= 0, f"`decode_samples` must be at least 0, got {self.decode_samples}")
+
+    @property
+    def scheduler(self) -> str:
+        """The schedule's name."""
+        return getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of one optimizer step, over accumulation steps and processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    def steps(self, num_samples: int | None) -> int:
+        """Optimizer steps: `max_steps`, or what `num_train_epochs` over `num_samples` come to."""
+        if self.max_steps > 0:
+            return self.max_steps
+        require(num_samples is not None, "a stream has no epochs: `streaming` needs `max_steps`")
+        assert num_samples is not None
+        return max(1, math.ceil(self.num_train_epochs * num_samples / self.global_batch_size))
+
+    def group_learning_rate(self, group: str) -> float:
+        """Peak learning rate of a parameter group."""
+        rate = {"merger": self.merger_learning_rate, "vision": self.vision_learning_rate}.get(group)
+        return self.learning_rate if rate is None else rate
+
+    def changed(self, **settings: Any) -> "BlockDiffusionArguments":
+        """A copy with other settings; unlike `dataclasses.replace` it does not set the devices up again."""
+        changed = copy.copy(self)
+        for name, value in settings.items():
+            setattr(changed, name, value)
+        return changed
+
+
+@dataclass
+class MergeArguments:
+    """The schedule of progressive block merging."""
+
+    block_sizes: list[int] | None = option(None, "stages, ascending, as 4 8 16 32 (default: the source's block size)")
+    steps_per_stage: list[int] | None = option(None, "optimizer steps of each stage (default: `max_steps` for each)")
+
+    def check(self) -> None:
+        """Raise `RecipeError` for what cannot be meant."""
+        check_block_sizes(self.block_sizes)
+        if self.steps_per_stage is not None:
+            sizes = self.block_sizes or [0]
+            require(
+                len(self.steps_per_stage) == len(sizes),
+                f"`steps_per_stage` has {len(self.steps_per_stage)} numbers for {len(sizes)} stages",
+            )
+            require(min(self.steps_per_stage) >= 1, f"`steps_per_stage` must be positive, got {self.steps_per_stage}")
+
+
+@dataclass
+class DistillArguments:
+    """Stage-wise distillation: the teacher, and what is learnt from it."""
+
+    block_sizes: list[int] | None = option(
+        None, "which stages of a block-merging run to distil (default: all but the anchor)"
+    )
+    teacher_name_or_path: str | None = option(None, "teacher (default: the smallest-block stage beside the student)")
+    teacher_kind: Literal["block", "ar"] = option("block", "a Bard-VL checkpoint, or an autoregressive Qwen3-VL")
+    teacher_block_size: int | None = option(None, "block size that the teacher runs at (default: its config's)")
+    teacher_dtype: Literal["float32", "bfloat16"] | None = option(None, "dtype of its weights (default: its own)")
+    ce_weight: float = option(0.0, "weight of the cross entropy with the data")
+    kd_weight: float = option(1.0, "weight of the divergence from the teacher")
+    kd_direction: Literal["forward", "reverse"] = option("forward", "KL(teacher || student), or the reverse")
+    kd_temperature: float = option(1.0, "temperature of both distributions; the divergence is multiplied by its square")
+    kd_top_k: int | None = option(None, "compare on the teacher's likeliest so many tokens (default: all)")
+
+    def check(self) -> None:
+        """Raise `RecipeError` for what cannot be meant."""
+        check_block_sizes(self.block_sizes)
+        require(self.kd_weight > 0, f"`kd_weight` must be above 0, got {self.kd_weight}")
+        require(self.ce_weight >= 0, f"`ce_weight` must be at least 0, got {self.ce_weight}")
+        require(self.kd_temperature > 0, f"`kd_temperature` must be above 0, got {self.kd_temperature}")
+        require(self.kd_top_k is None or self.kd_top_k >= 1, f"`kd_top_k` must be at least 1, got {self.kd_top_k}")
+        require(
+            self.teacher_kind == "block" or self.teacher_name_or_path is not None,
+            "`teacher_kind: ar` needs `teacher_name_or_path`, an autoregressive Qwen3-VL",
+        )
+        require(
+            self.teacher_kind == "block" or self.teacher_block_size is None,
+            f"`teacher_block_size` {self.teacher_block_size} has no meaning for `teacher_kind: ar`",
+        )
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `RecipeError` unless the condition holds."""
+    if not condition:
+        raise RecipeError(message)
+
+
+def check_block_sizes(sizes: list[int] | None) -> None:
+    """Raise `RecipeError` unless the sizes are positive and ascend."""
+    if sizes is None:
+        return
+    require(min(sizes) >= 1, f"`block_sizes` must be positive, got {sizes}")
+    require(all(a < b for a, b in zip(sizes, sizes[1:], strict=False)), f"`block_sizes` must ascend, got {sizes}")
+
+
+class RecipeParser(HfArgumentParser):
+    """transformers' parser, whose errors are exceptions with one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print under its usage."""
+        raise RecipeError(message)
+
+
+def parse_recipe(kinds: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:
+    """Read `[recipe.yaml] [--key value ...]` into one object of each dataclass in `kinds`, and check them.
+
+    Raises:
+        RecipeError: the file cannot be read, a key is unknown, or a value is of another type or out of range.
+    """
+    parser = RecipeParser(list(kinds), allow_abbrev=False)
+    names = [field.name for kind in kinds for field in dataclasses.fields(kind) if field.init]
+    flags = list(arguments)
+    recipe = read_recipe(Path(flags.pop(0))) if flags and not flags[0].startswith("--") else {}
+    for key in recipe:
+        close = difflib.get_close_matches(key, names, 1)
+        require(key in names, f"unknown key {key!r} in the recipe" + (f"; did you mean {close[0]!r}?" if close else ""))
+    given = [flag for key, value in recipe.items() for flag in as_flags(key, value)]
+    *parsed, rest = parser.parse_args_into_dataclasses([*given, *flags], return_remaining_strings=True)
+    require(not rest, f"unknown argument {' '.join(rest)!r}")
+    for settings in parsed:
+        settings.check()
+    return tuple(parsed)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The flat mapping in a YAML file."""
+    try:
+        recipe = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    require(isinstance(recipe, dict), f"{path} must hold `key: value` lines, got {type(recipe).__name__}")
+    return recipe
+
+
+def as_flags(key: str, value: Any) -> list[str]:
+    """A recipe's entry as the command-line flags that mean the same, so that both are checked alike."""
+    if value is None:  # as if the key were absent
+        return []
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]

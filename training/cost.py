@@ -1,0 +1,123 @@
+"""What a run costs, before it starts: parameters, tokens, steps, memory of each GPU."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .arguments import PARAMETER_GROUPS
+from .trainer import group_of
+
+GIB = 2**30
+
+
+@dataclass
+class Cost:
+    """Numbers of a stage; memory in bytes a process.
+
+    Attributes:
+        parameters: by group, (all, trainable).
+        samples: of an optimizer step, over accumulation steps and processes.
+        tokens_per_sample: packed, copies included; mean; None for a stream.
+        steps: optimizer steps.
+        sharding: "none" (DDP or one process), "zero1", "zero2", "zero3" or "fsdp".
+        memory: by what it is for.
+    """
+
+    parameters: dict[str, tuple[int, int]]
+    samples: int
+    tokens_per_sample: float | None
+    steps: int
+    sharding: str
+    memory: dict[str, float]
+
+    @classmethod
+    def of(cls, trainer: Any) -> "Cost":
+        """Count and estimate for a trainer that has not begun."""
+        args, model = trainer.args, trainer.model
+        lengths = getattr(trainer.train_dataset, "lengths", None)
+        length = sum(lengths) / len(lengths) if lengths else None
+        tokens = (length or trainer.data_collator.encoder.limits.max_length) * args.per_device_train_batch_size
+        sharding = sharding_of(trainer)
+        parameters = count_parameters(model)
+        memory = state_memory(model, sharding, args.world_size)
+        if trainer.teacher is not None:
+            memory["teacher"] = sum(p.numel() * p.element_size() for p in trainer.teacher.model.parameters())
+        config = trainer.bare_model.config
+        memory |= activation_memory(config, tokens, 2 if args.bf16 else 4, args.gradient_checkpointing)
+        memory["logits"] = 4 * args.loss_chunk_size * config.text_config.vocab_size * (4 if args.bf16 else 3)
+        return cls(parameters, args.global_batch_size, length, args.max_steps, sharding, memory)
+
+    def table(self, title: str) -> str:
+        """The numbers as lines of text."""
+        lines = [title]
+        for group, (count, trainable) in self.parameters.items():
+            lines.append(f"  {group + ' parameters':<28}{count:>16,}   trained {trainable:,}")
+        lines.append(f"  {'samples per step':<28}{self.samples:>16,}")
+        if self.tokens_per_sample is not None:
+            tokens = round(self.tokens_per_sample * self.samples)
+            lines.append(f"  {'packed tokens per step':<28}{tokens:>16,}   {self.tokens_per_sample:,.0f} a sample")
+        lines.append(f"  {'steps':<28}{self.steps:>16,}")
+        shared = "" if self.sharding == "none" else f", {self.sharding}"
+        lines.append(f"  memory per process{shared} (estimate)")
+        for name, size in self.memory.items():
+            lines.append(f"    {name:<26}{size / GIB:>16.2f} GiB")
+        lines.append(f"    {'in all':<26}{sum(self.memory.values()) / GIB:>16.2f} GiB")
+        return "\n".join(lines)
+
+
+def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Parameters by group, all and trainable; under ZeRO-3 by their whole shapes."""
+    counts = {group: [0, 0] for group in PARAMETER_GROUPS}
+    for name, parameter in model.named_parameters():
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        counts[group_of(name)][0] += size
+        counts[group_of(name)][1] += size * parameter.requires_grad
+    return {group: (everything, trained) for group, (everything, trained) in counts.items()}
+
+
+def sharding_of(trainer: Any) -> str:
+    """How weights, gradients and optimizer states are spread over processes."""
+    if trainer.is_fsdp_enabled:
+        return "fsdp"
+    if trainer.is_deepspeed_enabled:
+        return f"zero{trainer.accelerator.state.deepspeed_plugin.zero_stage}"
+    return "none"
+
+
+def state_memory(model: nn.Module, sharding: str, num_processes: int) -> dict[str, float]:
+    """Bytes of weights, gradients and AdamW's two moments on one process.
+
+    DeepSpeed keeps bfloat16 weights and gradients, and float32 master weights with the moments.
+    """
+    weights = gradients = moments = 0.0
+    for parameter in model.parameters():
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        zero = sharding.startswith("zero")
+        width = 2 if zero else parameter.element_size()
+        weights += size * width
+        if parameter.requires_grad:
+            gradients += size * width
+            moments += size * (12 if zero else 2 * width)
+    # Stage 1 splits the optimizer's states, 2 the gradients too, 3 and FSDP the weights as well.
+    split = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}[sharding]
+    parts = {"weights": weights, "gradients": gradients, "optimizer states": moments}
+    needed = {"weights": 3, "gradients": 2, "optimizer states": 1}
+    return {name: size / num_processes if split >= needed[name] else size for name, size in parts.items()}
+
+
+def activation_memory(config: Any, tokens: float, width: int, checkpointing: bool) -> dict[str, float]:
+    """Bytes that a forward of `tokens` packed tokens keeps for its backward, language model only.
+
+    Per token and layer: two residual inputs and their normed copies, queries, keys and values before and after norm and
+    rotation, the attention's output, and four tensors of the gated MLP; `width` bytes a number. With checkpointing a
+    layer keeps its input alone, and one layer at a time keeps all.
+    """
+    text = config.text_config
+    heads = text.num_attention_heads * text.head_dim
+    keys = text.num_key_value_heads * text.head_dim
+    layer = width * tokens * (6 * text.hidden_size + 4 * heads + 6 * keys + 4 * text.intermediate_size)
+    inputs = width * tokens * text.hidden_size * text.num_hidden_layers
+    if checkpointing:
+        return {"activations (checkpointed)": inputs + layer}
+    return {"activations": layer * text.num_hidden_layers}

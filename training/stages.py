@@ -1,0 +1,440 @@
+"""One stage of a run: load, train, and leave a checkpoint folder that is either whole or not there."""
+
+import contextlib
+import gc
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers.integrations import deepspeed as deepspeed_integration
+
+from ..configuration_bard_vl import BardVLConfig
+from ..convert_qwen3vl_to_bard import (
+    BLOCK_SIZE_IN_NAME,
+    Conversion,
+    ConversionError,
+    check_architecture,
+    convert,
+    locate,
+    prepare,
+)
+from ..modeling_bard_vl import BardVLForConditionalGeneration
+from ..processing_bard_vl import BardVLProcessor
+from .arguments import (
+    BlockDiffusionArguments,
+    DataArguments,
+    DistillArguments,
+    ModelArguments,
+    RecipeError,
+    parse_recipe,
+    require,
+)
+from .cost import Cost
+from .chats import ChatEncoder, ChatLimits
+from .data import ChatSamples, PackingCollator, limit_pixels, media_folder_of, open_chats, stream_chats
+from .trainer import BlockDiffusionTrainer, Teacher, complete_checkpoints, group_of
+
+CODE_FOLDER = Path(__file__).resolve().parents[1]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Settings that decide a stage's result: a stage that was begun with others cannot go on.
+DECISIVE = (
+    *("learning_rate", "merger_learning_rate", "vision_learning_rate", "min_learning_rate", "lr_scheduler_type"),
+    *("lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim"),
+    *("max_grad_norm", "max_steps", "seed", "bf16", "noise", "time_sampling", "time_low", "time_high"),
+    *("replace_with_special_tokens", "loss_form", "padding_weight"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings that all stages of a run share."""
+
+    model: ModelArguments
+    data: DataArguments
+    args: BlockDiffusionArguments
+
+    @property
+    def output(self) -> Path:
+        """The run's folder."""
+        return Path(str(self.args.output_dir))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One model to train.
+
+    Attributes:
+        source: Bard-VL folder that it starts from.
+        block_size: tokens per block.
+        output: folder of the finished checkpoint.
+        steps: optimizer steps, None for what the recipe says.
+        number: counts the stages of a run; each has its own noise and order of samples.
+        teacher: folder and kind of the model to distil from.
+    """
+
+    source: Path
+    block_size: int
+    output: Path
+    steps: int | None = None
+    number: int = 0
+    teacher: Path | None = None
+    distillation: DistillArguments | None = None
+
+    @property
+    def run_folder(self) -> Path:
+        """Where checkpoints on the way and logs are kept."""
+        return self.output.parent / "runs" / self.output.name
+
+
+def run_recipe(kinds: Sequence[type], run: Callable[..., Any], arguments: Sequence[str] | None) -> int:
+    """Parse a recipe and run it; returns 0, or 1 after printing one line that says what is wrong."""
+    try:
+        run(*parse_recipe(kinds, sys.argv[1:] if arguments is None else arguments))
+    except (RecipeError, ConversionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def find(name: str, revision: str | None = None) -> Conversion:
+    """A Qwen3-VL or Bard-VL checkpoint by folder or Hub id, with its config; its weights are there."""
+    job = locate(name, revision)
+    check_architecture(job.config)
+    return job
+
+
+def stated_block_size(job: Conversion) -> int | None:
+    """The block size that a Bard-VL checkpoint was trained with, as its config or its name says."""
+    if not job.is_bard:
+        return None
+    named = BLOCK_SIZE_IN_NAME.search(job.name)
+    stated = job.config.get("block_size")
+    return stated if stated is not None else int(named[1]) if named else None
+
+
+def start_folder(run: Run, job: Conversion, block_size: int) -> Path:
+    """A Bard-VL folder of the source: its own, or where it has been converted to."""
+    if job.is_bard:
+        return job.folder
+    folder = run.output / "start"
+    with run.args.main_process_first(local=False, desc="conversion"):
+        if not folder.is_dir():
+            settings = run.model.mask_token_id, run.model.mask_row
+            convert(job.folder, folder, block_size, *settings, progress=False)
+    return folder
+
+
+def check_source(run: Run, job: Conversion, block_size: int) -> None:
+    """Refuse a source that cannot be converted, before anything is written."""
+    if not job.is_bard:
+        prepare(job.folder, None, block_size, run.model.mask_token_id, run.model.mask_row)
+
+
+def is_finished(stage: Stage) -> bool:
+    """Whether a stage's checkpoint is there.
+
+    Raises:
+        RecipeError: something else is.
+    """
+    if not stage.output.exists():
+        return False
+    config = stage.output / "config.json"
+    require(config.is_file(), f"{stage.output} exists and is no checkpoint: remove it or choose another `output_dir`")
+    stated = json.loads(config.read_text("utf-8")).get("block_size")
+    require(stated == stage.block_size, f"{stage.output} holds a checkpoint of block size {stated}")
+    return True
+
+
+def run_stage(run: Run, stage: Stage) -> Path:
+    """Train a stage, or go on where it was interrupted; does nothing where it is finished.
+
+    Returns:
+        The folder of the finished checkpoint.
+    """
+    if is_finished(stage):
+        return stage.output
+    args = run.args.changed(output_dir=str(stage.run_folder), seed=run.args.seed + stage.number)
+    trainer = build_trainer(run, stage, args)
+    check_settings(stage, run, trainer.args)
+    if run.args.should_save:
+        print(Cost.of(trainer).table(f"{stage.output.name}: from {stage.source}"), flush=True)
+    checkpoints = complete_checkpoints(stage.run_folder)
+    drop_half_written(stage, run.args)
+    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    finish(trainer, run, stage)
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return stage.output
+
+
+def build_trainer(run: Run, stage: Stage, args: BlockDiffusionArguments) -> BlockDiffusionTrainer:
+    """The trainer of a stage, with `max_steps` set."""
+    processor = BardVLProcessor.from_pretrained(stage.source)
+    model = load_student(run, stage)
+    config = model.get_base_model().config if run.model.use_lora else model.config
+    try:
+        train, held_out, collator = load_data(run, stage, processor, config, args)
+    except (ValueError, OSError) as error:
+        raise RecipeError(" ".join(str(error).split())) from error
+    args.max_steps = args.steps(None if run.data.streaming else len(train)) if stage.steps is None else stage.steps
+    return BlockDiffusionTrainer(
+        model=model,
+        args=args,
+        block_size=stage.block_size,
+        processing_class=processor,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=collator,
+        teacher=load_teacher(stage) if stage.distillation else None,
+    )
+
+
+def load_data(
+    run: Run, stage: Stage, processor: BardVLProcessor, config: BardVLConfig, args: BlockDiffusionArguments
+) -> tuple[Any, ChatSamples | None, PackingCollator]:
+    """Training chats, held-out chats, and what packs them."""
+    data = run.data
+    limits = ChatLimits(
+        stage.block_size,
+        data.max_length,
+        data.overlong,
+        data.max_total_length,
+        data.min_short_side,
+        data.max_aspect_ratio,
+    )
+    resized = limit_pixels(processor, data.min_pixels, data.max_pixels)
+
+    def encoder(source: str | None) -> ChatEncoder:
+        return ChatEncoder(resized, config, limits, data.media_folder or media_folder_of(str(source)))
+
+    held_out = None
+    with args.main_process_first(desc="measuring chats"):
+        chats = open_chats(str(data.train_data), data.train_split, data.streaming, data.data_name)
+        if data.streaming:
+            train = stream_chats(chats, encoder(data.train_data), args.seed, data.shuffle_buffer)
+        else:
+            train = ChatSamples(chats, encoder(data.train_data), data.measuring_processes)
+        if data.eval_data is not None:
+            chats = open_chats(data.eval_data, data.eval_split, False, data.data_name)
+            chats = chats.select(range(min(data.max_eval_samples, len(chats))))
+            held_out = ChatSamples(chats, encoder(data.eval_data), data.measuring_processes)
+    trains_vision = not {"merger", "vision"} <= set(run.model.freeze)
+    return train, held_out, PackingCollator(encoder(data.train_data), trains_vision, data.pad_to_multiple_of)
+
+
+def load_student(run: Run, stage: Stage) -> Any:
+    """The model to train: at the stage's block size, frozen and adapted as the recipe says."""
+    settings = {"attn_implementation": run.model.attn_implementation} if run.model.attn_implementation else {}
+    model = BardVLForConditionalGeneration.from_pretrained(stage.source, dtype=DTYPES[run.model.dtype], **settings)
+    model.config.block_size = stage.block_size
+    if run.model.mask_token_id is not None:
+        model.config.mask_token_id = run.model.mask_token_id
+    if run.model.use_lora:
+        model = with_adapters(model, run.model)
+    for name, parameter in model.named_parameters():
+        if group_of(name) in run.model.freeze:
+            parameter.requires_grad_(False)
+    return model
+
+
+def with_adapters(model: Any, settings: ModelArguments) -> Any:
+    """PEFT's wrapper with low-rank adapters; everything else is frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=settings.lora_target_modules,
+        ),
+    )
+
+
+# --- Teacher ----------------------------------------------------------------------------------------------------------
+
+
+def check_teacher(teacher: Conversion, student: Conversion, block_size: int, settings: DistillArguments) -> None:
+    """Refuse a teacher that a student of `block_size` cannot learn from."""
+    if settings.teacher_kind == "ar":
+        require(not teacher.is_bard, f"`teacher_kind: ar` needs a Qwen3-VL, {teacher.name} is a Bard-VL")
+    else:
+        require(teacher.is_bard, f"{teacher.name} is autoregressive: as a teacher it needs `teacher_kind: ar`")
+        size = settings.teacher_block_size or stated_block_size(teacher)
+        require(size is not None, f"{teacher.name} states no block size: set `teacher_block_size`")
+        assert size is not None
+        require(
+            block_size % size == 0,
+            f"a teacher at block size {size} cannot teach a student at {block_size}: no multiple",
+        )
+    sizes = [job.config["text_config"]["vocab_size"] for job in (student, teacher)]
+    require(sizes[0] == sizes[1], f"the student has a vocabulary of {sizes[0]} tokens, the teacher of {sizes[1]}")
+    require(
+        settings.kd_top_k is None or settings.kd_top_k <= sizes[0],
+        f"`kd_top_k` {settings.kd_top_k} is more than the vocabulary of {sizes[0]}",
+    )
+
+
+def load_teacher(stage: Stage) -> Teacher:
+    """The stage's teacher, frozen."""
+    settings = stage.distillation
+    assert settings is not None and stage.teacher is not None
+    job = find(str(stage.teacher))
+    dtype = DTYPES[settings.teacher_dtype] if settings.teacher_dtype else "auto"
+    config = BardVLConfig(**{key: value for key, value in job.config.items() if key != "model_type"})
+    with whole_models():
+        model = BardVLForConditionalGeneration.from_pretrained(job.folder, config=config, dtype=dtype)
+    model.eval().requires_grad_(False)
+    size = 1 if settings.teacher_kind == "ar" else settings.teacher_block_size or stated_block_size(job)
+    assert size is not None
+    return Teacher(model, size, settings.teacher_kind, settings)
+
+
+@contextlib.contextmanager
+def whole_models() -> Iterator[None]:
+    """Load models whole on every process, where ZeRO-3 would split them and FSDP would load them on one process only.
+
+    They are no part of what accelerate prepares, so nothing would gather them again.
+    """
+    config = deepspeed_integration._hf_deepspeed_config_weak_ref
+    loading = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
+    deepspeed_integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed_integration._hf_deepspeed_config_weak_ref = config
+        if loading is not None:
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = loading
+
+
+# --- Interruption and completion --------------------------------------------------------------------------------------
+
+
+def check_settings(stage: Stage, run: Run, args: BlockDiffusionArguments) -> None:
+    """Note what a stage is begun with; refuse to go on with anything else."""
+    settings = {name: getattr(args, name) for name in DECISIVE} | {"global_batch_size": args.global_batch_size}
+    settings |= asdict(run.model) | asdict(run.data)
+    if stage.distillation is not None:
+        settings |= asdict(stage.distillation) | {"teacher": str(stage.teacher)}
+    settings |= {"source": str(stage.source), "block_size": stage.block_size}
+    settings = json.loads(json.dumps(settings, default=str))
+    path = stage.run_folder / "settings.json"
+    if path.is_file():
+        before = json.loads(path.read_text("utf-8"))
+        for name, value in settings.items():
+            require(
+                before.get(name) == value,
+                f"{stage.run_folder} was begun with `{name}` {before.get(name)!r}, now it is {value!r}: "
+                "choose another `output_dir`, or remove that folder to begin again",
+            )
+    if run.args.should_save and not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+        partial.rename(path)
+
+
+def drop_half_written(stage: Stage, args: BlockDiffusionArguments) -> None:
+    """Remove checkpoints that an interruption left half-written."""
+    if args.should_save:
+        complete = complete_checkpoints(stage.run_folder)
+        for folder in stage.run_folder.glob("checkpoint-*"):
+            if folder not in complete:
+                shutil.rmtree(folder)
+
+
+def finish(trainer: BlockDiffusionTrainer, run: Run, stage: Stage) -> None:
+    """Write the trained weights as a checkpoint folder, under another name until it is whole."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if run.args.should_save:
+        partial = stage.output.with_name(f".{stage.output.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        if run.model.use_lora:
+            model = model.merge_and_unload()
+            state = model.state_dict()
+        write_checkpoint(model, state, trainer.processing_class, run, stage, partial)
+        trainer.state.save_to_json(str(partial / "trainer_state.json"))
+        os.sync()
+        partial.rename(stage.output)
+        for checkpoint in stage.run_folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    trainer.accelerator.wait_for_everyone()
+
+
+def write_checkpoint(
+    model: Any, state: dict[str, torch.Tensor], processor: Any, run: Run, stage: Stage, folder: Path
+) -> None:
+    """Weights, config with the block size, processor, code, licence and card."""
+    source = json.loads((stage.source / "config.json").read_text("utf-8"))
+    name = run.model.save_dtype or source.get("dtype") or source["text_config"].get("dtype") or "bfloat16"
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    dtype = DTYPES.get(name, torch.bfloat16)
+    state = {key: value.to(dtype).contiguous() for key, value in state.items()}
+    model.save_pretrained(folder, state_dict=state)
+    processor.save_pretrained(folder)
+    # The source's settings: transformers' trainer aligns the model's with the tokenizer's, and switches its cache off.
+    saved = json.loads((folder / "config.json").read_text("utf-8"))
+    config = {**source, "block_size": stage.block_size, "mask_token_id": saved["mask_token_id"]}
+    config |= {key: saved[key] for key in ("auto_map", "architectures")}
+    config.pop("torch_dtype", None)
+    for part in (config, config["text_config"]):
+        part["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    if (stage.source / "generation_config.json").is_file():
+        shutil.copy(stage.source / "generation_config.json", folder)
+    for each in ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", ".gitignore"):
+        if (stage.source / each).is_file():
+            shutil.copy(stage.source / each, folder / each)
+    shutil.copy(CODE_FOLDER / "LICENSE", folder / "LICENSE-CODE")
+    (folder / "README.md").write_text(card(run, stage), "utf-8")
+    recipe = {**asdict(run.model), **asdict(run.data)}
+    if stage.distillation is not None:
+        recipe |= asdict(stage.distillation)
+    recipe |= {key: value for key, value in run.args.to_dict().items() if key in DECISIVE}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({k: v for k, v in recipe.items() if v is not None}), "utf-8")
+
+
+CARD = """
+# {title}
+
+A Bard-VL model: Qwen3-VL's architecture with block-causal attention, which fills blocks of masked tokens in parallel.
+Trained at block size {block_size} from {source}{teacher} with `bard_vl.training`; `recipe.yaml` has the settings,
+`trainer_state.json` the losses.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("{title}", trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained("{title}", trust_remote_code=True)
+```
+
+The weights are under the licence of those they come from; the code (`*_bard_vl.py`) is under the MIT licence.
+"""
+
+
+def card(run: Run, stage: Stage) -> str:
+    """The README.md of a finished stage, under the metadata of its source."""
+    readme = stage.source / "README.md"
+    text = readme.read_text("utf-8", errors="replace") if readme.is_file() else ""
+    metadata = text.split("---\n")[1] if text.startswith("---\n") and text.count("---\n") > 1 else ""
+    metadata = metadata or "library_name: transformers\npipeline_tag: image-text-to-text\n"
+    teacher = f", taught by {stage.teacher.name}" if stage.teacher else ""
+    source = Path(str(run.model.model_name_or_path)).name
+    body = CARD.format(title=stage.output.name, block_size=stage.block_size, source=source, teacher=teacher)
+    return f"---\n{metadata}---\n{body}"

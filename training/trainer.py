@@ -1,0 +1,545 @@
+"""The trainer: transformers' loop over packed rows, with the noise, the loss and the teacher of block diffusion."""
+
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer
+
+from .arguments import BlockDiffusionArguments, DistillArguments, RecipeError
+from .data import PackedBatch, PackingCollator, SkippedChats
+from .losses import LinearLosses, linear_losses, position_weights
+from .noise import corrupt_rows, corruption_probabilities, replacement_ids
+from .packing import Layout, PackedRows, Sample, dense_mask, flex_mask
+
+COMPLETE = "complete.json"  # in a checkpoint folder: every process has written its part
+NUM_TIMES = 4  # metrics by quarters of t
+EVALUATION_SEED = 0
+
+
+@dataclass
+class NoisyRows:
+    """One micro-batch as the model is trained on it; tensors are (rows, length).
+
+    Attributes:
+        rows: the packed samples, clean.
+        input_ids: with the noise in the noisy copies.
+        masked, replaced: where that noise is.
+        t: its time, 1 is clean.
+        weights: of each position's loss; 0 where there is none.
+    """
+
+    rows: PackedBatch
+    input_ids: torch.Tensor
+    masked: torch.Tensor
+    replaced: torch.Tensor
+    t: torch.Tensor
+    weights: torch.Tensor
+
+    def to(self, device: torch.device) -> "NoisyRows":
+        """The same on a device."""
+        names = ("input_ids", "masked", "replaced", "t", "weights")
+        return replace(self, rows=self.rows.to(device), **{name: getattr(self, name).to(device) for name in names})
+
+
+@dataclass
+class Teacher:
+    """A frozen model that a student learns from.
+
+    Attributes:
+        model: a Bard-VL model; for the autoregressive kind with Qwen3-VL's weights.
+        block_size: tokens per block that it runs at; 1 for the autoregressive kind.
+        kind: "block": it sees the student's noisy tokens and predicts the same positions. "ar": it sees the clean
+            tokens, causally, and predicts the next one.
+    """
+
+    model: nn.Module
+    block_size: int
+    kind: Literal["block", "ar"]
+    settings: DistillArguments
+
+    @torch.no_grad()
+    def hidden_states(self, batch: NoisyRows, index: torch.Tensor, mask: Any) -> torch.Tensor:
+        """Its last hidden states (n, hidden) for the flat positions `index` (n,) of a batch."""
+        rows = batch.rows
+        ids = batch.input_ids
+        if self.kind == "ar":
+            ids = rows.input_ids
+            first = torch.arange(len(ids), device=ids.device)[:, None] * ids.shape[1]
+            index = (rows.previous + first).flatten()[index]
+        found: list[torch.Tensor] = []
+
+        def select(hidden_states: torch.Tensor, lm_head: nn.Module) -> torch.Tensor:
+            found.append(hidden_states.flatten(0, 1)[index])
+            return hidden_states.new_zeros(())
+
+        self.model(**model_inputs(rows, ids, mask), objective=select)
+        return found[0]
+
+
+def model_inputs(rows: PackedRows, input_ids: torch.Tensor, mask: Any) -> dict[str, Any]:
+    """Arguments of the model's `forward` for packed rows."""
+    return {
+        "input_ids": input_ids,
+        "attention_mask": mask,
+        "position_ids": rows.position_ids,
+        "visual_index": rows.visual_index,
+        "use_cache": False,
+        **rows.visual_inputs,
+    }
+
+
+class EveryEpoch(Sampler[int]):
+    """The order of a whole run: `num_samples` numbers, one shuffled pass over the data after the other.
+
+    One sampler for all passes keeps batches whole across their edges, and makes the place after an interruption a count
+    of batches, whatever the number of processes.
+    """
+
+    def __init__(self, size: int, num_samples: int, seed: int):
+        self.size, self.num_samples, self.seed = size, num_samples, seed
+
+    def __len__(self) -> int:
+        """Numbers in all."""
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        """Go through the numbers."""
+        for epoch in range(math.ceil(self.num_samples / self.size)):
+            generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+            left = self.num_samples - epoch * self.size
+            yield from torch.randperm(self.size, generator=generator)[:left].tolist()
+
+
+class Repeated(torch.utils.data.IterableDataset):
+    """A stream that begins again at its end, in another order."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[Any]:
+        """Go through the stream, for ever."""
+        for epoch in itertools.count():
+            self.stream.set_epoch(epoch)
+            item = None
+            for item in self.stream:
+                yield item
+            if item is None:  # a worker of the data loader that has no share
+                return
+
+
+class BlockDiffusionTrainer(Trainer):
+    """Trains one stage: one model at one block size (arXiv 2604.16514, equations of sections 3.1 to 3.3).
+
+    A step corrupts its micro-batches before the first forward, so that the loss is normalised over all accumulation
+    steps and processes exactly; the noise of a sample depends on (seed, step, sample) alone.
+
+    Args:
+        model: a Bard-VL model, or PEFT's wrapper around one.
+        args: settings; `max_steps` is set.
+        block_size: tokens per block.
+        processing_class: the processor, saved beside the weights.
+        train_dataset, eval_dataset: of `Sample`.
+        data_collator: packs samples in blocks of `block_size`.
+        teacher: distil from it; else the loss is the cross entropy.
+    """
+
+    args: BlockDiffusionArguments
+
+    def __init__(
+        self,
+        model: Any,
+        args: BlockDiffusionArguments,
+        block_size: int,
+        processing_class: Any,
+        train_dataset: Any,
+        data_collator: PackingCollator,
+        eval_dataset: Dataset | None = None,
+        teacher: Teacher | None = None,
+        callbacks: list[Any] | None = None,
+    ):
+        if isinstance(train_dataset, torch.utils.data.IterableDataset):
+            train_dataset = Repeated(train_dataset)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        # The loss is a sum over the whole batch's normaliser: no further division by accumulation steps.
+        self.model_accepts_loss_kwargs = True
+        self.block_size = block_size
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.model.to(args.device)
+        tokenizer = processing_class.tokenizer
+        self.mask_token_id = self.bare_model.config.mask_token_id
+        self.replacements = replacement_ids(
+            len(tokenizer), self.mask_token_id, tokenizer.all_special_ids, args.replace_with_special_tokens
+        )
+        self.num_language_parameters = sum(
+            getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves empty parameters behind
+            for name, parameter in model.named_parameters()
+            if group_of(name) == "language"
+        )
+        self.tally = LossTally()
+        self.skipped = SkippedChats()
+
+    @property
+    def bare_model(self) -> Any:
+        """The model under the wrappers of accelerate and PEFT."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    # --- Data ---------------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            return None
+        return EveryEpoch(len(dataset), self.args.max_steps * self.args.global_batch_size, self.args.seed)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[PackedBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[NoisyRows], torch.Tensor]:
+        """Corrupt the micro-batches of one step; returns them and the normaliser over all of them and all processes."""
+        batches, normaliser = [], 0.0
+        for _ in range(num_batches):
+            rows = next(epoch_iterator, None)
+            if rows is None:
+                break
+            self.skipped.add(rows.broken)
+            batch, part = self.corrupt(rows, self.args.seed, self.state.global_step)
+            batches.append(batch)
+            normaliser += part
+        total = torch.tensor(normaliser, dtype=torch.float64)
+        return batches, self.sum_over_processes(total).clamp(min=1.0)
+
+    def corrupt(self, rows: PackedBatch, seed: int, step: int) -> tuple[NoisyRows, float]:
+        """Noise for packed rows, and the sum that their losses are divided by."""
+        args = self.args
+        noise = corrupt_rows(
+            rows,
+            self.block_size,
+            args.noise,
+            args.time_sampling,
+            self.mask_token_id,
+            self.replacements,
+            seed,
+            step,
+            args.time_low,
+            args.time_high,
+        )
+        learnt = noise.corrupted
+        if self.teacher is not None and self.teacher.kind == "ar":
+            learnt = learnt & ~rows.is_response_padding  # nothing that it has learnt stands behind an answer's end
+        weights, normaliser = position_weights(
+            args.loss_form,
+            learnt,
+            sum(corruption_probabilities(args.noise, noise.t)),
+            rows.noisy,
+            rows.sample,
+            rows.is_response_padding,
+            args.padding_weight,
+        )
+        return NoisyRows(rows, noise.ids, noise.masked, noise.replaced, noise.t, weights), normaliser
+
+    def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of every process's tensor."""
+        return self.accelerator.reduce(values.to(self.args.device), reduction="sum").cpu()
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs.to(self.args.device)
+
+    def floating_point_ops(self, inputs: NoisyRows) -> int:
+        """Operations of a micro-batch in the language model's matrix products, forward and backward."""
+        return 6 * self.num_language_parameters * inputs.input_ids.numel()
+
+    # --- Loss ---------------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The share of one micro-batch in the loss of its step."""
+        loss = self.loss_sum(model, inputs, self.tally)
+        # Data parallelism averages gradients over processes; the normaliser counts all of them.
+        loss = loss * (self.accelerator.num_processes / num_items_in_batch.item())
+        return (loss, None) if return_outputs else loss
+
+    def loss_sum(self, model: nn.Module, batch: NoisyRows, tally: "LossTally") -> torch.Tensor:
+        """Weighted sum of the losses of a micro-batch's positions, which are added to the tally."""
+        rows, teacher = batch.rows, self.teacher
+        index = batch.weights.flatten().nonzero()[:, 0]
+        targets, weights = rows.input_ids.flatten()[index], batch.weights.flatten()[index]
+        settings: dict[str, Any] = {}
+        if teacher is not None:
+            mask = self.attention_mask(rows.layout(teacher.block_size))
+            settings = {
+                "teacher": (teacher.hidden_states(batch, index, mask), teacher.model.lm_head),
+                "ce_weight": teacher.settings.ce_weight,
+                "kd_weight": teacher.settings.kd_weight,
+                "direction": teacher.settings.kd_direction,
+                "temperature": teacher.settings.kd_temperature,
+                "top_k": teacher.settings.kd_top_k,
+            }
+
+        def objective(hidden_states: torch.Tensor, lm_head: nn.Module) -> torch.Tensor:
+            losses = linear_losses(
+                hidden_states.flatten(0, 1)[index],
+                lm_head,
+                targets,
+                weights,
+                chunk_size=self.args.loss_chunk_size,
+                **settings,
+            )
+            tally.add(batch, index, losses)
+            return losses.loss
+
+        inputs = model_inputs(rows, batch.input_ids, self.attention_mask(rows.layout()))
+        return model(**inputs, objective=objective).loss
+
+    def attention_mask(self, layout: Layout) -> Any:
+        """The mask of a layout in the form that `mask_form` asks for."""
+        form = self.args.mask_form
+        if form == "auto":
+            form = "flex" if layout.rank.device.type == "cuda" else "dense"
+        return flex_mask(layout) if form == "flex" else dense_mask(layout)[:, None]
+
+    # --- Optimizer ----------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer over the parameter groups, each with its own rate; norms and biases do not decay."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            if settings.keys() & {"params", "model", "optimizer_dict"}:
+                raise RecipeError(f"`optim: {self.args.optim}` makes parameter groups of its own; choose an AdamW")
+            self.optimizer = optimizer(self.optimizer_groups(model), **settings)
+        return self.optimizer
+
+    def optimizer_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Trainable parameters by group and by whether they decay; empty groups are left out."""
+        decaying = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((group_of(name), name in decaying), []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": self.args.group_learning_rate(group),
+                "weight_decay": self.args.weight_decay if decays else 0.0,
+            }
+            for (group, decays), parameters in groups.items()
+        ]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule; with `min_learning_rate` a warmup and a cosine that ends there for every group."""
+        if self.args.min_learning_rate is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        optimizer = self.optimizer if optimizer is None else optimizer
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        # A resumed optimizer holds the rate of its step beside the peak.
+        peaks = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        floors = [min(1.0, self.args.min_learning_rate / peak) if peak else 1.0 for peak in peaks]
+        shapes = [partial(cosine_with_floor, warmup=warmup, steps=num_training_steps, floor=floor) for floor in floors]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shapes)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # --- Checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, then say so in a file: without it a checkpoint counts as half-written.
+
+        Older checkpoints go only then.
+        """
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial, *args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (folder / COMPLETE).write_text(json.dumps({"global_step": self.state.global_step}) + "\n")
+            kept = complete_checkpoints(Path(self.args.output_dir))
+            for old in kept[: -limit if limit else 0]:
+                (old / COMPLETE).unlink()
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    # --- Logging and evaluation ---------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as transformers does; a step's loss comes with its parts, and epochs are passes over the data."""
+        if "loss" in logs:
+            logs |= self.summed(self.tally).metrics(self.teacher is not None)
+            self.tally = LossTally()
+        if not isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+            self.state.epoch = self.state.global_step * self.args.global_batch_size / len(self.train_dataset)
+        super().log(logs, *args, **kwargs)
+
+    def summed(self, tally: "LossTally") -> "LossTally":
+        """A tally over all processes."""
+        return LossTally(self.sum_over_processes(tally.by_noise), self.sum_over_processes(tally.totals))
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss on held-out samples under noise that never changes, and decoding of `decode_samples` of them.
+
+        Returns:
+            `eval_loss` and its parts, with `decode_samples` also `eval_exact_match` and `eval_tokens_per_forward`.
+        """
+        samples = self.eval_dataset if eval_dataset is None else eval_dataset
+        if samples is None:
+            raise RecipeError("`eval_strategy` is set, but `eval_data` is not: name held-out chats")
+        metrics = self.held_out_loss(samples)
+        if self.args.decode_samples:
+            metrics |= self.decode(samples)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def held_out_loss(self, samples: Any) -> dict[str, float]:
+        """The training loss on held-out samples, each process a share of them."""
+        model = self.model_wrapped
+        model.eval()
+        tally, loss, normaliser = LossTally(), torch.zeros((), dtype=torch.float64), 0.0
+        share = self.args.per_device_eval_batch_size * self.args.world_size
+        for first in range(0, len(samples), share):
+            batch = range(first, min(first + share, len(samples)))[self.args.process_index :: self.args.world_size]
+            rows = self.data_collator([samples[number] for number in batch])
+            noisy, part = self.corrupt(rows, EVALUATION_SEED, 0)
+            loss += self.loss_sum(model, noisy.to(self.args.device), tally).double().cpu()
+            normaliser += part
+        total, count = self.sum_over_processes(torch.stack([loss, torch.tensor(normaliser, dtype=torch.float64)]))
+        return {"loss": (total / count.clamp(min=1.0)).item()} | self.summed(tally).metrics(self.teacher is not None)
+
+    @torch.no_grad()
+    def decode(self, samples: Any) -> dict[str, float]:
+        """Share of held-out samples whose last answer is decoded exactly, and their tokens per forward."""
+        numbers = range(min(self.args.decode_samples, len(samples)))
+        # Sharded parameters are gathered by all processes together: they decode the same samples, in step.
+        replicated = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if replicated:
+            numbers = numbers[self.args.process_index :: self.args.world_size]
+        model = self.accelerator.unwrap_model(self.model) if replicated else self.model
+        model.eval()
+        scores = torch.zeros(3, dtype=torch.float64)
+        size = self.args.per_device_eval_batch_size
+        for first in range(0, len(numbers), size):
+            chosen = [samples[number] for number in numbers[first : first + size]]
+            scores += self.decoding_scores(model, [sample for sample in chosen if isinstance(sample, Sample)])
+        count, exact, tokens_per_forward = self.sum_over_processes(scores).tolist()
+        count = max(count, 1)
+        return {"exact_match": exact / count, "tokens_per_forward": tokens_per_forward / count}
+
+    def decoding_scores(self, model: Any, samples: list[Sample]) -> torch.Tensor:
+        """Sums over samples, (3,): how many there are, how many last answers are exact, tokens per forward."""
+        if not samples:
+            return torch.zeros(3, dtype=torch.float64)
+        args = self.args
+        prompts = [sample.input_ids[: sample.responses[-1][0]] for sample in samples]
+        answers = [sample.input_ids[slice(*sample.responses[-1])] for sample in samples]
+        width = max(map(len, prompts))
+        tokens = torch.full((len(prompts), width), self.processing_class.tokenizer.pad_token_id, dtype=torch.long)
+        real = torch.zeros_like(tokens)
+        for row, prompt in enumerate(prompts):
+            tokens[row, width - len(prompt) :] = prompt
+            real[row, width - len(prompt) :] = 1
+        visual = {
+            name: torch.cat([sample.visual_inputs[name] for sample in samples if name in sample.visual_inputs])
+            for name in {name for sample in samples for name in sample.visual_inputs}
+        }
+        given = {
+            "confidence_threshold": args.decode_confidence_threshold,
+            "denoising_steps": args.decode_denoising_steps,
+        }
+        output = model.generate(
+            input_ids=tokens.to(args.device),
+            attention_mask=real.to(args.device),
+            **{name: value.to(args.device) for name, value in visual.items()},
+            block_size=self.block_size,
+            max_new_tokens=args.decode_max_new_tokens,
+            return_dict_in_generate=True,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        responses = output.sequences[:, width:].cpu()
+        exact = sum(torch.equal(row[: len(answer)], answer) for row, answer in zip(responses, answers, strict=True))
+        return torch.tensor([len(samples), exact, output.tokens_per_forward.double().sum().item()], dtype=torch.float64)
+
+
+@dataclass
+class LossTally:
+    """Sums over positions, to be averaged over an interval and over processes.
+
+    Attributes:
+        by_noise: (2 kinds: masked, replaced; `NUM_TIMES` parts of t; cross entropy, positions).
+        totals: cross entropy, divergence, positions, packed tokens, row padding, samples, broken samples.
+    """
+
+    by_noise: torch.Tensor = field(default_factory=lambda: torch.zeros(2, NUM_TIMES, 2, dtype=torch.float64))
+    totals: torch.Tensor = field(default_factory=lambda: torch.zeros(7, dtype=torch.float64))
+
+    def add(self, batch: NoisyRows, index: torch.Tensor, losses: LinearLosses) -> None:
+        """Count the positions `index` (n,) of a micro-batch with their losses, without a wait for the device."""
+        entropy, rows = losses.cross_entropy.double(), batch.rows
+        part = (batch.t.flatten()[index] * NUM_TIMES).long().clamp(max=NUM_TIMES - 1)
+        slot = part + NUM_TIMES * batch.replaced.flatten()[index]
+        sums = torch.stack([entropy, torch.ones_like(entropy)], dim=1)
+        counted = torch.zeros(2 * NUM_TIMES, 2, dtype=torch.float64, device=sums.device).index_add_(0, slot, sums)
+        divergence = torch.zeros_like(entropy) if losses.divergence is None else losses.divergence.double()
+        sizes = [len(index), rows.sample.numel(), 0, len(rows.sample_ids), len(rows.broken)]
+        totals = [entropy.sum(), divergence.sum(), *(torch.tensor(float(size)) for size in sizes)]
+        totals[4] = (rows.sample < 0).sum()
+        self.by_noise = self.by_noise.to(sums.device) + counted.view_as(self.by_noise)
+        self.totals = self.totals.to(sums.device) + torch.stack([x.to(sums.device, torch.float64) for x in totals])
+
+    def metrics(self, distils: bool) -> dict[str, float]:
+        """Averages by name, without those that nothing was counted for."""
+        parts = {"loss_masked": self.by_noise[0].sum(0), "loss_replaced": self.by_noise[1].sum(0)}
+        for part in range(NUM_TIMES):
+            parts[f"loss_t{part / NUM_TIMES:g}-{(part + 1) / NUM_TIMES:g}"] = self.by_noise[:, part].sum(0)
+        found = {name: (total / count).item() for name, (total, count) in parts.items() if count > 0}
+        entropy, divergence, positions, tokens, padding, samples, broken = self.totals.tolist()
+        if distils:
+            found |= {"cross_entropy": entropy / max(positions, 1), "divergence": divergence / max(positions, 1)}
+        counts = {"packed_tokens": tokens, "samples": samples, "broken_samples": broken}
+        return found | counts | {"padding_share": padding / max(tokens, 1)}
+
+
+def group_of(name: str) -> str:
+    """Parameter group of a parameter's name: language, merger (the deepstack ones too) or vision."""
+    if ".merger." in name or ".deepstack_merger_list." in name:
+        return "merger"
+    return "vision" if ".visual." in name or name.startswith("visual.") else "language"
+
+
+def cosine_with_floor(step: int, warmup: int, steps: int, floor: float) -> float:
+    """Share of the peak rate at a step: a linear warmup, then half a cosine down to `floor`."""
+    if step < warmup:
+        return step / max(1, warmup)
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a stage under way that every process has finished, by step."""
+    found = (path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}"))
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
