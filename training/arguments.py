@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -15,15 +16,25 @@ from transformers import HfArgumentParser, TrainingArguments
 
 PARAMETER_GROUPS = ("language", "merger", "vision")
 
+# Settings of transformers' trainer that would change nothing here, or break what is promised.
+UNUSED = {
+    "label_smoothing_factor": "the loss is that of block diffusion",
+    "group_by_length": "rows are packed",
+    "auto_find_batch_size": "a step's samples are part of what makes a run repeatable",
+    "push_to_hub": "upload a finished stage with `hf upload`",
+    "resume_from_checkpoint": "the same command goes on by itself",
+    "load_best_model_at_end": "a stage ends with its last step",
+    "use_liger_kernel": "the loss is computed in chunks already",
+    "neftune_noise_alpha": "the noise is that of block diffusion",
+}
+
 
 class RecipeError(ValueError):
     """A recipe, or what it names, cannot be run as it stands; nothing was computed or written."""
 
 
 def option(default: Any, text: str) -> Any:
-    """A dataclass field with a help text; lists are given as factories."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
+    """A dataclass field with a help text."""
     return field(default=default, metadata={"help": text})
 
 
@@ -42,14 +53,16 @@ class ModelArguments:
     )
     save_dtype: Literal["float32", "bfloat16"] | None = option(None, "dtype of finished stages (default: the source's)")
     attn_implementation: str | None = option(None, "attention of the model (default: the package's own)")
-    freeze: list[str] = option([], "parameter groups that are not trained: language, merger, vision")
+    freeze: list[str] = field(
+        default_factory=list, metadata={"help": "parameter groups that are not trained: language, merger, vision"}
+    )
     use_lora: bool = option(False, "train low-rank adapters (PEFT) and merge them into the finished stage")
     lora_rank: int = option(16, "rank of the adapters")
     lora_alpha: int = option(32, "scale of the adapters, divided by their rank")
     lora_dropout: float = option(0.0, "dropout in front of the adapters")
-    lora_target_modules: list[str] = option(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        "linear layers that get an adapter, by the end of their names",
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        metadata={"help": "linear layers that get an adapter, by the end of their names"},
     )
 
     def check(self) -> None:
@@ -139,19 +152,22 @@ class BlockDiffusionArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Fill what follows from other settings; transformers checks its own."""
-        later = "activation_checkpointing_kwargs"  # the name from transformers 5.20 on
-        name = later if hasattr(self, later) else "gradient_checkpointing_kwargs"
-        if getattr(self, name) is None:
-            setattr(self, name, {"use_reentrant": False})
-        if self.accelerator_config is None:
-            self.accelerator_config = {"dispatch_batches": False}  # a packed batch cannot be cut into processes' shares
-        if self.report_to is None:
-            self.report_to = "none"
+        later = "activation_checkpointing_kwargs"  # the name in newer lines of transformers 5
+        defaults = {
+            later if hasattr(self, later) else "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            "accelerator_config": {"dispatch_batches": False},  # a packed batch cannot be cut into processes' shares
+            "report_to": "none",
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         super().__post_init__()
 
     def check(self) -> None:
         """Raise `RecipeError` for what cannot be meant."""
         require(self.output_dir is not None, "`output_dir` is missing: name the folder to write to")
+        for name, reason in UNUSED.items():
+            require(not getattr(self, name, None), f"`{name}` is not supported: {reason}")
         for name in ("eval_strategy", "save_strategy", "logging_strategy"):
             value = getattr(getattr(self, name), "value", getattr(self, name))
             require(
@@ -170,6 +186,10 @@ class BlockDiffusionArguments(TrainingArguments):
             f"`warmup_steps` {self.warmup_steps} leaves none of the `max_steps` {self.max_steps}",
         )
         require(self.n_gpu <= 1, f"{self.n_gpu} GPUs in one process: start with `accelerate launch`, a process per GPU")
+        require(
+            self.mask_form != "flex" or self.device.type == "cuda",
+            f"`mask_form: flex` trains on CUDA only, the device is {self.device}",
+        )
         require(self.loss_chunk_size >= 1, f"`loss_chunk_size` must be at least 1, got {self.loss_chunk_size}")
         require(self.decode_samples >= 0, f"`decode_samples` must be at least 0, got {self.decode_samples}")
 
@@ -208,8 +228,12 @@ class BlockDiffusionArguments(TrainingArguments):
 class MergeArguments:
     """The schedule of progressive block merging."""
 
-    block_sizes: list[int] | None = option(None, "stages, ascending, as 4 8 16 32 (default: the source's block size)")
-    steps_per_stage: list[int] | None = option(None, "optimizer steps of each stage (default: `max_steps` for each)")
+    block_sizes: list[int] | None = field(
+        default=None, metadata={"help": "stages, ascending, as 4 8 16 32 (default: the source's block size)"}
+    )
+    steps_per_stage: list[int] | None = field(
+        default=None, metadata={"help": "optimizer steps of each stage (default: `max_steps` for each)"}
+    )
 
     def check(self) -> None:
         """Raise `RecipeError` for what cannot be meant."""
@@ -227,8 +251,9 @@ class MergeArguments:
 class DistillArguments:
     """Stage-wise distillation: the teacher, and what is learnt from it."""
 
-    block_sizes: list[int] | None = option(
-        None, "which stages of a block-merging run to distil (default: all but the anchor)"
+    block_sizes: list[int] | None = field(
+        default=None,
+        metadata={"help": "which stages of a block-merging run to distil (default: all but the anchor)"},
     )
     teacher_name_or_path: str | None = option(None, "teacher (default: the smallest-block stage beside the student)")
     teacher_kind: Literal["block", "ar"] = option("block", "a Bard-VL checkpoint, or an autoregressive Qwen3-VL")
@@ -268,7 +293,7 @@ def check_block_sizes(sizes: list[int] | None) -> None:
     if sizes is None:
         return
     require(min(sizes) >= 1, f"`block_sizes` must be positive, got {sizes}")
-    require(all(a < b for a, b in zip(sizes, sizes[1:], strict=False)), f"`block_sizes` must ascend, got {sizes}")
+    require(all(a < b for a, b in pairwise(sizes)), f"`block_sizes` must ascend, got {sizes}")
 
 
 class RecipeParser(HfArgumentParser):
@@ -293,7 +318,10 @@ def parse_recipe(kinds: Sequence[type], arguments: Sequence[str]) -> tuple[Any, 
         close = difflib.get_close_matches(key, names, 1)
         require(key in names, f"unknown key {key!r} in the recipe" + (f"; did you mean {close[0]!r}?" if close else ""))
     given = [flag for key, value in recipe.items() for flag in as_flags(key, value)]
-    *parsed, rest = parser.parse_args_into_dataclasses([*given, *flags], return_remaining_strings=True)
+    try:
+        *parsed, rest = parser.parse_args_into_dataclasses([*given, *flags], return_remaining_strings=True)
+    except (ValueError, ImportError) as error:  # transformers' own checks of its settings
+        raise RecipeError(" ".join(str(error).split())) from error
     require(not rest, f"unknown argument {' '.join(rest)!r}")
     for settings in parsed:
         settings.check()

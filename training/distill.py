@@ -1,4 +1,4 @@
-"""Stage-wise distillation (arXiv 2604.16514, section 3.2): a large-block student learns from a fixed small-block teacher.
+"""Stage-wise distillation (arXiv 2604.16514, section 3.2): a large-block student, a fixed small-block teacher.
 
     accelerate launch -m bard_vl.training.distill recipe.yaml [--key value ...]
 

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .arguments import BlockDiffusionArguments, DataArguments, MergeArguments, ModelArguments, require
 from .stages import Run, Stage, check_source, find, run_recipe, run_stage, start_folder, stated_block_size
@@ -32,11 +33,15 @@ def merge_blocks(
 
 def plan(run: Run, schedule: MergeArguments) -> list[Stage]:
     """The stages of a schedule, after everything that they name has been checked."""
-    args = run.args
-    job = find(str(run.model.model_name_or_path), run.model.model_revision)
-    sizes = schedule.block_sizes or [stated_block_size(job) or 0]
-    require(sizes[0] > 0, f"{job.name} states no block size: set `block_sizes`")
-    steps = schedule.steps_per_stage or [None] * len(sizes)
+    args, source = run.args, str(run.model.model_name_or_path)
+    job = None
+    sizes = schedule.block_sizes
+    if sizes is None:
+        job = find(source, run.model.model_revision)
+        stated = stated_block_size(job)
+        require(stated is not None, f"{job.name} states no block size: set `block_sizes`")
+        sizes = [stated or 0]
+    steps: list[Any] = schedule.steps_per_stage or [None] * len(sizes)
     for count in steps:
         warmup = 0 if count is None else args.get_warmup_steps(count)
         require(count is None or warmup < count, f"`warmup_steps` {args.warmup_steps} leaves none of {count} steps")
@@ -44,14 +49,17 @@ def plan(run: Run, schedule: MergeArguments) -> list[Stage]:
         args.max_steps > 0 or schedule.steps_per_stage is not None or not run.data.streaming,
         "a stream has no epochs: `streaming` needs `max_steps` or `steps_per_stage`",
     )
-    check_source(run, job, sizes[0])
     outputs = [run.output / f"block-{size}" for size in sizes]
-    finished = next((number for number, output in enumerate(outputs) if not output.exists()), len(sizes))
-    first = start_folder(run, job, sizes[0]) if finished == 0 else job.folder
-    sources = [first, *outputs]
+    first = outputs[0]
+    if not first.exists():  # the source is needed no more once its first stage is there
+        job = job or find(source, run.model.model_revision)
+        check_source(run, job, sizes[0])
+        first = start_folder(run, job, sizes[0])
     return [
         Stage(source, size, output, count, number)
-        for number, (source, size, output, count) in enumerate(zip(sources, sizes, outputs, steps, strict=False))
+        for number, (source, size, output, count) in enumerate(
+            zip([first, *outputs], sizes, outputs, steps, strict=False)
+        )
     ]
 
 

@@ -36,8 +36,8 @@ from .arguments import (
     parse_recipe,
     require,
 )
-from .cost import Cost
 from .chats import ChatEncoder, ChatLimits
+from .cost import Cost
 from .data import ChatSamples, PackingCollator, limit_pixels, media_folder_of, open_chats, stream_chats
 from .trainer import BlockDiffusionTrainer, Teacher, complete_checkpoints, group_of
 
@@ -47,7 +47,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DECISIVE = (
     *("learning_rate", "merger_learning_rate", "vision_learning_rate", "min_learning_rate", "lr_scheduler_type"),
     *("lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim"),
-    *("max_grad_norm", "max_steps", "seed", "bf16", "noise", "time_sampling", "time_low", "time_high"),
+    *(
+        "max_grad_norm",
+        "max_steps",
+        "num_train_epochs",
+        "seed",
+        "bf16",
+        "noise",
+        "time_sampling",
+        "time_low",
+        "time_high",
+    ),
     *("replace_with_special_tokens", "loss_form", "padding_weight"),
 )
 
@@ -164,8 +174,8 @@ def run_stage(run: Run, stage: Stage) -> Path:
     if is_finished(stage):
         return stage.output
     args = run.args.changed(output_dir=str(stage.run_folder), seed=run.args.seed + stage.number)
+    check_settings(run, stage)
     trainer = build_trainer(run, stage, args)
-    check_settings(stage, run, trainer.args)
     if run.args.should_save:
         print(Cost.of(trainer).table(f"{stage.output.name}: from {stage.source}"), flush=True)
     checkpoints = complete_checkpoints(stage.run_folder)
@@ -198,7 +208,7 @@ def build_trainer(run: Run, stage: Stage, args: BlockDiffusionArguments) -> Bloc
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=collator,
-        teacher=load_teacher(stage) if stage.distillation else None,
+        teacher=load_teacher(run, stage) if stage.distillation else None,
     )
 
 
@@ -237,8 +247,7 @@ def load_data(
 
 def load_student(run: Run, stage: Stage) -> Any:
     """The model to train: at the stage's block size, frozen and adapted as the recipe says."""
-    settings = {"attn_implementation": run.model.attn_implementation} if run.model.attn_implementation else {}
-    model = BardVLForConditionalGeneration.from_pretrained(stage.source, dtype=DTYPES[run.model.dtype], **settings)
+    model = load(stage.source, DTYPES[run.model.dtype], run.model.attn_implementation)
     model.config.block_size = stage.block_size
     if run.model.mask_token_id is not None:
         model.config.mask_token_id = run.model.mask_token_id
@@ -248,6 +257,16 @@ def load_student(run: Run, stage: Stage) -> Any:
         if group_of(name) in run.model.freeze:
             parameter.requires_grad_(False)
     return model
+
+
+def load(folder: Path, dtype: Any, attention: str | None, **settings: Any) -> Any:
+    """Weights of a folder."""
+    if attention is not None:
+        settings["attn_implementation"] = attention
+    try:
+        return BardVLForConditionalGeneration.from_pretrained(folder, dtype=dtype, **settings)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"cannot load {folder}: {' '.join(str(error).split())}") from error
 
 
 def with_adapters(model: Any, settings: ModelArguments) -> Any:
@@ -289,15 +308,16 @@ def check_teacher(teacher: Conversion, student: Conversion, block_size: int, set
     )
 
 
-def load_teacher(stage: Stage) -> Teacher:
+def load_teacher(run: Run, stage: Stage) -> Teacher:
     """The stage's teacher, frozen."""
     settings = stage.distillation
-    assert settings is not None and stage.teacher is not None
+    assert settings is not None
+    assert stage.teacher is not None
     job = find(str(stage.teacher))
     dtype = DTYPES[settings.teacher_dtype] if settings.teacher_dtype else "auto"
     config = BardVLConfig(**{key: value for key, value in job.config.items() if key != "model_type"})
     with whole_models():
-        model = BardVLForConditionalGeneration.from_pretrained(job.folder, config=config, dtype=dtype)
+        model = load(job.folder, dtype, run.model.attn_implementation, config=config)
     model.eval().requires_grad_(False)
     size = 1 if settings.teacher_kind == "ar" else settings.teacher_block_size or stated_block_size(job)
     assert size is not None
@@ -324,9 +344,10 @@ def whole_models() -> Iterator[None]:
 # --- Interruption and completion --------------------------------------------------------------------------------------
 
 
-def check_settings(stage: Stage, run: Run, args: BlockDiffusionArguments) -> None:
+def check_settings(run: Run, stage: Stage) -> None:
     """Note what a stage is begun with; refuse to go on with anything else."""
-    settings = {name: getattr(args, name) for name in DECISIVE} | {"global_batch_size": args.global_batch_size}
+    settings = {name: getattr(run.args, name) for name in DECISIVE}
+    settings |= {"global_batch_size": run.args.global_batch_size, "steps": stage.steps}
     settings |= asdict(run.model) | asdict(run.data)
     if stage.distillation is not None:
         settings |= asdict(stage.distillation) | {"teacher": str(stage.teacher)}

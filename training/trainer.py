@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 
+from ..attention_bard_vl import ATTENTION_NAME
 from .arguments import BlockDiffusionArguments, DistillArguments, RecipeError
 from .data import PackedBatch, PackingCollator, SkippedChats
 from .losses import LinearLosses, linear_losses, position_weights
@@ -48,7 +49,8 @@ class NoisyRows:
     def to(self, device: torch.device) -> "NoisyRows":
         """The same on a device."""
         names = ("input_ids", "masked", "replaced", "t", "weights")
-        return replace(self, rows=self.rows.to(device), **{name: getattr(self, name).to(device) for name in names})
+        rows: Any = self.rows.to(device)
+        return replace(self, rows=rows, **{name: getattr(self, name).to(device) for name in names})
 
 
 @dataclass
@@ -154,6 +156,9 @@ class BlockDiffusionTrainer(Trainer):
     """
 
     args: BlockDiffusionArguments
+    optimizer: Any
+    lr_scheduler: Any
+    control: Any
 
     def __init__(
         self,
@@ -248,7 +253,7 @@ class BlockDiffusionTrainer(Trainer):
         weights, normaliser = position_weights(
             args.loss_form,
             learnt,
-            sum(corruption_probabilities(args.noise, noise.t)),
+            torch.stack(corruption_probabilities(args.noise, noise.t)).sum(0),
             rows.noisy,
             rows.sample,
             rows.is_response_padding,
@@ -314,7 +319,8 @@ class BlockDiffusionTrainer(Trainer):
         """The mask of a layout in the form that `mask_form` asks for."""
         form = self.args.mask_form
         if form == "auto":
-            form = "flex" if layout.rank.device.type == "cuda" else "dense"
+            own = self.bare_model.config.text_config._attn_implementation == ATTENTION_NAME
+            form = "flex" if own and layout.rank.device.type == "cuda" else "dense"
         return flex_mask(layout) if form == "flex" else dense_mask(layout)[:, None]
 
     # --- Optimizer ----------------------------------------------------------------------------------------------------
@@ -354,7 +360,9 @@ class BlockDiffusionTrainer(Trainer):
         # A resumed optimizer holds the rate of its step beside the peak.
         peaks = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
         floors = [min(1.0, self.args.min_learning_rate / peak) if peak else 1.0 for peak in peaks]
-        shapes = [partial(cosine_with_floor, warmup=warmup, steps=num_training_steps, floor=floor) for floor in floors]
+        shapes: list[Any] = [
+            partial(cosine_with_floor, warmup=warmup, steps=num_training_steps, floor=floor) for floor in floors
+        ]
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shapes)
         self._created_lr_scheduler = True
         return self.lr_scheduler
