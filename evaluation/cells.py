@@ -1,0 +1,109 @@
+"""The cells of the study, as data: which stages of training, and how the result is decoded.
+
+Budgets are counted in units of so many optimizer steps (`Scale.unit`). All ways to one block size get the same number of
+units: one for each stage of progressive block merging, and one to finish.
+"""
+
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Literal
+
+SIZES = (4, 8, 16, 32)
+THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+TeacherName = Literal["anchor", "large anchor", "autoregressive"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run at one block size; block size 0 is autoregressive training.
+
+    Attributes:
+        block_size: tokens per block.
+        units: optimizer steps, in units.
+        teacher: distil from it: the chain's first stage, that of the larger model, or the parent.
+        ce_weight: of the cross entropy beside the divergence from the teacher.
+        noise: mask, uniform or mixed.
+        faulty_mask: clean tokens see the noisy ones of their block and of earlier blocks, as in the reference.
+        rate: share of the peak learning rate.
+        large: the larger model.
+    """
+
+    block_size: int
+    units: int = 1
+    teacher: TeacherName | None = None
+    ce_weight: float = 0.0
+    noise: Literal["mask", "uniform", "mixed"] = "mask"
+    faulty_mask: bool = False
+    rate: float = 1.0
+    large: bool = False
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are written."""
+
+    threshold: float
+    revision: Literal["overwrite", "remask"] | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the study: the parent through `stages`, decoded in every way of `decodings`."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    decodings: tuple[Decoding, ...] = tuple(map(Decoding, THRESHOLDS))
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block at decoding; 0 for the autoregressive parent."""
+        return self.stages[-1].block_size if self.stages else 0
+
+    @property
+    def units(self) -> int:
+        """Optimizer steps behind the parent, in units."""
+        return sum(stage.units for stage in self.stages)
+
+
+def merging(block_size: int, **settings: object) -> tuple[Stage, ...]:
+    """Progressive block merging up to a block size."""
+    sizes = [*takewhile(lambda size: size < block_size, SIZES), block_size]
+    return tuple(Stage(size, **settings) for size in sizes)  # type: ignore[arg-type]
+
+
+def ways(block_size: int) -> tuple[Cell, ...]:
+    """Direct, warm, and warm with distillation from the parent and from the anchor, in equal steps."""
+    merged = merging(block_size)
+    finish = {"block_size": block_size, "rate": FINISHING_RATE}
+    return (
+        Cell(f"direct-{block_size}", (Stage(block_size, len(merged) + 1),)),
+        Cell(f"warm-{block_size}", (*merged, Stage(**finish))),
+        Cell(f"swd-{block_size}", (*merged, Stage(**finish, teacher="anchor"))),
+        Cell(f"ar-distilled-{block_size}", (*merged, Stage(**finish, teacher="autoregressive"))),
+    )
+
+
+FINISHING_RATE = 0.5
+LONGEST = len(SIZES) + 1
+REVISIONS = tuple(Decoding(0.9, revision) for revision in (None, "overwrite", "remask"))
+
+# In the order of the claims that they decide.
+CELLS = (
+    *(cell for cell in ways(32) if not cell.name.startswith("ar")),
+    Cell("block-1", (Stage(1, LONGEST),), (Decoding(0.9),)),
+    *(cell for cell in ways(16) if not cell.name.startswith("ar")),
+    *(cell for cell in ways(32) if cell.name.startswith("ar")),
+    Cell("parent", (), (Decoding(1.0),)),
+    *(cell for cell in ways(8) if not cell.name.startswith("ar")),
+    Cell("warm-4", (*merging(4), Stage(4, rate=FINISHING_RATE))),
+    Cell("faulty-mask-8", merging(8, faulty_mask=True)),
+    Cell("right-mask-8", merging(8)),
+    Cell("mixed-noise-8", merging(8, noise="mixed"), REVISIONS),
+    Cell("mask-noise-8", merging(8), REVISIONS),
+    Cell("uniform-noise-8", merging(8, noise="uniform"), REVISIONS),
+    Cell("swd+ce-32", (*merging(32), Stage(32, teacher="anchor", ce_weight=1.0, rate=FINISHING_RATE))),
+    Cell("ar-continued", (Stage(0, LONGEST),), (Decoding(1.0),)),
+    Cell("ar-distilled-16", ways(16)[3].stages),
+    Cell("ar-distilled-8", ways(8)[3].stages),
+    Cell("large-teacher-32", (*merging(32), Stage(32, teacher="large anchor", rate=FINISHING_RATE))),
+)

@@ -1,0 +1,172 @@
+"""Generated pictures: coloured shapes on a grid, sometimes a word, with a caption and questions about them.
+
+A scene is a pure function of (split, seed, index). Its split is a function of what it shows, so no picture of the
+held-out split is ever seen in training, whatever the seeds.
+"""
+
+import math
+import random
+import zlib
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+GRID = 4
+CELL = 64  # pixels
+COLUMNS = "abcd"
+COLOURS = {
+    "red": "#d62728",
+    "green": "#2ca02c",
+    "blue": "#1f5fd0",
+    "yellow": "#f2c40f",
+    "purple": "#8e44ad",
+    "black": "#202020",
+}
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
+RADII = {"large": 27, "small": 17}  # pixels
+WORDS = ("bard", "song", "tale", "poem", "moon", "rain", "snow", "wind", "tree", "leaf", "rose", "bird", "wolf", "gold")
+NUMBERS = ("no", "one", "two", "three", "four", "five")
+HELD_OUT_SHARE = 16  # one scene in so many is never trained on
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A shape in one cell of the grid; rows and columns count from 0."""
+
+    row: int
+    column: int
+    size: str
+    colour: str
+    shape: str
+
+    @property
+    def cell(self) -> str:
+        """The name of its cell, as on a chessboard, row 1 on top."""
+        return f"{COLUMNS[self.column]}{self.row + 1}"
+
+    def phrase(self, colour: bool = True) -> str:
+        """For instance `at b3 a large red circle`."""
+        return f"at {self.cell} a {self.size} {self.colour + ' ' if colour else ''}{self.shape}"
+
+
+@dataclass(frozen=True)
+class Word:
+    """Four letters, one in each cell of a row."""
+
+    row: int
+    colour: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows: things in reading order, and at most one word."""
+
+    things: tuple[Thing, ...]
+    word: Word | None
+
+    @property
+    def held_out(self) -> bool:
+        """Whether no training may see it."""
+        return zlib.crc32(repr(self).encode()) % HELD_OUT_SHARE == 0
+
+    def caption(self) -> str:
+        """All that is in the picture."""
+        shapes = f"There are {NUMBERS[len(self.things)]} shapes: {listing([t.phrase() for t in self.things])}."
+        if self.word is None:
+            return shapes
+        return f"{shapes} The word {self.word.text} is written in row {self.word.row + 1}, in {self.word.colour}."
+
+    def questions(self) -> list[tuple[str, str]]:
+        """Every question about the picture with its answer."""
+        pairs = [("Which word is written?", self.word_answer())]
+        for colour in COLOURS:
+            found = [t.phrase(colour=False) for t in self.things if t.colour == colour]
+            if found:
+                start = f"Of the {NUMBERS[len(self.things)]} shapes in the picture, {NUMBERS[len(found)]}"
+                verb = "is" if len(found) == 1 else "are"
+                pairs.append((f"Which shapes are {colour}?", f"{start} {verb} {colour}: {listing(found)}."))
+        for row in range(GRID):
+            found = [t.phrase() for t in self.things if t.row == row]
+            if found:
+                noun = "shape" if len(found) == 1 else "shapes"
+                start = f"Row {row + 1} of the picture holds {NUMBERS[len(found)]} {noun}"
+                pairs.append((f"What is in row {row + 1}?", f"{start}: {listing(found)}."))
+        return pairs
+
+    def word_answer(self) -> str:
+        """Which word is written, where and how."""
+        if self.word is None:
+            return f"No word is written in the picture: all that it shows is {NUMBERS[len(self.things)]} shapes."
+        start = f"The word {self.word.text} is written in row {self.word.row + 1} of the picture"
+        return f"{start}, in {self.word.colour} letters."
+
+    def draw(self) -> Image.Image:
+        """The picture, 256 x 256 pixels."""
+        image = Image.new("RGB", (GRID * CELL, GRID * CELL), "white")
+        canvas = ImageDraw.Draw(image)
+        for thing in self.things:
+            centre = ((thing.column + 0.5) * CELL, (thing.row + 0.5) * CELL)
+            draw_shape(canvas, thing.shape, centre, RADII[thing.size], COLOURS[thing.colour])
+        if self.word is not None:
+            font = ImageFont.load_default(size=54)
+            for column, letter in enumerate(self.word.text):
+                centre = ((column + 0.5) * CELL, (self.word.row + 0.5) * CELL)
+                canvas.text(centre, letter, fill=COLOURS[self.word.colour], font=font, anchor="mm")
+        return image
+
+
+def listing(parts: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
+
+
+def draw_shape(canvas: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float], radius: int, colour: str) -> None:
+    """Fill one shape around `centre`."""
+    x, y = centre
+    if shape == "circle":
+        canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+        return
+    outlines = {
+        "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+        "triangle": [(0, -1), (1, 0.8), (-1, 0.8)],
+        "diamond": [(0, -1), (0.7, 0), (0, 1), (-0.7, 0)],
+        "cross": [
+            *((-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3)),
+            *((0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)),
+        ],
+        "star": [
+            (length * math.sin(math.pi * i / 5), -length * math.cos(math.pi * i / 5))
+            for i, length in enumerate([1.0, 0.42] * 5)
+        ],
+    }
+    canvas.polygon([(x + radius * dx, y + radius * dy) for dx, dy in outlines[shape]], fill=colour)
+
+
+def any_scene(rng: random.Random) -> Scene:
+    """A random scene of either split: three to five shapes, four or five where there is no word."""
+    word = None
+    if rng.random() < 0.5:
+        word = Word(rng.randrange(GRID), rng.choice(list(COLOURS)), rng.choice(WORDS))
+    free = [(r, c) for r in range(GRID) for c in range(GRID) if word is None or r != word.row]
+    places = sorted(rng.sample(free, rng.randint(4 if word is None else 3, 5)))
+    things = [Thing(*p, rng.choice(list(RADII)), rng.choice(list(COLOURS)), rng.choice(SHAPES)) for p in places]
+    return Scene(tuple(things), word)
+
+
+def scene(held_out: bool, seed: int, index: int) -> Scene:
+    """Scene number `index` of a split."""
+    rng = random.Random(f"{held_out}-{seed}-{index}")
+    while (found := any_scene(rng)).held_out != held_out:
+        pass
+    return found
+
+
+def conversations(held_out: bool, seed: int, num_scenes: int) -> list[tuple[Scene, str, str]]:
+    """(scene, question, answer) of two conversations a scene: its caption, and one of its questions."""
+    pairs = []
+    for index in range(num_scenes):
+        shown = scene(held_out, seed, index)
+        pairs.append((shown, "Describe the picture.", shown.caption()))
+        pairs.append((shown, *random.Random(f"question-{seed}-{index}").choice(shown.questions())))
+    return pairs
