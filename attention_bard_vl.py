@@ -25,6 +25,7 @@ def block_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     num_clean: int | None = None,
+    padded_places: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention in transformers' calling convention.
@@ -39,6 +40,8 @@ def block_attention(
         dropout: of the weights, in training.
         num_clean: without a mask, the first so many queries do not see the keys of the queries behind them: a finished
             block in front of the next one. Only the text layers need it, the vision tower attends without masks.
+        padded_places: (tokens,) if the queries are rows of different lengths end to end, (1, heads, tokens, head size),
+            the place of each in the (rows x queries) of the mask; keys and values are (rows, ...).
 
     Returns:
         (batch, queries, heads, head size), and None for the weights.
@@ -48,6 +51,13 @@ def block_attention(
     """
     if attention_mask is None and num_clean is None and getattr(module, "is_causal", False):
         raise ValueError(f"the attention {ATTENTION_NAME!r} of text layers needs a 4-D mask: call the whole model")
+    if padded_places is not None and attention_mask is not None:
+        rows, width = attention_mask.shape[0], attention_mask.shape[2]
+        padded = query.new_zeros(rows * width, query.shape[1], query.shape[3])
+        padded[padded_places] = query[0].transpose(0, 1)
+        padded = padded.unflatten(0, (rows, width)).transpose(1, 2)
+        output = attend(padded, key, value, attention_mask, scaling, dropout)
+        return output.transpose(1, 2).flatten(0, 1)[None, padded_places], None
     if isinstance(attention_mask, BlockMask):
         output = attend_sparsely(query, key, value, attention_mask, scaling, dropout)
     elif attention_mask is None and num_clean:
@@ -94,7 +104,9 @@ def attend_sparsely(
     """Grouped-query attention that skips the tiles of which the mask shows nothing."""
     if dropout:
         raise ValueError(f"FlexAttention has no dropout of attention weights, got {dropout}: give a dense mask")
-    kernel: Callable[..., Any] = _fused_flex_attention() if query.is_cuda else flex_attention
+    # As scaled dot-product attention does under autocast, where the norms leave queries and keys in float32.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    kernel: Any = _fused_flex_attention() if query.is_cuda else flex_attention
     return kernel(query, key, value, block_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
 
 

@@ -356,7 +356,7 @@ class BardVLForConditionalGeneration(BardVLGenerationMixin, Qwen3VLForConditiona
         if objective is not None:
             if labels is not None:
                 raise ValueError("give `labels` or an `objective`, not both")
-            hidden_states = self.model(**inputs)[0]
+            hidden_states = self.model(**{**inputs, "use_cache": False})[0]
             outputs = CausalLMOutputWithPast(loss=objective(hidden_states, self.lm_head))
         else:
             outputs = super().forward(**inputs, logits_to_keep=logits_to_keep, return_dict=True)

@@ -10,7 +10,7 @@ before is shared. With one turn this is [prompt | clean | noisy]. `visible` says
 and FlexAttention alike.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -171,19 +171,14 @@ class PackedRows:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedRows":
         """The rows on another device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "PackedRows":
-        """The rows in page-locked memory; PyTorch's data loader calls this."""
-        return self._map(torch.Tensor.pin_memory)
-
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PackedRows":
-        changed: dict[str, Any] = {"visual_inputs": {name: change(x) for name, x in self.visual_inputs.items()}}
+        moved: dict[str, Any] = {
+            "visual_inputs": {name: x.to(device, non_blocking=non_blocking) for name, x in self.visual_inputs.items()}
+        }
         for each in fields(self):
             value = getattr(self, each.name)
             if isinstance(value, torch.Tensor):
-                changed[each.name] = change(value)
-        return replace(self, **changed)
+                moved[each.name] = value.to(device, non_blocking=non_blocking)
+        return replace(self, **moved)
 
 
 def packed_length(responses: Sequence[tuple[int, int]], length: int, block_size: int) -> int:
