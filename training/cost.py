@@ -111,13 +111,13 @@ def activation_memory(config: Any, tokens: float, width: int, checkpointing: boo
 
     Per token and layer: two residual inputs and their normed copies, queries, keys and values before and after norm and
     rotation, the attention's output, and four tensors of the gated MLP; `width` bytes a number. With checkpointing a
-    layer keeps its input alone, and one layer at a time keeps all.
+    layer keeps its input alone, and one layer at a time keeps all. The last norm keeps its input and its output.
     """
     text = config.text_config
     heads = text.num_attention_heads * text.head_dim
     keys = text.num_key_value_heads * text.head_dim
     layer = width * tokens * (6 * text.hidden_size + 4 * heads + 6 * keys + 4 * text.intermediate_size)
-    inputs = width * tokens * text.hidden_size * text.num_hidden_layers
+    state = width * tokens * text.hidden_size
     if checkpointing:
-        return {"activations (checkpointed)": inputs + layer}
-    return {"activations": layer * text.num_hidden_layers}
+        return {"activations (checkpointed)": state * (text.num_hidden_layers + 2) + layer}
+    return {"activations": layer * text.num_hidden_layers + 2 * state}

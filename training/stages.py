@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from transformers import set_seed
 from transformers.integrations import deepspeed as deepspeed_integration
 
 from ..configuration_bard_vl import BardVLConfig
@@ -193,6 +194,7 @@ def run_stage(run: Run, stage: Stage) -> Path:
 def build_trainer(run: Run, stage: Stage, args: BlockDiffusionArguments) -> BlockDiffusionTrainer:
     """The trainer of a stage, with `max_steps` set."""
     processor = BardVLProcessor.from_pretrained(stage.source)
+    set_seed(args.seed)  # new adapters are random
     model = load_student(run, stage)
     config = model.get_base_model().config if run.model.use_lora else model.config
     try:

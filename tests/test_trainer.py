@@ -1,0 +1,524 @@
+"""Training runs of tiny models: what they learn, what they cost, how they go on after an interruption."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import bard_vl
+import pytest
+import torch
+from bard_vl import BardVLForConditionalGeneration, BardVLProcessor
+from bard_vl.training import distill, merge_blocks
+from bard_vl.training.arguments import parse_recipe
+from bard_vl.training.cost import Cost, activation_memory, state_memory
+from bard_vl.training.packing import Sample
+from bard_vl.training.stages import Run, Stage, build_trainer
+from bard_vl.training.trainer import (
+    BlockDiffusionTrainer,
+    EveryEpoch,
+    complete_checkpoints,
+    cosine_with_floor,
+    group_of,
+)
+from safetensors.torch import load_file
+from training_cases import MASK, bard_folder, chats_file, history, losses, qwen_folder, settings, write_recipe
+from transformers import TrainerCallback
+
+
+def train(output: Path, name: str = "recipe", module: Any = merge_blocks, **changes: Any) -> Path:
+    """Run a recipe through the entry point; returns the run's folder."""
+    recipe = write_recipe(output.parent / f"{name}.yaml", settings(output, **changes))
+    assert module.main([str(recipe)]) == 0
+    return output
+
+
+def weights(stage: Path) -> dict[str, torch.Tensor]:
+    return load_file(stage / "model.safetensors")
+
+
+def trainer_for(output: Path, module: Any = merge_blocks, block_size: int = 4, **changes: Any) -> BlockDiffusionTrainer:
+    """A trainer as the entry points build it, not begun."""
+    recipe = write_recipe(output / "recipe.yaml", settings(output, **changes))
+    model, data, args, special = parse_recipe(module.RECIPE, [str(recipe)])
+    run = Run(model, data, args)
+    teacher = {}
+    if module is distill:
+        teacher = {"teacher": Path(special.teacher_name_or_path), "distillation": special}
+    stage = Stage(Path(model.model_name_or_path), block_size, output / f"block-{block_size}", **teacher)
+    return build_trainer(run, stage, args)
+
+
+class StopAt(TrainerCallback):
+    """Interrupts a run after a step, as an exception would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise InterruptedError
+
+
+# --- Learning ---------------------------------------------------------------------------------------------------------
+
+
+def test_training_lowers_the_loss(tmp_path):
+    run = train(tmp_path / "run", max_steps=40, learning_rate=0.005, save_steps=40)
+    found = losses(run / "block-4")
+    assert sum(found[-8:]) < 0.6 * sum(found[:8])
+
+
+def test_packed_samples_train_as_separate_ones(tmp_path):
+    shape = {"max_steps": 3, "max_grad_norm": 0.0}
+    packed = train(tmp_path / "packed", "a", per_device_train_batch_size=4, gradient_accumulation_steps=1, **shape)
+    alone = train(tmp_path / "alone", "b", per_device_train_batch_size=1, gradient_accumulation_steps=4, **shape)
+    assert losses(packed / "block-4") == pytest.approx(losses(alone / "block-4"), abs=1e-5)
+    for name, value in weights(alone / "block-4").items():
+        torch.testing.assert_close(value, weights(packed / "block-4")[name], atol=2e-4, rtol=0)
+    columns = [sum(e.get("packed_tokens", 0) for e in history(run / "block-4")) for run in (packed, alone)]
+    assert columns[0] != columns[1], "the two runs did not lay their samples out differently"
+
+
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"loss_chunk_size": 3}])
+def test_savings_of_memory_change_no_loss(tmp_path, changes):
+    plain = train(tmp_path / "plain", "a", max_steps=2)
+    saving = train(tmp_path / "saving", "b", max_steps=2, **changes)
+    assert losses(saving / "block-4") == pytest.approx(losses(plain / "block-4"), abs=1e-5)
+
+
+def test_bfloat16_trains_float32_weights(tmp_path):
+    full = train(tmp_path / "full", "a", max_steps=2)
+    half = train(tmp_path / "half", "b", max_steps=2, bf16=True)
+    assert losses(half / "block-4") == pytest.approx(losses(full / "block-4"), rel=0.05)
+    assert losses(half / "block-4") != losses(full / "block-4")
+    assert {value.dtype for value in weights(half / "block-4").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("form", ["corrupted_mean", "inverse_time"])
+@pytest.mark.parametrize("noise", ["mask", "uniform", "mixed"])
+def test_every_noise_and_form_of_the_loss_trains(tmp_path, noise, form):
+    changes = {"max_steps": 1, "noise": noise, "loss_form": form, "time_high": 0.9, "time_sampling": "stratified"}
+    entry = history(train(tmp_path / "run", **changes) / "block-4")[0]
+    assert entry["loss"] > 0
+    assert ("loss_masked" in entry) == (noise != "uniform")
+    assert ("loss_replaced" in entry) == (noise != "mask")
+
+
+def test_parts_of_the_loss_average_to_the_loss(tmp_path):
+    trainer = trainer_for(tmp_path, logging_steps=4)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    rows = [trainer.data_collator([trainer.train_dataset[number] for number in range(4)])]
+    batches, normaliser = trainer.get_batch_samples(iter(rows), 1, torch.device("cpu"))
+    trainer.tally.by_noise.zero_()
+    total = trainer.loss_sum(trainer.model, batches[0], trainer.tally).item()
+    by_noise = trainer.tally.by_noise
+    assert by_noise[..., 1].sum() == normaliser == (batches[0].masked | batches[0].replaced).sum()
+    assert by_noise[0, :, 1].sum() == batches[0].masked.sum()
+    assert by_noise[..., 0].sum().item() == pytest.approx(total, rel=1e-5)
+    assert entry["samples"] == 16
+    parts = [value for name, value in entry.items() if name.startswith("loss_t")]
+    assert min(parts) <= entry["loss"] <= max(parts)
+
+
+# --- Optimizer --------------------------------------------------------------------------------------------------------
+
+
+def test_groups_have_their_rates_floors_and_decay(tmp_path):
+    rates = {"learning_rate": 2e-5, "merger_learning_rate": 1e-5, "vision_learning_rate": 2e-6}
+    trainer = trainer_for(tmp_path, weight_decay=0.01, warmup_steps=2, max_steps=10, min_learning_rate=1e-6, **rates)
+    model = trainer.model
+    optimizer = trainer.create_optimizer()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decays = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names.pop(id(parameter))
+            kind = "vision" if "visual" in name else "language"
+            kind = "merger" if "merger" in name else kind
+            assert group["lr"] == {"language": 2e-5, "merger": 1e-5, "vision": 2e-6}[kind], name
+            assert group["betas"] == (0.9, 0.95)
+            decays[name] = group["weight_decay"]
+    assert not names, "some parameters are in no group"
+    for name, decay in decays.items():
+        is_matrix = dict(model.named_parameters())[name].ndim > 1
+        assert decay == (0.01 if is_matrix else 0.0), name
+    scheduler = trainer.create_scheduler(10)
+    seen = []
+    for _ in range(10):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    assert seen[0] == [0.0] * len(seen[0])
+    assert seen[2] == pytest.approx([group["initial_lr"] for group in optimizer.param_groups])
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-6] * len(seen[0]))
+
+
+def test_a_floor_as_a_share_holds_for_every_group(tmp_path):
+    schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.5}}
+    trainer = trainer_for(tmp_path, vision_learning_rate=1e-4, **schedule)
+    optimizer, scheduler = trainer.create_optimizer(), trainer.create_scheduler(4)
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+    for group in optimizer.param_groups:
+        assert group["lr"] == pytest.approx(group["initial_lr"] / 2)
+
+
+def test_a_rate_below_the_floor_stays():
+    assert [cosine_with_floor(step, 0, 10, 1.0) for step in range(11)] == [1.0] * 11
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("model.language_model.layers.0.mlp.up_proj.weight", "language"),
+        ("lm_head.weight", "language"),
+        ("model.visual.blocks.0.attn.qkv.bias", "vision"),
+        ("model.visual.merger.linear_fc1.weight", "merger"),
+        ("model.visual.deepstack_merger_list.1.norm.weight", "merger"),
+        ("base_model.model.model.visual.merger.linear_fc1.lora_A.default.weight", "merger"),
+    ],
+)
+def test_group_of(name, group):
+    assert group_of(name) == group
+
+
+def test_frozen_groups_keep_their_weights(tmp_path):
+    run = train(tmp_path / "run", max_steps=2, freeze=["vision", "merger"])
+    before = weights(bard_folder())
+    for name, value in weights(run / "block-4").items():
+        if name.endswith("proj.weight") or "visual" in name:
+            assert torch.equal(value, before[name]) == ("visual" in name), name
+
+
+# --- Interruption -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"streaming": True, "shuffle_buffer": 5}, {"dataloader_num_workers": 1}])
+def test_an_interrupted_run_repeats_the_losses_of_a_whole_one(tmp_path, changes):
+    # 12 chats in batches of 4: the interruption falls into the second pass, with accumulation and shuffling.
+    shape = {"max_steps": 7, **changes}
+    whole = trainer_for(tmp_path / "whole", **shape)
+    whole.train()
+    stopped = trainer_for(tmp_path / "stopped", **shape)
+    stopped.add_callback(StopAt(5))
+    with pytest.raises(InterruptedError):
+        stopped.train()
+    resumed = trainer_for(tmp_path / "stopped", **shape)
+    (*_, checkpoint) = complete_checkpoints(tmp_path / "stopped")
+    assert checkpoint.name == "checkpoint-4"
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    found = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, resumed)]
+    assert len(found[0]) == 7
+    assert found[0] == found[1]
+    after = dict(resumed.model.named_parameters())
+    for name, value in whole.model.named_parameters():
+        assert torch.equal(value, after[name]), name
+
+
+def test_a_killed_schedule_goes_on_and_ends_the_same(tmp_path):
+    shape = {"model_name_or_path": str(qwen_folder()), "mask_token_id": MASK, "block_sizes": [4, 8], "max_steps": 12}
+    whole = train(tmp_path / "whole", "whole", **shape)
+    output = tmp_path / "killed"
+    recipe = write_recipe(tmp_path / "killed.yaml", settings(output, **shape))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "bard_vl.training.merge_blocks", str(recipe)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (output / "runs/block-8/checkpoint-4/complete.json").exists():  # inside the second stage
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "block-8").exists()
+    kept = (output / "block-4/model.safetensors").stat().st_mtime_ns
+    assert merge_blocks.main([str(recipe)]) == 0
+    assert (output / "block-4/model.safetensors").stat().st_mtime_ns == kept
+    for stage in ("block-4", "block-8"):
+        assert losses(output / stage) == losses(whole / stage)
+        for name, value in weights(whole / stage).items():
+            assert torch.equal(value, weights(output / stage)[name]), name
+    assert not (output / "start").exists()
+    assert not list(output.glob("runs/*/checkpoint-*"))
+    assert merge_blocks.main([str(recipe)]) == 0, "a finished schedule has nothing to do, and says so by success"
+
+
+def test_each_stage_starts_from_the_one_before(tmp_path):
+    run = train(tmp_path / "run", block_sizes=[4, 8], learning_rate=0.0, max_steps=1)
+    assert all(torch.equal(value, weights(run / "block-4")[name]) for name, value in weights(run / "block-8").items())
+    run = train(tmp_path / "steps", "steps", block_sizes=[4, 8], steps_per_stage=[1, 3])
+    assert [len(losses(run / stage)) for stage in ("block-4", "block-8")] == [1, 3]
+
+
+def test_half_written_checkpoints_are_never_used(tmp_path):
+    trainer = trainer_for(tmp_path, max_steps=4)
+    trainer.train()
+    found = complete_checkpoints(tmp_path)
+    assert [path.name for path in found] == ["checkpoint-2", "checkpoint-4"]
+    (found[-1] / "complete.json").unlink()
+    assert complete_checkpoints(tmp_path) == found[:1]
+
+
+def test_a_stage_that_was_not_finished_is_taken_up_again(tmp_path):
+    output = tmp_path / "run"
+    (output / ".block-4.partial").mkdir(parents=True)
+    (output / ".block-4.partial/config.json").write_text('{"block_size": 4}')
+    (output / "runs/block-4/checkpoint-2").mkdir(parents=True)
+    (output / "runs/block-4/checkpoint-2/trainer_state.json").write_text("{")
+    run = train(output)
+    assert len(losses(run / "block-4")) == 4
+    assert not (output / ".block-4.partial").exists()
+
+
+def test_old_checkpoints_go(tmp_path):
+    trainer = trainer_for(tmp_path, max_steps=6, save_steps=1, save_total_limit=2)
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_other_settings_do_not_go_on_with_a_run(tmp_path, capsys):
+    output = tmp_path / "run"
+    trainer = trainer_for(tmp_path / "other")
+    assert trainer.args.max_steps == 4
+    recipe = write_recipe(tmp_path / "a.yaml", settings(output))
+    command = [sys.executable, "-c", "import sys, bard_vl.training.merge_blocks as m; sys.exit(m.main(sys.argv[1:]))"]
+    process = subprocess.Popen([*command, str(recipe), "--max_steps", "500"], stdout=subprocess.DEVNULL)
+    while not complete_checkpoints(output / "runs/block-4"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert merge_blocks.main([str(recipe), "--max_steps", "500", "--learning_rate", "0.1"]) == 1
+    assert "begun with `learning_rate` 0.003, now it is 0.1" in capsys.readouterr().err
+
+
+def test_every_pass_sees_every_sample():
+    order = list(EveryEpoch(5, 17, seed=1))
+    assert len(order) == len(EveryEpoch(5, 17, seed=1)) == 17
+    passes = [order[first : first + 5] for first in range(0, 15, 5)]
+    assert all(sorted(each) == list(range(5)) for each in passes)
+    assert passes[0] != passes[1]
+    assert order == list(EveryEpoch(5, 17, seed=1)) != list(EveryEpoch(5, 17, seed=2))
+
+
+# --- What a stage leaves ----------------------------------------------------------------------------------------------
+
+
+def test_a_finished_stage_is_a_checkpoint_with_code(tmp_path):
+    run = train(tmp_path / "run", block_sizes=[8], max_steps=1)
+    folder = run / "block-8"
+    config = json.loads((folder / "config.json").read_text())
+    source = json.loads((bard_folder() / "config.json").read_text())
+    assert config == {**source, "block_size": 8, "dtype": "float32"}
+    assert (folder / "generation_config.json").read_bytes() == (bard_folder() / "generation_config.json").read_bytes()
+    model = BardVLForConditionalGeneration.from_pretrained(folder)
+    processor = BardVLProcessor.from_pretrained(folder)
+    assert model.config.block_size == 8
+    assert processor.mask_token_id == MASK
+    code = {path.name for path in Path(bard_vl.__file__).parent.glob("*_bard_vl.py")} - {"convert_qwen3vl_to_bard.py"}
+    assert code <= {path.name for path in folder.iterdir()}
+
+
+def test_save_dtype(tmp_path):
+    folder = train(tmp_path / "run", max_steps=1, save_dtype="bfloat16") / "block-4"
+    assert {value.dtype for value in weights(folder).values()} == {torch.bfloat16}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert BardVLForConditionalGeneration.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
+
+
+def test_adapters_train_resume_and_merge(tmp_path):
+    lora = {"use_lora": True, "lora_rank": 4, "lora_dropout": 0.1, "max_steps": 6}
+    whole = trainer_for(tmp_path / "whole", **lora)
+    trained = [name for name, parameter in whole.model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    whole.train()
+    stopped = trainer_for(tmp_path / "stopped", **lora)
+    stopped.add_callback(StopAt(5))
+    with pytest.raises(InterruptedError):
+        stopped.train()
+    resumed = trainer_for(tmp_path / "stopped", **lora)
+    resumed.train(resume_from_checkpoint=str(complete_checkpoints(tmp_path / "stopped")[-1]))
+    found = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, resumed)]
+    assert found[0] == found[1]
+
+
+def test_merged_adapters_are_a_whole_checkpoint(tmp_path):
+    run = train(tmp_path / "run", use_lora=True, lora_rank=4, max_steps=3, learning_rate=0.05)
+    before, after = weights(bard_folder()), weights(run / "block-4")
+    assert before.keys() == after.keys()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    adapted = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert changed == {name for name in after if name.split(".")[-2] in adapted}
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_repeats_and_leaves_training_alone(tmp_path):
+    held_out = {"eval_data": str(chats_file(5)), "eval_strategy": "steps", "eval_steps": 1, "decode_samples": 3}
+    without = trainer_for(tmp_path / "without", max_steps=3)
+    without.train()
+    trainer = trainer_for(tmp_path / "with", max_steps=3, decode_max_new_tokens=8, **held_out)
+    trainer.train()
+    found = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (without, trainer)]
+    assert found[0] == found[1]
+    last = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
+    again = trainer.evaluate()
+    for name in ("eval_loss", "eval_exact_match", "eval_tokens_per_forward", "eval_loss_masked"):
+        assert again[name] == last[name]
+    assert last["eval_samples"] == 5
+    assert last["eval_tokens_per_forward"] > 0
+
+
+@torch.no_grad()
+def test_decoding_counts_exact_answers(tmp_path):
+    trainer = trainer_for(tmp_path, decode_samples=4, decode_max_new_tokens=12, per_device_eval_batch_size=4)
+    samples = [trainer.train_dataset[number] for number in range(4)]
+    eos = trainer.processing_class.tokenizer.eos_token_id
+    known = []
+    for number, sample in enumerate(samples):
+        start = sample.responses[-1][0]
+        output = trainer.model.generate(
+            input_ids=sample.input_ids[None, :start],
+            **sample.visual_inputs,
+            block_size=4,
+            max_new_tokens=12,
+        )
+        answer = output[0, start:]
+        answer = answer[: (answer == eos).nonzero()[0, 0] + 1] if (answer == eos).any() else answer
+        if number == 3:
+            answer = answer.clone()
+            answer[0] = (answer[0] + 1) % 300
+        ids = torch.cat([sample.input_ids[:start], answer])
+        known.append(Sample(ids, sample.position_ids, [(start, len(ids))], sample.visual_index, sample.visual_inputs))
+    assert trainer.decode(known)["exact_match"] == 0.75
+
+
+# --- Distillation -----------------------------------------------------------------------------------------------------
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path):
+    teacher = {"teacher_name_or_path": str(bard_folder())}
+    trainer = trainer_for(tmp_path, distill, max_steps=1, **teacher)
+    trainer.train()
+    assert trainer.state.log_history[0]["divergence"] == pytest.approx(0.0, abs=1e-5)
+    assert trainer.state.log_history[0]["cross_entropy"] > 1
+
+
+def test_distillation_of_a_run_learns_from_its_anchor(tmp_path):
+    merged = train(tmp_path / "merged", "merge", block_sizes=[4, 8, 16], max_steps=1)
+    shape = {"model_name_or_path": str(merged), "max_steps": 16, "learning_rate": 0.003}
+    taught = train(tmp_path / "taught", "distill", distill, **shape)
+    assert sorted(path.name for path in taught.glob("block-*")) == ["block-16", "block-8"]
+    for stage in ("block-8", "block-16"):
+        found = losses(taught / stage)
+        assert sum(found[-4:]) < 0.9 * sum(found[:4])
+        assert json.loads((taught / stage / "config.json").read_text())["block_size"] == int(stage[6:])
+    assert weights(merged / "block-4").keys() == weights(taught / "block-8").keys()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"kd_direction": "reverse"}, {"kd_top_k": 8, "ce_weight": 1.0, "kd_weight": 0.5}, {"kd_temperature": 2.0}],
+)
+def test_forms_of_distillation_train(tmp_path, changes):
+    teacher = {"teacher_name_or_path": str(bard_folder())}
+    trainer = trainer_for(tmp_path, distill, 8, max_steps=2, **teacher, **changes)
+    before = {name: value.clone() for name, value in trainer.teacher.model.state_dict().items()}
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    if "ce_weight" in changes:
+        assert entry["loss"] == pytest.approx(entry["cross_entropy"] + 0.5 * entry["divergence"], rel=1e-4)
+    else:
+        square = changes.get("kd_temperature", 1.0) ** 2
+        assert entry["loss"] == pytest.approx(square * entry["divergence"], rel=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.teacher.model.state_dict().items())
+
+
+@torch.no_grad()
+def test_the_autoregressive_teacher_predicts_as_qwen3vl_does(tmp_path):
+    from transformers import Qwen3VLForConditionalGeneration
+
+    changes = {"teacher_name_or_path": str(qwen_folder()), "teacher_kind": "ar"}
+    trainer = trainer_for(tmp_path, distill, 8, time_high=0.3, **changes)
+    qwen = Qwen3VLForConditionalGeneration.from_pretrained(qwen_folder(), dtype=torch.float32).eval()
+    samples = [trainer.train_dataset[number] for number in range(4)]
+    batches, _ = trainer.get_batch_samples(iter([trainer.data_collator(samples)]), 1, torch.device("cpu"))
+    batch, rows = batches[0], batches[0].rows
+    index = batch.weights.flatten().nonzero()[:, 0]
+    mask = trainer.attention_mask(rows.layout(1))
+    logits = trainer.teacher.model.lm_head(trainer.teacher.hidden_states(batch, index, mask))
+    for number, sample in enumerate(samples):
+        grids = {name: value for name, value in sample.visual_inputs.items() if name.endswith("grid_thw")}
+        position_ids = trainer.model.get_position_ids(sample.input_ids[None], **grids)
+        expected = qwen(input_ids=sample.input_ids[None], position_ids=position_ids, **sample.visual_inputs).logits[0]
+        own = rows.sample.flatten()[index] == number
+        places = rows.place.flatten()[index][own]
+        assert own.any()
+        torch.testing.assert_close(logits[own], expected[places - 1], atol=1e-4, rtol=1e-4)
+    assert not rows.is_response_padding.flatten()[index].any()
+
+
+# --- Data and cost ----------------------------------------------------------------------------------------------------
+
+
+def test_broken_chats_are_counted_and_passed_over(tmp_path):
+    source = chats_file()
+    folder = shutil.copytree(source.parent, tmp_path / "chats")
+    (folder / "0.png").write_bytes((folder / "0.png").read_bytes()[:200])  # its size can be read, its pixels cannot
+    trainer = trainer_for(tmp_path / "run", train_data=str(folder / "chats.jsonl"), max_steps=3, logging_steps=3)
+    trainer.train()
+    assert trainer.state.log_history[0]["broken_samples"] == 1
+    assert trainer.state.log_history[0]["samples"] == 11
+
+
+def test_the_cost_is_what_the_model_and_the_data_have(tmp_path):
+    trainer = trainer_for(tmp_path)
+    cost = Cost.of(trainer)
+    assert sum(count for count, _ in cost.parameters.values()) == sum(p.numel() for p in trainer.model.parameters())
+    assert cost.samples == 4
+    assert cost.steps == 4
+    table = cost.table("a stage")
+    assert f"{sum(trainer.train_dataset.lengths) / 12 * 4:,.0f}" in table
+    everything = sum(p.numel() for p in trainer.model.parameters())
+    whole, split = (state_memory(trainer.model, kind, 2) for kind in ("none", "fsdp"))
+    assert sum(whole.values()) == 16 * everything == 2 * sum(split.values())
+    zero1 = state_memory(trainer.model, "zero1", 4)
+    assert sum(zero1.values()) == (2 + 2 + 12 / 4) * everything
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_estimate_of_activations_is_near_what_is_kept(tmp_path, checkpointing):
+    trainer = trainer_for(tmp_path, gradient_checkpointing=checkpointing, per_device_train_batch_size=12)
+    trainer.model.train()
+    if checkpointing:
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    rows = trainer.data_collator([s for s in (trainer.train_dataset[n] for n in range(12)) if not s.visual_inputs])
+    (batch,), _ = trainer.get_batch_samples(iter([rows]), 1, torch.device("cpu"))
+    own = {parameter.untyped_storage().data_ptr() for parameter in trainer.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        held.append(trainer.loss_sum(trainer.model, batch, trainer.tally))
+    tokens = rows.input_ids.numel()
+    config = trainer.bare_model.config
+    (estimate,) = activation_memory(config, tokens, 4, checkpointing).values()
+    if checkpointing:  # one layer at a time is made again in the backward, beside what the forward kept
+        estimate -= activation_memory(config, tokens, 4, False)["activations"] / config.text_config.num_hidden_layers
+    assert 0.7 < sum(kept.values()) / estimate < 1.4
