@@ -1,7 +1,7 @@
 """Bard-VL as a model of lmms-eval (0.7.3 or newer): `lmms-eval --model bard_vl --model_args pretrained=FOLDER,...`.
 
-lmms-eval finds it by the entry point of group `lmms_eval.models` in pyproject.toml. Requests are decoded in ragged batches;
-with several processes (`accelerate launch`) each takes its share of a task. docs/evaluating.md has the commands.
+lmms-eval finds it by the entry point of group `lmms_eval.models` in pyproject.toml. Requests are decoded in ragged
+batches; with several processes (`accelerate launch`) each takes its share of a task. docs/evaluating.md has commands.
 """
 
 import time
@@ -28,9 +28,9 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 class BardVL(lmms):
     """Answers tasks in lmms-eval's message format, which it derives for tasks that state none.
 
-    After a run, `throughput` in its results has, over all processes: `total_gen_tokens`, each response's up to and with its
-    first EOS; `avg_speed`, those per second of decoding; `avg_tokens_per_forward`, those per forward that a response took
-    part in, its prompt's included.
+    After a run, `throughput` in its results has, over all processes: `total_gen_tokens`, each response's up to and with
+    its first EOS; `avg_speed`, those per second of decoding; `avg_tokens_per_forward`, those per forward that a
+    response took part in, its prompt's included.
 
     Args:
         pretrained: folder or Hub id of a Bard-VL checkpoint.
@@ -107,25 +107,28 @@ class BardVL(lmms):
         progress.close()
         return results
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Pseudo-log-likelihood of each request's continuation, and whether greedy decoding would give it.
+    def loglikelihood(self, requests: list[Instance]) -> list[Any]:
+        """Loss of each request's continuation, a token's mean, and whether greedy decoding would give it.
 
-        lmms-eval asks this of models in its simple format only (`--force_simple`). Continuations of one prompt are scored
-        together.
+        lmms-eval asks this of models in its simple format only (`--force_simple`), and as of its own models it expects
+        losses: its tasks take the lowest. The log-likelihoods are `score`'s; continuations of one prompt are scored
+        together. The pairs are wrapped: lmms-eval 0.7.3 turns what is neither wrapped nor text into text.
         """
         results: list[Any] = [None] * len(requests)
-        for group in group_by(range(len(requests)), lambda index: repr((requests[index].args[0], *requests[index].args[3:]))):
+        prompts = [repr((request.args[0], *request.args[3:])) for request in requests]
+        for group in group_by(range(len(requests)), prompts.__getitem__):
             inputs = self._inputs([self._messages(requests[group[0]])])
             texts = [self._continuation(requests[index]) for index in group]
-            answers = self.processor.tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
+            options = {"add_special_tokens": False, "padding": True, "padding_side": "right", "return_tensors": "pt"}
+            answers = self.processor.tokenizer(texts, **options)
             ids = answers["input_ids"].masked_fill(answers["attention_mask"] == 0, -100)
             scoring = {name: self.settings[name] for name in ("block_size", "mask_token_id") if name in self.settings}
-            scores = self.model.score(inputs, ids, **scoring).sum(-1).tolist()
+            losses = -self.model.score(inputs, ids, **scoring).sum(-1).cpu() / answers["attention_mask"].sum(-1)
             greedy = {**self.settings, "do_sample": False, "max_new_tokens": ids.shape[1]}
             response = self.model.generate(inputs, **greedy)[0].tolist()
-            for index, score, row in zip(group, scores, ids.tolist(), strict=True):
+            for index, loss, row in zip(group, losses.tolist(), ids.tolist(), strict=True):
                 row = [token for token in row if token != -100]
-                results[index] = (score, response[: len(row)] == row)
+                results[index] = GenerationResult((loss, response[: len(row)] == row))
         return results
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
@@ -143,7 +146,7 @@ class BardVL(lmms):
         super().clean()
 
     def _batches(self, requests: list[Instance], settings: list[dict[str, Any]]) -> Iterator[list[int]]:
-        """Indices of requests with the same settings, long contexts first: rows of a batch are alike, memory fails early."""
+        """Indices of requests with the same settings, long contexts first: what memory cannot hold fails early."""
         for group in group_by(range(len(requests)), lambda index: repr(sorted(settings[index].items()))):
             group.sort(key=lambda index: -len(requests[index].args[0]))
             yield from (group[start : start + self.batch_size] for start in range(0, len(group), self.batch_size))
@@ -203,7 +206,9 @@ class BardVL(lmms):
     def _continuation(self, request: Instance) -> str:
         """The answer to be scored. It follows a template, which brings its own delimiter."""
         _, continuation, _, doc_id, task, split = request.args
-        return str(continuation(self.task_dict[task][split][doc_id]) if callable(continuation) else continuation).strip()
+        return str(
+            continuation(self.task_dict[task][split][doc_id]) if callable(continuation) else continuation
+        ).strip()
 
 
 class SimpleBardVL(BardVL):

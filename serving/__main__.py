@@ -1,7 +1,7 @@
-"""`python -m bard_vl.serving MODEL [OPTIONS]`: `transformers serve`, with this package's classes instead of remote code.
+"""`python -m bard_vl.serving MODEL [OPTIONS]`: `transformers serve`, with this package's classes, not remote code.
 
-A folder that carries its code needs no more than `transformers serve FOLDER --trust-remote-code`. This serves it without
-that trust, and checkpoints that carry none. Every option is that of `transformers serve`.
+A folder that carries its code needs no more than `transformers serve FOLDER --trust-remote-code`. This serves it
+without that trust, and checkpoints that carry none. Every option is that of `transformers serve`.
 """
 
 import sys

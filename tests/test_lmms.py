@@ -1,0 +1,185 @@
+"""lmms-eval itself runs tasks of generated pictures: batches answer as `generate` does alone, costs are reported."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import bard_vl
+import fresh
+import lmms_tasks as tasks
+import pytest
+import tiny
+import torch
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.tasks import TaskManager
+from PIL import Image
+from qwen_vl_utils import process_vision_info
+from test_readme import make_published
+
+SETTINGS = {"max_new_tokens": 13, "confidence_threshold": 0.02}
+ARGUMENTS = "dtype=float32,min_pixels=4096,max_pixels=65536,max_num_frames=4,confidence_threshold=0.02"
+QUESTIONS = (
+    "What is it?",
+    "How many green triangles are there in the picture?",
+    "Which colour?",
+    "Why?",
+    "Read the word.",
+)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a converted checkpoint and pictures, whose sides are whole patches: nobody resizes them."""
+    room = tmp_path_factory.mktemp("room")
+    fresh.convert(tiny.write_qwen3vl(room / "qwen"), room / "bard", "--block-size", 4, "--mask-token-id", 447)
+    for index, size in enumerate([(128, 96), (96, 64), (64, 160), (128, 96), (128, 96)]):
+        tiny.draw_scene(room / f"{index}.png", size, seed=index)
+    return room
+
+
+@pytest.fixture(scope="module")
+def parts(room: Path) -> tuple[Any, Any]:
+    model = bard_vl.BardVLForConditionalGeneration.from_pretrained(room / "bard", dtype=torch.float32)
+    return model, bard_vl.BardVLProcessor.from_pretrained(room / "bard")
+
+
+def rows(room: Path, parts: tuple[Any, Any], kind: str = "image", **settings: Any) -> list[dict[str, Any]]:
+    """Questions about 0 to 2 pictures, or a clip, each with the answer that `generate` gives it alone."""
+    made = []
+    for index, text in enumerate(QUESTIONS):
+        paths = [str(room / f"{number}.png") for number in ((0, 3, 4) if kind == "video" else range(index % 3))]
+        visuals = [Image.open(path) for path in paths]
+        content = (
+            [{"type": "video", "video": visuals}]
+            if kind == "video"
+            else [{"type": "image", "image": v} for v in visuals]
+        )
+        inputs = prompt([*content, {"type": "text", "text": text}], parts[1])
+        output = parts[0].generate(**inputs, **{**SETTINGS, **settings}, return_dict_in_generate=True)
+        response = output.sequences[0, inputs["input_ids"].shape[1] :]
+        tokens, speed = len(response), output.tokens_per_forward.item()
+        answer = parts[1].decode(response, skip_special_tokens=True).strip()
+        made.append(
+            {"question": text, "pictures": paths, "answer": answer, "tokens": tokens, "forwards": tokens / speed}
+        )
+    return made
+
+
+def prompt(content: list[dict[str, Any]], processor: Any) -> Any:
+    """Inputs the model card's way, which makes the time stamps of a clip."""
+    messages = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    images, videos = process_vision_info(messages, image_patch_size=16, return_video_metadata=True)
+    return processor(text=[text], images=images, videos=videos, do_resize=False, return_tensors="pt")
+
+
+def evaluate(room: Path, folder: Path, *names: str, arguments: str = ARGUMENTS, **options: Any) -> dict[str, Any]:
+    manager = TaskManager("ERROR", include_path=str(folder), model_name="bard_vl")
+    options = {"batch_size": 3, "device": "cpu", "bootstrap_iters": 0, **options}
+    arguments = f"pretrained={room / 'bard'},{arguments}"
+    return simple_evaluate("bard_vl", arguments, tasks=list(names), task_manager=manager, **options)
+
+
+@pytest.mark.parametrize("simple", [False, True], ids=["chat", "simple"])
+def test_batches_answer_as_generate_does_alone(
+    room: Path, parts: tuple[Any, Any], tmp_path: Path, simple: bool
+) -> None:
+    expected = rows(room, parts)
+    tasks.write_task(tmp_path, "shapes", expected, tasks.PICTURES + tasks.GENERATION, max_new_tokens=13, num_beams=1)
+    results = evaluate(room, tmp_path, "shapes", force_simple=simple)
+    samples = {sample["doc_id"]: sample for sample in results["samples"]["shapes"]}
+    assert [samples[index]["filtered_resps"][0].strip() for index in range(5)] == [row["answer"] for row in expected]
+    assert results["results"]["shapes"]["same,none"] == 1.0
+    assert [samples[index]["token_counts"][0]["output_tokens"] for index in range(5)] == [
+        row["tokens"] for row in expected
+    ]
+    tokens, forwards = (sum(row[name] for row in expected) for name in ("tokens", "forwards"))
+    throughput = results["throughput"]
+    assert throughput["total_gen_tokens"] == tokens
+    assert throughput["avg_tokens_per_forward"] == pytest.approx(tokens / forwards, rel=1e-5)
+    assert throughput["avg_speed"] == pytest.approx(tokens / throughput["total_elapsed_time"])
+
+
+def test_clips_and_stop_strings(room: Path, parts: tuple[Any, Any], tmp_path: Path) -> None:
+    clips = rows(room, parts, "video")
+    tasks.write_task(tmp_path, "clips", clips, tasks.CLIPS + tasks.GENERATION, max_new_tokens=13)
+    cut = [{**row, "answer": row["answer"].partition("e")[0].strip()} for row in rows(room, parts)]
+    assert any(row["answer"] != whole["answer"] for row, whole in zip(cut, rows(room, parts), strict=True))
+    tasks.write_task(tmp_path, "cut", cut, tasks.PICTURES + tasks.GENERATION, max_new_tokens=13, until=["\n\n", "e"])
+    results = evaluate(room, tmp_path, "clips", "cut")
+    assert results["results"]["clips"]["same,none"] == results["results"]["cut"]["same,none"] == 1.0
+
+
+def test_choices_are_scored(room: Path, parts: tuple[Any, Any], tmp_path: Path) -> None:
+    choices, made = ["red", "green circle", "B", "C", "D", "E", "F"], []
+    for row in rows(room, parts):
+        visuals = [{"type": "image", "image": path, "min_pixels": 4096} for path in row["pictures"]]
+        inputs = prompt([*visuals, {"type": "text", "text": row["question"]}], parts[1])
+        ids = [torch.tensor([parts[1].tokenizer.encode(choice)]) for choice in choices]
+        losses = [-parts[0].score(inputs, answer).mean().item() for answer in ids]
+        made.append({**row, "choices": choices, "answer": losses.index(min(losses)), "losses": losses})
+    assert len({row["answer"] for row in made}) > 1
+    tasks.write_task(tmp_path, "choices", made, tasks.PICTURES + tasks.CHOICES)
+    results = evaluate(room, tmp_path, "choices", force_simple=True)
+    assert results["results"]["choices"]["acc,none"] == 1.0
+    for sample in results["samples"]["choices"]:
+        found = [pair[0] for pair in sample["filtered_resps"]]
+        assert found == pytest.approx(made[sample["doc_id"]]["losses"], abs=1e-4)
+
+
+# --- the manual ------------------------------------------------------------------------------------------------------
+
+MANUAL = (fresh.ROOT / "docs" / "evaluating.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```", MANUAL, re.M | re.S) for line in block.splitlines()]
+PUBLISHED = "fudan-generative-ai/Bard-VL-B{}-Mask-4B-Distil-Instruct"
+SCORES = {
+    "mmmu_val": "mmmu_acc",
+    "mmmu_pro_standard": "mmmu_acc",
+    "mme": "mme_perception_score",
+    "realworldqa": "exact_match",
+    "mmstar": "average",
+    "ai2d": "exact_match",
+    "chartqa": "relaxed_overall",
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face home that holds the manual's checkpoints, tiny ones, and two rows of each data set."""
+    home = tmp_path_factory.mktemp("home")
+    published = make_published(tiny.write_qwen3vl(home / "qwen", tokenizer="qwen"), home / "published")
+    for size in (16, 32):
+        fresh.add_to_hub_cache(home, PUBLISHED.format(size), published)
+    tasks.write_data_sets(home / "datasets", tiny.draw((128, 96)))
+    return home
+
+
+def test_every_command_of_the_manual_is_run() -> None:
+    assert [command.split()[0] for command in COMMANDS] == ["pip", "lmms-eval", "accelerate"]
+
+
+@pytest.mark.parametrize("command", COMMANDS[1:], ids=["alone", "two processes"])
+def test_commands_of_the_manual(command: str, home: Path, tmp_path: Path) -> None:
+    program, *arguments = command.replace("--num_processes 8", "--num_processes 2").split()
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+        **{"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_TOKEN": "hf_fake", "ACCELERATE_USE_CPU": "true"},
+        **{"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+    }
+    quickly = ["--gen_kwargs", "max_new_tokens=16"]
+    done = subprocess.run([program, *arguments, *quickly], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = list((tmp_path / "results").rglob("*_results.json"))
+    assert len(found) == 1, done.stdout + done.stderr
+    results = json.loads(found[0].read_text())
+    for task, metric in SCORES.items():
+        assert any(name.startswith(f"{metric},") for name in results["results"][task]), task
+    throughput = results["throughput"]
+    assert throughput["total_gen_tokens"] >= 2 * len(SCORES)
+    assert throughput["avg_tokens_per_forward"] > 0
+    assert throughput["avg_speed"] > 0
+    assert throughput["avg_num_processes"] == (2 if program == "accelerate" else 1)
