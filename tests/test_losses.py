@@ -161,7 +161,7 @@ def test_chunks_give_the_loss_and_gradients_of_whole_logits(mixture: str, chunk_
 
 def test_losses_of_positions_are_reported_and_detached() -> None:
     problem = Problem()
-    found = problem.losses(True, ce_weight=0.0, kd_weight=1.0, temperature=2.0, chunk_size=4)
+    found = problem.losses(True, ce_weight=0.5, kd_weight=1.0, temperature=2.0, chunk_size=4)
     logits, teacher_logits = problem.hidden @ problem.head.T, problem.teacher_hidden @ problem.teacher_head.T
     torch.testing.assert_close(found.cross_entropy, F.cross_entropy(logits, problem.targets, reduction="none").detach())
     torch.testing.assert_close(found.divergence, kl_divergence(logits, teacher_logits, "forward", 2.0).detach())

@@ -56,7 +56,7 @@ def conversation(sample_id: int, turns: list[tuple[int, int]]) -> Sample:
 CONVERSATIONS = [
     conversation(11, [(5, 30), (3, 9), (9, 16)]),
     conversation(12, [(16, 40)]),
-    conversation(13, [(2, 1), (7, 21)]),
+    conversation(13, [(2, 1), (3, 21)]),  # both turns have a block of the same number
 ]
 
 
