@@ -181,11 +181,12 @@ class BardVLGenerationMixin:
                 f"`past_key_values` must be a cache that `generate` returned, got {type(past_key_values).__name__}"
             )
         check_banned_tokens(config, settings, self.config.get_text_config().vocab_size)
+        stated = config.seed if seed is None else seed
         hooks = DecodingHooks(
             processors=build_logits_processors(config, logits_processor, input_ids.device),
             criteria=build_stopping_criteria(config, stopping_criteria, tokenizer),
             streamer=streamer,
-            generator=build_generator(generator, seed, input_ids.device),
+            generator=build_generator(generator, stated if generator is None else seed, input_ids.device),
             keep_history=output_history,
             deadline=math.inf if config.max_time is None else time.monotonic() + config.max_time,
         )
@@ -424,7 +425,10 @@ def _explicit(config: GenerationConfig | None) -> dict[str, Any]:
             "as keyword arguments"
         )
     # By its method, not its class: remote code may have loaded the class twice.
-    return config.explicit() if hasattr(config, "explicit") else drop_plain_defaults(config.to_dict())
+    if not hasattr(config, "explicit"):
+        return drop_plain_defaults(config.to_dict())
+    config.validate()  # servers set fields of a copy, foreign ones too
+    return config.explicit()
 
 
 __all__ = ["BardVLGenerationMixin", "BardVLGenerationOutput"]

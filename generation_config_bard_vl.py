@@ -38,6 +38,7 @@ BLOCK_DIFFUSION_FIELDS = (
     "revision_threshold",
     "check_interval",
     "mask_token_id",
+    "seed",
     "return_step_stats",
     "output_history",
 )
@@ -52,6 +53,7 @@ SHARED_FIELDS = (
     "no_repeat_ngram_size",
     "bad_words_ids",
     "suppress_tokens",
+    "sequence_bias",
     "num_return_sequences",
     "return_dict_in_generate",
     "use_cache",
@@ -88,8 +90,9 @@ class BardVLGenerationConfig(GenerationConfig):
         temperature (`float`, defaults to 0, or 1 with `do_sample=True`): 0 is greedy.
         do_sample (`bool`): False forces greedy decoding whatever the temperature.
         top_k (`int`, defaults to 0, off), top_p (`float`, defaults to 1, off): sample among the most probable tokens.
-        repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens: as in transformers, applied to each
-            position given the prompt and the committed tokens left of it.
+        seed (`int`): repeats a call that samples, whatever other calls do; an argument `seed` or `generator` comes first.
+        repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens, sequence_bias: as in transformers,
+            applied to each position given the prompt and the committed tokens left of it.
         num_return_sequences (`int`, defaults to 1): responses per prompt; the prompt is encoded once.
         check_interval (`int`, defaults to 1): forwards between two looks of the host at who has ended. With 1 the
             counts are exact and windows as narrow as can be; more saves synchronisations on a GPU, makes every window
@@ -119,6 +122,10 @@ class BardVLGenerationConfig(GenerationConfig):
         # transformers 4 has defaults where 5 has None: what nobody set is None here on both.
         for name in SAMPLING_FIELDS + TOKEN_FIELDS + SHARED_FIELDS:
             setattr(self, name, kwargs.get(name))
+        if isinstance(self.sequence_bias, dict):  # of the two forms that transformers knows, the one that JSON can hold
+            self.sequence_bias = [
+                [list(ids) if isinstance(ids, tuple) else ids, bias] for ids, bias in self.sequence_bias.items()
+            ]
         del self._known
         self.validate()
 
@@ -154,6 +161,8 @@ class BardVLGenerationConfig(GenerationConfig):
         check_texts("stop_strings", self.stop_strings)
         check_banned("suppress_tokens", self.suppress_tokens, is_id, "token ids")
         check_banned("bad_words_ids", self.bad_words_ids, is_word, "non-empty lists of token ids")
+        check_banned("sequence_bias", self.sequence_bias, is_bias, "pairs of a non-empty list of token ids and a number")
+        check_seed(self.seed)
         for name, neutral in _plain_defaults().items():
             value = getattr(self, name, None)
             if name not in FIELDS and value not in (None, False, *neutral):
@@ -349,6 +358,23 @@ def is_id(value: Any) -> bool:
 def is_word(value: Any) -> bool:
     """Whether `value` is a non-empty list of token ids."""
     return isinstance(value, list) and len(value) > 0 and all(map(is_id, value))
+
+
+def is_bias(value: Any) -> bool:
+    """Whether `value` is a pair of a non-empty list of token ids and a finite number."""
+    if not (isinstance(value, list | tuple) and len(value) == 2 and is_word(value[0])):
+        return False
+    return isinstance(value[1], int | float) and not isinstance(value[1], bool) and math.isfinite(value[1])
+
+
+def check_seed(value: Any) -> None:
+    """Raise `ValueError` unless `value` is None or an integer that seeds a `torch.Generator`."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"`seed` must be an integer, got {value!r}")
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"`seed` must lie in [-2**63, 2**64), got {value}")
 
 
 def readable_settings(settings: dict[str, Any]) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from transformers.generation import (
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     StoppingCriteriaList,
     StopStringCriteria,
     SuppressTokensLogitsProcessor,
 )
 
-from .generation_config_bard_vl import BardVLGenerationConfig, DecodingSettings, token_ids
+from .generation_config_bard_vl import BardVLGenerationConfig, DecodingSettings, check_seed, token_ids
 
 
 @dataclass
@@ -59,11 +60,13 @@ def check_callables(name: str, value: Any) -> None:
 
 
 def check_banned_tokens(config: BardVLGenerationConfig, settings: DecodingSettings, vocab_size: int) -> None:
-    """Raise `ValueError` if an id of `suppress_tokens` or `bad_words_ids` is unknown, or they leave none to choose."""
+    """Raise `ValueError` if an id of a setting that bans or favours tokens is unknown, or none is left to choose."""
     suppressed, words = config.suppress_tokens or [], config.bad_words_ids or []
-    for name, ids in (("suppress_tokens", suppressed), ("bad_words_ids", [i for word in words for i in word])):
-        if ids and max(ids) >= vocab_size:
-            raise ValueError(f"`{name}`: {max(ids)} lies outside the vocabulary of {vocab_size} tokens")
+    biased = [ids for ids, _ in config.sequence_bias or []]
+    for name, given in (("suppress_tokens", [suppressed]), ("bad_words_ids", words), ("sequence_bias", biased)):
+        largest = max((token_id for ids in given for token_id in ids), default=0)
+        if largest >= vocab_size:
+            raise ValueError(f"`{name}`: {largest} lies outside the vocabulary of {vocab_size} tokens")
     # A bad word that is an EOS bans nothing, as in transformers.
     single = {word[0] for word in words if len(word) == 1} - set(settings.eos_token_ids)
     if len({*suppressed, *single, settings.mask_token_id}) == vocab_size:
@@ -82,6 +85,9 @@ def build_logits_processors(
         processors.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
     if config.bad_words_ids is not None:
         processors.append(NoBadWordsLogitsProcessor(config.bad_words_ids, list(token_ids(config.eos_token_id)) or None))
+    if config.sequence_bias:
+        biases = [[ids, float(bias)] for ids, bias in config.sequence_bias]
+        processors.append(SequenceBiasLogitsProcessor(biases))
     if config.suppress_tokens is not None:
         processors.append(SuppressTokensLogitsProcessor(config.suppress_tokens, device=device))
     processors.extend(extra or [])
@@ -116,10 +122,7 @@ def build_generator(
         return generator
     if generator is not None:
         raise ValueError("give `generator` or `seed`, not both")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"`seed` must be an integer, got {seed!r}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"`seed` must lie in [-2**63, 2**64), got {seed}")
+    check_seed(seed)
     return torch.Generator(device=device).manual_seed(seed)
 
 

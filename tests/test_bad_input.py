@@ -12,6 +12,7 @@ import pytest
 import torch
 from bard_vl import BardVLConfig, BardVLForConditionalGeneration, BardVLGenerationConfig
 from ragged import IMAGE, MASK, VIDEO, VISION_END, VISION_START, Row, collate, load, pixels
+from transformers import GenerationConfig
 
 GRID = torch.tensor([[1, 4, 4]])
 PIXELS = pixels((1, 4, 4), 0)
@@ -59,6 +60,14 @@ def test_a_call_computes_what_the_checks_below_look_for() -> None:
     model = load()
     with pytest.raises(AssertionError, match="visual"), nothing_computed(model):
         model.generate(**image(ONE_IMAGE), block_size=4, max_new_tokens=4)
+
+
+def changed_later(**fields: Any) -> BardVLGenerationConfig:
+    """A config whose fields were set behind its back, as servers do with a copy of the model's."""
+    config = BardVLGenerationConfig(block_size=4)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    return config
 
 
 SETTINGS: list[tuple[dict[str, Any], str]] = [
@@ -132,6 +141,11 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"suppress_tokens": [-1]}, "`suppress_tokens` must be a list of token ids, got [-1]"),
     ({"suppress_tokens": [True]}, "`suppress_tokens` must be a list of token ids, got [True]"),
     ({"suppress_tokens": [10**6]}, "`suppress_tokens`: 1000000 lies outside the vocabulary of 512 tokens"),
+    ({"sequence_bias": [[[5], 1.0], [[6, 512], 1.0]]}, "`sequence_bias`: 512 lies outside the vocabulary of 512 tokens"),
+    ({"sequence_bias": {5: 1.0}}, "`sequence_bias` must be a list of pairs of a non-empty list of token ids and a number"),
+    ({"sequence_bias": [[[5], float("nan")]]}, "got [[[5], nan]]"),
+    ({"generation_config": changed_later(num_beams=4)}, "`num_beams=4` is not supported by block-diffusion decoding"),
+    ({"generation_config": GenerationConfig(seed="x")}, "`seed` must be an integer, got 'x'"),
     ({"suppress_tokens": ALL_BUT_MASK}, "`suppress_tokens` and `bad_words_ids` leave no token to choose"),
     ({"suppress_tokens": ALL_BUT_MASK[1:], "bad_words_ids": [[ALL_BUT_MASK[0]]]}, "leave no token to choose"),
     ({"_foo": 1}, "unknown generation settings: _foo"),

@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from ragged import MASK, PAD, Row, collate, load, rows, settings
-from transformers import BatchFeature, LogitsProcessor, StoppingCriteria, TextIteratorStreamer, TextStreamer
+from transformers import (
+    BatchFeature,
+    GenerationConfig,
+    LogitsProcessor,
+    StoppingCriteria,
+    TextIteratorStreamer,
+    TextStreamer,
+)
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 20, "block_size": 8, "confidence_threshold": 0.15, "pad_token_id": PAD}
 TEXT, IMAGE = PROMPTS["text"], PROMPTS["image"]
@@ -248,6 +255,10 @@ def sampled(**arguments: Any) -> list[int]:
 def test_seed_and_generator_repeat_a_run() -> None:
     assert sampled(seed=3) == sampled(seed=3) == sampled(generator=torch.Generator().manual_seed(3))
     assert sampled(seed=3) != sampled(seed=4)
+    stated = {"generation_config": GenerationConfig(seed=3)}
+    assert sampled(**stated) == sampled(seed=3)
+    assert sampled(**stated, seed=4) == sampled(seed=4)
+    assert sampled(**stated, generator=torch.Generator().manual_seed(4)) == sampled(seed=4)
     generator = torch.Generator().manual_seed(3)
     assert sampled(generator=generator) != sampled(generator=generator)
     with pytest.raises(ValueError, match="`generator` or `seed`, not both"):
@@ -488,6 +499,12 @@ def test_banned_pair_and_repeated_ngram_never_appear_left_to_right() -> None:
     tokens = TEXT.ids + tokens_of(run(TEXT, no_repeat_ngram_size=2, **static))
     pairs = [tuple(tokens[place : place + 2]) for place in range(len(tokens) - 1)]
     assert len(pairs) == len(set(pairs))
+
+
+@pytest.mark.parametrize("form", [dict, lambda pairs: [[list(ids), bias] for ids, bias in pairs]])
+def test_a_bias_favours_a_token_and_what_follows_it(form: Any) -> None:
+    output = run(TEXT, sequence_bias=form([((7,), 100), ((7, 9), 200.0)]), block_size=1, max_new_tokens=5)
+    assert tokens_of(output) == [7, 9, 7, 9, 7]
 
 
 def test_processor_in_a_batch_sees_its_row_alone() -> None:
