@@ -17,6 +17,7 @@ from .configuration_bard_vl import BardVLConfig
 from .decoding_bard_vl import DenoisingStep
 from .generation_bard_vl import BardVLGenerationOutput
 from .generation_config_bard_vl import BardVLGenerationConfig
+from .memory_bard_vl import MemoryEstimate, estimate_memory
 from .modeling_bard_vl import BardVLForConditionalGeneration, BardVLModel
 from .processing_bard_vl import BardVLProcessor
 
@@ -35,4 +36,6 @@ __all__ = [
     "BardVLModel",
     "BardVLProcessor",
     "DenoisingStep",
+    "MemoryEstimate",
+    "estimate_memory",
 ]

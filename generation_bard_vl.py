@@ -40,6 +40,7 @@ from .inputs_bard_vl import (
     check_visual_inputs,
 )
 from .masking_bard_vl import check_attention_implementation
+from .memory_bard_vl import check_memory
 from .windows_bard_vl import TokenTable, WindowEncoder
 
 
@@ -199,6 +200,7 @@ class BardVLGenerationMixin:
         contents = prompt.contents(self.config) if track else [prompt.input_ids[:0, 0].cpu()] * len(input_ids)
         scheme = self._cache_scheme(settings.block_size, input_ids.device)
         reused = cache.shared_prefix(contents, scheme)
+        check_memory(self, prompt, settings, reused)
 
         # 3. and 4. Decode
         if streamer is not None:

@@ -5,8 +5,8 @@ in the same columns.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -93,6 +93,101 @@ def visual_items(
         values, grid = visual_inputs.get(pixels), visual_inputs.get(grids)
         if values is not None and grid is not None:
             yield token_id, values, grid, grid.prod(-1) // merged
+
+
+@dataclass(frozen=True)
+class VisualItem:
+    """An image or a video of a prompt: its grid in patches, and the row that it belongs to."""
+
+    frames: int
+    height: int
+    width: int
+    is_video: bool
+    row: int
+
+    @property
+    def patches(self) -> int:
+        """Patches that the vision tower encodes; `spatial_merge_size` ** 2 of them make a token."""
+        return self.frames * self.height * self.width
+
+    def within(self, max_pixels: int, vision_config: Any) -> "VisualItem":
+        """The item as the processor would have made it under a limit of pixels, of a video in all its frames."""
+        patch, merge = vision_config.patch_size, vision_config.spatial_merge_size
+        frames = self.frames * vision_config.temporal_patch_size if self.is_video else 1
+        pixels = frames * self.height * self.width * patch**2
+        if pixels <= max_pixels:
+            return self
+        shrink = math.sqrt(max_pixels / pixels) / merge
+        sides = (max(math.floor(side * shrink), 1) * merge for side in (self.height, self.width))
+        return replace(self, **dict(zip(("height", "width"), sides, strict=True)))
+
+
+@dataclass(frozen=True)
+class PromptSize:
+    """What the memory that a batch of prompts takes depends on.
+
+    Attributes:
+        lengths: tokens of each row.
+        positions: position of each row's first response token.
+        items: images and videos.
+        first: column that encoding begins at; a cache holds those before it.
+    """
+
+    lengths: tuple[int, ...]
+    positions: tuple[int, ...]
+    items: tuple[VisualItem, ...]
+    first: int = 0
+
+    @classmethod
+    def of(cls, config: Any, prompt: Prompt, first: int = 0) -> "PromptSize":
+        """The size of a realigned `Prompt`, with the items that have a token in column `first` or later."""
+        merged, items = config.vision_config.spatial_merge_size**2, []
+        for token_id, name in ((config.image_token_id, "image_grid_thw"), (config.video_token_id, "video_grid_thw")):
+            grids = prompt.visual_inputs.get(name)
+            tokens = (prompt.input_ids == token_id).nonzero().tolist()
+            for frames, height, width in [] if grids is None else grids.tolist():
+                count = frames * height * width // merged
+                row, last = tokens[count - 1]
+                if last >= first:
+                    items.append(VisualItem(frames, height, width, name == "video_grid_thw", row))
+                tokens = tokens[count:]
+        return cls(tuple(prompt.host_lengths), tuple(prompt.next_position.tolist()), tuple(items), first)
+
+    def within(self, max_pixels: int, vision_config: Any) -> "PromptSize":
+        """The size under a limit of pixels an item."""
+        merge = vision_config.spatial_merge_size
+        items = tuple(item.within(max_pixels, vision_config) for item in self.items)
+        lengths, positions = list(self.lengths), list(self.positions)
+        for old, new in zip(self.items, items, strict=True):
+            lengths[new.row] -= (old.patches - new.patches) // merge**2
+            # An image moves the text behind it on by its longer side, a video by that of each of its frames.
+            longer = max(old.height, old.width) - max(new.height, new.width)
+            positions[new.row] -= old.frames * longer // merge
+        return PromptSize(tuple(lengths), tuple(positions), items, self.first)
+
+
+def largest_pixels(size: PromptSize, vision_config: Any, fits: Callable[[PromptSize], bool]) -> int | None:
+    """The largest limit of pixels an image, or a video, under which the prompt fits; None if none does.
+
+    In steps of the pixels of one visual token.
+    """
+    step = (vision_config.patch_size * vision_config.spatial_merge_size) ** 2
+    low, high = 0, max((item.patches for item in size.items), default=0) * vision_config.temporal_patch_size
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(size.within(middle * step, vision_config)) else (low, middle - 1)
+    return low * step or None
+
+
+def pixel_advice(size: PromptSize, vision_config: Any, fits: Callable[[PromptSize], bool]) -> str:
+    """The end of an error's message: the limit of pixels that would do; empty where there is nothing to shrink."""
+    if not size.items:
+        return ""
+    limit = largest_pixels(size, vision_config, fits)
+    kinds = " or ".join(sorted({"a video" if item.is_video else "an image" for item in size.items}))
+    if limit is None:
+        return f"; no limit on the pixels of {kinds} makes it fit"
+    return f"; it fits if the processor's `max_pixels` of {kinds} is {limit}"
 
 
 def check_visual_inputs(config: Any, input_ids: torch.Tensor | None, **visual_inputs: torch.Tensor | None) -> None:
@@ -231,23 +326,31 @@ def check_prompt(
 
 
 def check_length(config: Any, prompt: Prompt, num_new_tokens: int, block_size: int) -> None:
-    """Raise `ValueError` if a row's RoPE positions, whole response blocks included, would run past the model's."""
+    """Raise `ValueError` if a row's RoPE positions, whole response blocks included, would run past the model's.
+
+    The message names the limit of pixels, if any, under which the prompt would fit.
+    """
     limit = config.get_text_config().max_position_embeddings
-    longest = int(prompt.next_position.max())
+    longest, new = int(prompt.next_position.max()), -(-num_new_tokens // block_size) * block_size
+    if longest + new <= limit:
+        return
+    size = PromptSize.of(config, prompt)
+    advice = pixel_advice(size, config.vision_config, lambda smaller: max(smaller.positions) + new <= limit)
     if longest > limit:
-        raise ValueError(f"a prompt reaches position {longest}, the model has {limit} (`max_position_embeddings`)")
-    num_blocks = -(-num_new_tokens // block_size)
-    if longest + num_blocks * block_size > limit:
         raise ValueError(
-            f"a prompt reaches position {longest}: with {num_new_tokens} new tokens in blocks of {block_size} it "
-            f"passes the model's {limit} (`max_position_embeddings`); there is room for "
-            f"{(limit - longest) // block_size * block_size}"
+            f"a prompt reaches position {longest}, the model has {limit} (`max_position_embeddings`){advice}"
         )
+    raise ValueError(
+        f"a prompt reaches position {longest}: with {num_new_tokens} new tokens in blocks of {block_size} it "
+        f"passes the model's {limit} (`max_position_embeddings`); there is room for "
+        f"{(limit - longest) // block_size * block_size}{advice}"
+    )
 
 
 __all__ = [
     "VISUAL_INPUTS",
     "Prompt",
+    "PromptSize",
     "VisualFeatures",
     "check_ids",
     "check_length",
@@ -255,5 +358,7 @@ __all__ = [
     "check_visual_index",
     "check_visual_inputs",
     "check_visual_layout",
+    "largest_pixels",
+    "pixel_advice",
     "visual_items",
 ]

@@ -40,6 +40,7 @@ from .masking_bard_vl import (
     partition_prompt,
     to_attention_mask,
 )
+from .memory_bard_vl import MemoryEstimate
 from .remasking_bard_vl import REMASKING_RULES
 from .windows_bard_vl import WindowEncoder
 
@@ -385,6 +386,7 @@ __all__ = [
     "BardVLModel",
     "BlockDecoder",
     "DecodingHooks",
+    "MemoryEstimate",
     "WindowEncoder",
     "compiled_step",
 ]

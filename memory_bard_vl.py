@@ -1,0 +1,280 @@
+"""How much memory a call of `generate` takes, known before it: weights, cache, activations; and what would fit.
+
+The cache is counted exactly. Activations are counted as the tensors that are alive together at the widest moments of
+the code, for attention by `bard_vl` or `sdpa`; allocators, kernels' own workspaces and compiled graphs are not, and
+versions of transformers differ: measured peaks lie within `TOLERANCE` of the estimate.
+"""
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .generation_config_bard_vl import DecodingSettings
+from .inputs_bard_vl import PromptSize, check_length, check_prompt, check_visual_inputs, pixel_advice
+
+TOLERANCE = 1.25
+STATIC_MULTIPLE = 256  # columns of a static cache are a multiple of so many
+SUGGESTED_CHUNK = 1024  # tokens
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that a call of `generate` takes.
+
+    Attributes:
+        weights: parameters and buffers of the model.
+        cache: keys and values of prompt and response, for responses of full length.
+        vision: highest use beside the weights while images and videos are encoded.
+        prefill: while prompts are encoded; their cache and the visual features included.
+        decode: while responses are written; the cache included.
+        prompt_tokens: of the longest row.
+        visual_tokens: of all rows.
+        new_tokens: room for each response, in whole blocks.
+    """
+
+    weights: int
+    cache: int
+    vision: int
+    prefill: int
+    decode: int
+    prompt_tokens: int
+    visual_tokens: int
+    new_tokens: int
+
+    @property
+    def working(self) -> int:
+        """Highest use beside the weights."""
+        return max(self.vision, self.prefill, self.decode)
+
+    @property
+    def total(self) -> int:
+        """Weights and working memory."""
+        return self.weights + self.working
+
+    def as_dict(self) -> dict[str, int]:
+        """Every number by name."""
+        return {**vars(self), "working": self.working, "total": self.total}
+
+
+def estimate_memory(model: Any, inputs: Any, generation_config: Any = None, **settings: Any) -> MemoryEstimate:
+    """What `model.generate(inputs, generation_config, **settings)` takes, if no cache is passed.
+
+    Args:
+        model: a Bard-VL model; one on the meta device does, so that no weights need to be loaded.
+        inputs: the processor's output.
+        generation_config, settings: as for `generate`.
+
+    Raises:
+        ValueError: `generate` would refuse the prompt or a setting.
+    """
+    return estimate(model, *read_prompt(model, inputs, generation_config, **settings))
+
+
+def read_prompt(
+    model: Any, inputs: Any, generation_config: Any = None, **settings: Any
+) -> tuple[PromptSize, DecodingSettings]:
+    """Check and measure a prompt, and resolve the settings, as `generate` does; `ValueError` where it would refuse."""
+    model_inputs = dict(inputs)
+    config = model._generation_settings(generation_config, settings, model_inputs)
+    input_ids, attention_mask, visual_inputs = model._split_inputs(model_inputs)
+    resolved = DecodingSettings.resolve(config, model.config, input_ids.shape[-1])
+    attention_mask = check_prompt(model.config, input_ids, attention_mask, resolved.mask_token_id)
+    check_visual_inputs(model.config, input_ids, **visual_inputs)
+    prompt = model._realign(input_ids, attention_mask, visual_inputs)
+    check_length(model.config, prompt, resolved.max_new_tokens, resolved.block_size)
+    return PromptSize.of(model.config, prompt), resolved
+
+
+def estimate(model: Any, size: PromptSize, settings: DecodingSettings) -> MemoryEstimate:
+    """The same for a prompt already measured and settings already resolved."""
+    merged = model.config.vision_config.spatial_merge_size**2
+    return MemoryEstimate(
+        weights=weight_bytes(model),
+        cache=cache_bytes(model, size, settings),
+        vision=vision_bytes(model, size),
+        prefill=prefill_bytes(model, size, settings),
+        decode=decode_bytes(model, size, settings),
+        prompt_tokens=max(size.lengths),
+        visual_tokens=sum(item.patches for item in size.items) // merged,
+        new_tokens=num_blocks(settings) * settings.block_size,
+    )
+
+
+def weight_bytes(model: Any) -> int:
+    """Parameters and buffers, shared ones once."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def working_bytes(model: Any, size: PromptSize, settings: DecodingSettings) -> int:
+    """`MemoryEstimate.working` without a look at the weights."""
+    stages = vision_bytes(model, size), prefill_bytes(model, size, settings), decode_bytes(model, size, settings)
+    return max(stages)
+
+
+def num_blocks(settings: DecodingSettings) -> int:
+    """Blocks of the longest response."""
+    return -(-settings.max_new_tokens // settings.block_size)
+
+
+def cache_columns(longest: int, settings: DecodingSettings) -> int:
+    """Columns allocated for a response of full length: what is needed, or half more when it grows, up to the most."""
+    block, blocks = settings.block_size, num_blocks(settings)
+    most = longest + (blocks + 1) * block
+    if settings.is_static:
+        return -(-most // STATIC_MULTIPLE) * STATIC_MULTIPLE
+    if settings.check_interval > 1:
+        return most
+    columns, first = 0, longest + block
+    chunk = settings.prefill_chunk_size
+    ends = [*(range(chunk, longest, chunk) if chunk else ()), *range(first, first + blocks * block, block)]
+    for end in ends:
+        if columns < end:
+            columns = min(max(end, columns + columns // 2), most)
+    return columns
+
+
+def cache_bytes(model: Any, size: PromptSize, settings: DecodingSettings) -> int:
+    """Keys and values of every layer and row."""
+    rows = len(size.lengths) * settings.num_return_sequences
+    return rows * cache_columns(max(size.lengths), settings) * column_bytes(model)
+
+
+def column_bytes(model: Any) -> int:
+    """Keys and values of one token."""
+    text = model.config.text_config
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * element_size(model)
+
+
+def vision_bytes(model: Any, size: PromptSize) -> int:
+    """Activations of the vision tower, which encodes all items together."""
+    vision, element = model.config.vision_config, element_size(model)
+    hidden, patches = vision.hidden_size, sum(item.patches for item in size.items)
+    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    # Positions and rotations are computed in float32, of copies where the model has another dtype.
+    copies = 4 * (element < 4)
+    positions = 4 * hidden * (element + 4 + copies) + hidden * element  # four neighbours of each, and their weights
+    rotation = hidden * (5 * element + 4 * 4 + 2 * copies)
+    mlp = (4 * hidden + 2 * vision.intermediate_size) * element
+    given = pixels * (4 + (element if copies else 0))
+    features = (1 + len(vision.deepstack_visual_indexes)) * vision.out_hidden_size * element
+    return patches * (given + max(positions, rotation, mlp) + features // vision.spatial_merge_size**2)
+
+
+def prefill_bytes(model: Any, size: PromptSize, settings: DecodingSettings) -> int:
+    """Cache and activations of the widest window of prompt tokens, and the features of all images and videos."""
+    text, vision = model.config.text_config, model.config.vision_config
+    rows, chunk, end = len(size.lengths), settings.prefill_chunk_size, max(size.lengths) + settings.block_size
+    width = end - size.first if chunk is None else min(end - size.first, chunk + settings.block_size)
+    tokens = sum(item.patches for item in size.items) // vision.spatial_merge_size**2
+    features = 2 * tokens * (1 + len(vision.deepstack_visual_indexes)) * text.hidden_size * element_size(model)
+    return rows * (end * column_bytes(model) + window_bytes(model, width, end)) + features
+
+
+def decode_bytes(model: Any, size: PromptSize, settings: DecodingSettings) -> int:
+    """The whole cache, and the larger of a window of two blocks and the scores of a block over the vocabulary."""
+    block, vocabulary, element = settings.block_size, model.config.text_config.vocab_size, element_size(model)
+    end = max(size.lengths) + (num_blocks(settings) + 1) * block
+    scores = block * vocabulary * (element + 4 + 4 * (element < 4))
+    rows = len(size.lengths) * settings.num_return_sequences
+    return cache_bytes(model, size, settings) + rows * max(scores, window_bytes(model, 2 * block, end))
+
+
+def window_bytes(model: Any, width: int, end: int) -> int:
+    """Activations of a text layer for a window of `width` tokens that sees the columns up to `end`."""
+    text, element = model.config.text_config, element_size(model)
+    heads, groups = text.num_attention_heads, text.num_attention_heads // text.num_key_value_heads
+    states = 4 * text.hidden_size * element + end + 2 * text.head_dim * element  # `end` of them of the boolean mask
+    mlp = 3 * text.intermediate_size * element
+    attention = 2 * heads * text.head_dim * element
+    repeated = 2 * heads * text.head_dim * end * element // width  # keys and values, for each head of a group
+    if text._attn_implementation == "eager":  # products and softmax
+        attention += heads * end * (element + 4 + 4 * (element < 4)) + repeated
+    elif text._attn_implementation == "sdpa":  # the mask as numbers
+        attention += end * (1 + element) + repeated
+    else:  # the mask repeated for each head of a group
+        attention += groups * end * (1 + element)
+    return width * (states + max(mlp, attention))
+
+
+def element_size(model: Any) -> int:
+    """Bytes of a number in activations and cache."""
+    return model.get_input_embeddings().weight.element_size()
+
+
+def check_memory(model: Any, prompt: Any, settings: DecodingSettings, reused: int = 0) -> None:
+    """Raise `ValueError` if a call surely needs more memory than its device has free, before anything is computed.
+
+    The message names the estimate, and what would fit. A model that is spread over devices is not checked.
+
+    Args:
+        model: the model, its weights in memory.
+        prompt: realigned, on the device.
+        settings: resolved.
+        reused: columns that a cache holds already.
+    """
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) <= 1:
+        size = PromptSize.of(model.config, prompt, reused)
+        check_fits(model, size, settings, prompt.input_ids.device, free_memory(prompt.input_ids.device))
+
+
+def check_fits(
+    model: Any,
+    size: PromptSize,
+    settings: DecodingSettings,
+    device: torch.device,
+    free: int | None,
+    with_weights: bool = False,
+) -> None:
+    """Raise `ValueError` if a call surely needs more than `free` bytes; None is not known, and passes."""
+
+    def needs(size: PromptSize, settings: DecodingSettings = settings) -> int:
+        needed = working_bytes(model, size, settings)
+        return needed + weight_bytes(model) if with_weights else needed
+
+    if free is None or needs(size) <= TOLERANCE * free:
+        return
+    found = estimate(model, size, settings)
+    advice = pixel_advice(size, model.config.vision_config, lambda smaller: needs(smaller) <= TOLERANCE * free)
+    chunk = max(SUGGESTED_CHUNK // settings.block_size, 1) * settings.block_size
+    if settings.prefill_chunk_size is None and needs(size, replace(settings, prefill_chunk_size=chunk)) <= free:
+        advice += f"; or set `prefill_chunk_size` to {chunk}"
+    weights = f"{readable(found.weights)} of weights, and " if with_weights else ""
+    raise ValueError(
+        f"a prompt of {found.prompt_tokens} tokens, {found.visual_tokens} of images and videos, needs about "
+        f"{readable(needs(size))}: {weights}{readable(found.vision)} to encode images and videos, "
+        f"{readable(found.prefill)} to encode the prompt, {readable(found.decode)} to write the response, one after "
+        f"the other; {device} has {readable(free)} free{advice}"
+    )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a device can still give, what torch holds unused included; None where that is not known."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:  # Linux: what programs can get without swapping
+            known = dict(line.split(":", 1) for line in lines)
+        return int(known["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def readable(size: int) -> str:
+    """Bytes in a unit that people read, for instance `1.2 GB`."""
+    value, units = float(size), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.0f} {units[0]}" if value >= 100 or units[0] == "B" else f"{value:.2g} {units[0]}"
+
+
+__all__ = ["MemoryEstimate", "check_fits", "check_memory", "estimate_memory", "free_memory", "read_prompt", "readable"]
