@@ -1,0 +1,7 @@
+"""`python -m bard_vl.cli` is `bard-vl`."""
+
+import sys
+
+from .main import main
+
+sys.exit(main())

@@ -1,0 +1,159 @@
+"""`bard-vl chat`: a conversation about pictures, each turn encoding only what is new."""
+
+import contextlib
+import shlex
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from .errors import report
+from .media import read
+from .options import (
+    BlockSize,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    MaxPixels,
+    MinPixels,
+    Model,
+    Others,
+    Revision,
+    Steps,
+    Temperature,
+    Threshold,
+    settings_of,
+)
+from .session import Session
+from .terminal import DraftStreamer
+
+COMMANDS = {
+    "/image PATH": "show a picture with the next message; also /video",
+    "/reset": "forget the conversation",
+    "/help": "list these",
+    "/quit": "leave; so does the end of input",
+}
+
+
+class Conversation:
+    """What was said so far, and the cache that has encoded it."""
+
+    def __init__(self, session: Session):
+        self.session = session
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.messages: list[dict[str, Any]] = []
+        self.attached: list[dict[str, Any]] = []
+        self.cache: Any = None
+
+    def attach(self, place: str) -> None:
+        """Show a picture or a video with the next message; `ValueError` if it cannot be read."""
+        self.attached.append(read(place, self.session.processor))
+
+    def say(self, text: str) -> str:
+        """Print an answer to `text` and what is attached; what it took, in a line.
+
+        If that fails, the conversation is as before.
+        """
+        messages = [*self.messages, {"role": "user", "content": [*self.attached, {"type": "text", "text": text}]}]
+        inputs = self.session.encode(messages)
+        self.session.check_memory(inputs)
+        streamer = DraftStreamer(self.session.processor)
+        try:
+            answer = self.session.ask(messages, inputs, streamer=streamer, past_key_values=self.cache)
+        except BaseException:
+            streamer.clear_draft()
+            raise
+        reply = {"role": "assistant", "content": [{"type": "text", "text": answer.text}]}
+        self.messages, self.attached, self.cache = [*messages, reply], [], answer.output.past_key_values
+        return answer.summary()
+
+
+def chat(
+    files: Annotated[
+        list[str] | None, typer.Argument(metavar="[FILE]...", help="Pictures and videos of the first message.")
+    ] = None,
+    model: Model = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    block_size: BlockSize = None,
+    threshold: Threshold = None,
+    steps: Steps = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    others: Others = None,
+    max_pixels: MaxPixels = None,
+    min_pixels: MinPixels = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No counts on standard error.")] = False,
+) -> None:
+    """Talk about pictures: every turn encodes only what is new, pictures once.
+
+    A line is a message. Ctrl-C stops an answer, and the program where nothing is being written. Where standard input
+    is no terminal, the first failure ends the program.
+    """
+    settings = settings_of(block_size, threshold, steps, max_new_tokens, temperature, others)
+    conversation = Conversation(Session(model, settings, revision, device, dtype, max_pixels, min_pixels))
+    for place in files or []:
+        conversation.attach(place)
+    is_live = sys.stdin.isatty()
+    if is_live:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # lines can be edited and recalled
+        print("  ".join(f"{command}: {text}" for command, text in COMMANDS.items()), file=sys.stderr)
+    while (line := read_line(is_live)) is not None:
+        try:
+            if obey(conversation, line.strip(), quiet):
+                return
+        except KeyboardInterrupt:
+            if not is_live:
+                raise
+            print("\nstopped", file=sys.stderr)
+        except Exception as error:
+            if not is_live:
+                raise
+            report(error)
+
+
+chat.epilog = """\
+[bold]In the conversation[/bold]
+
+/image PATH, /video PATH: show it with the next message. /reset: forget the conversation. /quit: leave.
+
+[bold]Examples[/bold]
+
+bard-vl chat photo.jpg
+
+printf '/image photo.jpg\\nWhat is it?\\nWhat colour is it?\\n' | bard-vl chat --quiet
+"""
+
+
+def read_line(is_live: bool) -> str | None:
+    """The next line of standard input, None behind the last."""
+    try:
+        return input("> " if is_live else "")
+    except EOFError:
+        return None
+
+
+def obey(conversation: Conversation, line: str, quiet: bool) -> bool:
+    """Do what a line says; whether it ends the program."""
+    word, _, rest = line.partition(" ")
+    if word in ("/image", "/video"):
+        for place in shlex.split(rest):
+            conversation.attach(place)
+    elif word == "/reset":
+        conversation.reset()
+    elif word == "/help":
+        print("\n".join(f"{command:12} {text}" for command, text in COMMANDS.items()), file=sys.stderr)
+    elif word == "/quit":
+        return True
+    elif word.startswith("/"):
+        raise ValueError(f"unknown command {word}; /help lists them")
+    elif line:
+        took = conversation.say(line)
+        if not quiet:
+            print(took, file=sys.stderr)
+    return False

@@ -1,0 +1,71 @@
+"""The program `bard-vl`: its commands, and how it ends."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from .bench import bench
+from .chat import chat
+from .convert import convert
+from .demo import demo
+from .errors import FAILURE, INTERRUPTED, USAGE, report
+from .run import run
+from .session import quieten
+
+EPILOG = (
+    "[bold]Exit codes[/bold]: 0 done, 1 failure, 2 a command line that cannot be meant, 130 interrupted. The last line "
+    "on standard error then says why, behind `error: `. BARD_VL_TRACEBACK=1 puts the traceback above it."
+)
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+RAW = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+app.command(epilog=run.epilog)(run)
+app.command(epilog=chat.epilog)(chat)
+app.command(epilog=demo.epilog)(demo)
+app.command(context_settings=RAW, add_help_option=False)(convert)
+app.command(context_settings=RAW, add_help_option=False)(bench)
+
+
+@app.callback(invoke_without_command=True, epilog=EPILOG)
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Bard-VL: a vision-language model that writes blocks of tokens at a time.
+
+    `bard-vl COMMAND --help` shows what a command does, with examples.
+    """
+    if version:
+        print(f"bard-vl {__version__}")
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(USAGE)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; returns its exit code after an error was said in one line."""
+    quieten()
+    try:
+        code = app(args=arguments, prog_name="bard-vl", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        print("error: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except typer.Exit as ended:
+        return ended.exit_code
+    except SystemExit as ended:  # of the converter's and the benchmarks' own parsers
+        return ended.code if isinstance(ended.code, int) else FAILURE if ended.code else 0
+    except Exception as error:
+        return report(error)

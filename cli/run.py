@@ -1,0 +1,187 @@
+"""`bard-vl run`: one question about pictures, a video or nothing but text."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..memory_bard_vl import MemoryEstimate, free_memory, readable
+from .errors import UsageError
+from .media import read
+from .options import (
+    BlockSize,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    MaxPixels,
+    MinPixels,
+    Model,
+    Others,
+    Revision,
+    Seed,
+    Steps,
+    Temperature,
+    Threshold,
+    settings_of,
+)
+from .session import Answer, Session
+from .terminal import DraftStreamer
+
+OUTPUT = "Output"
+QUESTIONS = {"image": "Describe the image.", "video": "Describe the video."}
+"""What is asked where the command line asks nothing."""
+
+
+def run(
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FILE]...",
+            help="Pictures and videos, as paths or URLs; a folder is a video of one frame a picture. None: text alone.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="What to ask; - reads standard input. Default: a description.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    model: Model = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    block_size: BlockSize = None,
+    threshold: Threshold = None,
+    steps: Steps = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    others: Others = None,
+    max_pixels: MaxPixels = None,
+    min_pixels: MinPixels = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print answer, counts and times as JSON.", rich_help_panel=OUTPUT)
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print what it would take, without reading weights.", rich_help_panel=OUTPUT),
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page that plays the denoising.", rich_help_panel=OUTPUT)
+    ] = None,
+    gif: Annotated[Path | None, typer.Option(help="Write it as an animation.", rich_help_panel=OUTPUT)] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Write the answer as a picture, shaded by step.", rich_help_panel=OUTPUT)
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No counts on standard error.", rich_help_panel=OUTPUT)
+    ] = False,
+) -> None:
+    """Ask about pictures or a video, and watch the answer being written.
+
+    On a terminal the block in progress is grey. Elsewhere the answer alone goes to standard output, what it took to
+    standard error.
+    """
+    settings = settings_of(block_size, threshold, steps, max_new_tokens, temperature, others)
+    check_outputs(html, gif, png)
+    session = Session(model, settings, revision, device, dtype, max_pixels, min_pixels)
+    content = [read(place, session.processor) for place in files or []]
+    question = read_question(prompt, content)
+    messages: list[dict[str, Any]] = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    inputs = session.encode(messages)
+    if dry_run:
+        print_estimate(session.estimate(inputs), session, as_json)
+        return
+    session.check_memory(inputs)
+    shown = any((html, gif, png))
+    streamer = None if as_json else DraftStreamer(session.processor)
+    answer = session.ask(messages, inputs, streamer=streamer, seed=seed, output_history=shown)
+    if as_json:
+        print(json.dumps({"model": session.name, "prompt": question, **answer.as_dict()}, ensure_ascii=False, indent=2))
+    elif not quiet:
+        print(answer.summary(), file=sys.stderr)
+    if shown:
+        write_pictures(session, answer, question, content, html, gif, png)
+
+
+run.epilog = """\
+[bold]Examples[/bold]
+
+bard-vl run photo.jpg
+
+bard-vl run a.jpg b.jpg --prompt "What differs?" --model Bard-VL-4B
+
+bard-vl run clip.mp4 --prompt "What happens?" --max-pixels 4000000
+
+bard-vl run photo.jpg --json --max-new-tokens 64 > answer.json
+
+bard-vl run photo.jpg --html answer.html --gif answer.gif --png answer.png
+
+bard-vl run photo.jpg --dry-run
+"""
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """Raise `UsageError` unless every path can be written, before minutes are spent on what goes there."""
+    for path in filter(None, paths):
+        if not path.parent.is_dir() or path.is_dir():
+            raise UsageError(f"{path} cannot be written: {'a folder' if path.is_dir() else 'no such folder'}")
+
+
+def read_question(prompt: str | None, content: list[dict[str, Any]]) -> str:
+    """The question asked, from standard input for `-`, or one that goes with the pictures; `UsageError` if none."""
+    if prompt == "-":
+        prompt = sys.stdin.read().strip()
+    elif prompt is None and content:
+        prompt = QUESTIONS[content[0]["type"]]
+    if not prompt:
+        raise UsageError("nothing to answer: give a picture, a video or --prompt")
+    return prompt
+
+
+def print_estimate(estimate: MemoryEstimate, session: Session, as_json: bool) -> None:
+    """Print the memory that an answer takes."""
+    free = free_memory(session.device)
+    if as_json:
+        facts = {"model": session.name, "device": str(session.device), "free": free}
+        print(json.dumps({**facts, **estimate.as_dict()}, indent=2))
+        return
+    dtype = str(session.dtype).removeprefix("torch.")
+    table = Table(title=f"{session.name} in {dtype}", title_justify="left", box=None, show_header=False, padding=(0, 2))
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    most = f"response of {estimate.new_tokens} tokens at most"
+    table.add_row("weights", readable(estimate.weights))
+    table.add_row("cache", readable(estimate.cache), f"prompt of {estimate.prompt_tokens} tokens, {most}")
+    table.add_row("encoding images", readable(estimate.vision), f"{estimate.visual_tokens} visual tokens")
+    table.add_row("encoding the prompt", readable(estimate.prefill), "its cache included")
+    table.add_row("writing", readable(estimate.decode), "the cache included")
+    table.add_row("[bold]in all, at most[/bold]", f"[bold]{readable(estimate.total)}[/bold]", "weights and the largest")
+    if free is not None:
+        table.add_row(f"free on {session.device}", readable(free))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def write_pictures(
+    session: Session,
+    answer: Answer,
+    question: str,
+    content: list[dict[str, Any]],
+    html: Path | None,
+    gif: Path | None,
+    png: Path | None,
+) -> None:
+    """Write what shows the denoising of an answer."""
+    from ..viewer import Recording, write_gif, write_html, write_png
+
+    images = [item["image"] for item in content if item["type"] == "image"]
+    images += [frame for item in content if item["type"] == "video" for frame in item["video"][0][:1]]
+    recording = Recording.of(answer.output, session.processor, images=images, prompt=question, title=session.title)
+    for path, write in ((html, write_html), (gif, write_gif), (png, write_png)):
+        if path is not None:
+            write(recording, path)

@@ -1,0 +1,269 @@
+"""A checkpoint opened, asked and timed: what the commands, the demo page and scripts share."""
+
+import contextlib
+import copy
+import json
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.utils import logging
+
+from ..configuration_bard_vl import BardVLConfig
+from ..generation_bard_vl import BardVLGenerationOutput
+from ..generation_config_bard_vl import BardVLGenerationConfig, setting, token_ids
+from ..memory_bard_vl import MemoryEstimate, check_fits, estimate_memory, free_memory, read_prompt
+from ..modeling_bard_vl import BardVLForConditionalGeneration
+from ..processing_bard_vl import BardVLProcessor
+from .errors import UsageError, one_line
+
+EMBEDDED = Path(__file__).resolve().parents[1] / "examples" / "checkpoint"  # a small trained one of the repository
+OWN_SETTINGS = ("return_dict_in_generate", "output_history", "return_step_stats", "num_return_sequences")
+
+
+@dataclass
+class Answer:
+    """A response and what it took.
+
+    Attributes:
+        text: the response without special tokens.
+        output: what `generate` returned.
+        prompt_length: prompt tokens, `visual_tokens` of them of pictures and videos.
+        seconds: spent in `generate`.
+        finish_reason: `eos`, `length`, or `stop` for a stop string or a time limit.
+    """
+
+    text: str
+    output: BardVLGenerationOutput
+    prompt_length: int
+    visual_tokens: int
+    seconds: float
+    finish_reason: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens, EOS included."""
+        return self.output.sequences.shape[1] - self.prompt_length
+
+    @property
+    def num_forwards(self) -> int:
+        """Forwards of the language model, whatever they were for."""
+        return sum(self.output.num_forwards.values())
+
+    def summary(self) -> str:
+        """What it took, in a line."""
+        encoded = int(self.output.num_encoded_tokens[0])
+        reused = f", {encoded} of them encoded" if encoded < self.prompt_length else ""
+        return (
+            f"{self.num_tokens} tokens in {self.num_forwards} forwards "
+            f"({self.output.tokens_per_forward[0]:.2f} tokens per forward), {self.seconds:.1f} s; "
+            f"prompt of {self.prompt_length} tokens{reused}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints about an answer."""
+        return {
+            "response": self.text,
+            "finish_reason": self.finish_reason,
+            "num_tokens": self.num_tokens,
+            "num_forwards": self.output.num_forwards,
+            "tokens_per_forward": float(self.output.tokens_per_forward[0]),
+            "block_step_counts": self.output.block_step_counts[0].tolist(),
+            "prompt_tokens": self.prompt_length,
+            "visual_tokens": self.visual_tokens,
+            "encoded_prompt_tokens": int(self.output.num_encoded_tokens[0]),
+            "seconds": self.seconds,
+            "tokens_per_second": self.num_tokens / self.seconds,
+        }
+
+
+class Session:
+    """A checkpoint, its processor, and its weights once they are needed.
+
+    Args:
+        name: folder or Hub id; None for the small one that a checkout of the repository has.
+        revision: branch, tag or commit of a Hub id.
+        settings: of generation; checked against the checkpoint at once.
+        device: default: cuda where there is one.
+        dtype: of the weights, for instance `float32`; default: the checkpoint's.
+        max_pixels, min_pixels: of a picture, or of a video in all its frames; default: the processor's.
+
+    Raises:
+        UsageError: no such checkpoint can be meant, or a setting is wrong.
+        OSError: the checkpoint cannot be read.
+    """
+
+    def __init__(
+        self,
+        name: str | None,
+        settings: BardVLGenerationConfig | None = None,
+        revision: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        max_pixels: int | None = None,
+        min_pixels: int | None = None,
+    ):
+        self.name, self.where = find_checkpoint(name), {"revision": revision} if revision else {}
+        self.settings = settings or BardVLGenerationConfig()
+        self.device = find_device(device)
+        self.config = AutoConfig.from_pretrained(self.name, **self.where)
+        check_config(self.name, self.config, self.settings)
+        self.dtype = find_dtype(dtype, self.config)
+        self.processor = BardVLProcessor.from_pretrained(self.name, **self.where)
+        set_pixels(self.processor, min_pixels, max_pixels)
+        self._model: BardVLForConditionalGeneration | None = None
+
+    @property
+    def title(self) -> str:
+        """The checkpoint's name without what stands before it."""
+        return self.name.rstrip("/").rpartition("/")[2]
+
+    @property
+    def model(self) -> BardVLForConditionalGeneration:
+        """The model on its device, loaded when first asked for."""
+        if self._model is None:
+            model = AutoModelForImageTextToText.from_pretrained(self.name, dtype=self.dtype, **self.where)
+            self._model = model.to(self.device).eval()
+        return self._model
+
+    def encode(self, messages: list[dict[str, Any]]) -> Any:
+        """Model inputs of a conversation, whose pictures and videos are those of `media.read`."""
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        items = [item for message in messages for item in message["content"]]
+        images = [item["image"] for item in items if item["type"] == "image"]
+        videos = [item["video"] for item in items if item["type"] == "video"]
+        return self.processor(text=[text], images=images or None, videos=videos or None, return_tensors="pt")
+
+    def estimate(self, inputs: Any) -> MemoryEstimate:
+        """What answering takes, without the weights being read."""
+        return estimate_memory(self.shape, inputs, self.settings)
+
+    def check_memory(self, inputs: Any) -> None:
+        """Raise `ValueError` with the estimate if weights and answer do not fit into what is free."""
+        size, settings = read_prompt(self.shape, inputs, self.settings)
+        check_fits(self.shape, size, settings, self.device, free_memory(self.device), self._model is None)
+
+    @cached_property
+    def shape(self) -> BardVLForConditionalGeneration:
+        """The model without its weights, on the meta device."""
+        with torch.device("meta"):
+            model = BardVLForConditionalGeneration._from_config(self.config, dtype=self.dtype)
+        with contextlib.suppress(OSError):  # no such file
+            model.generation_config = BardVLGenerationConfig.from_pretrained(self.name, **self.where)
+        return model
+
+    def ask(self, messages: list[dict[str, Any]], inputs: Any = None, **arguments: Any) -> Answer:
+        """Answer a conversation; `inputs` spares encoding it again, other arguments are those of `generate`."""
+        inputs = (self.encode(messages) if inputs is None else inputs).to(self.device)
+        model, length = self.model, inputs["input_ids"].shape[1]
+        start = time.perf_counter()
+        output = model.generate(
+            **inputs,
+            generation_config=self.settings,
+            return_dict_in_generate=True,
+            tokenizer=self.processor,
+            **arguments,
+        )
+        seconds = time.perf_counter() - start
+        response = output.sequences[0, length:].tolist()
+        merged = {**model.generation_config.explicit(), **self.settings.explicit(), **arguments}
+        limit = setting(BardVLGenerationConfig(max_new_tokens=merged.get("max_new_tokens")), "max_new_tokens")
+        eos = token_ids(merged.get("eos_token_id", self.processor.tokenizer.eos_token_id))
+        reason = "eos" if response[-1] in eos else "length" if len(response) == limit else "stop"
+        visual = torch.isin(
+            inputs["input_ids"].cpu(), torch.tensor([self.config.image_token_id, self.config.video_token_id])
+        )
+        return Answer(
+            text=self.processor.decode(response, skip_special_tokens=True),
+            output=output,
+            prompt_length=length,
+            visual_tokens=int(visual.sum()),
+            seconds=seconds,
+            finish_reason=reason,
+        )
+
+
+def quieten() -> None:
+    """Keep transformers' progress bars and advice off standard error, where errors are one line."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def build_settings(named: dict[str, Any], others: list[str] | None = None) -> BardVLGenerationConfig:
+    """Settings from options (None is unset) and from texts NAME=VALUE, whose values are JSON or plain text.
+
+    Raises:
+        UsageError: a setting is unknown or out of range, or none that a command leaves to its caller.
+    """
+    settings = {name: value for name, value in named.items() if value is not None}
+    for text in others or []:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set takes NAME=VALUE, got {text!r}")
+        if name in OWN_SETTINGS:
+            raise UsageError(f"`{name}` is the command's own")
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name] = value
+    try:
+        return BardVLGenerationConfig(**settings)
+    except ValueError as error:
+        raise UsageError(one_line(error)) from error
+
+
+def find_checkpoint(name: str | None) -> str:
+    """The checkpoint's folder or Hub id; by default the one in the repository, `UsageError` if there is none."""
+    if name is not None:
+        return name
+    if not (EMBEDDED / "config.json").is_file():
+        raise UsageError("no model: give --model, a folder or Hub id of a Bard-VL checkpoint")
+    return str(EMBEDDED)
+
+
+def check_config(name: str, config: Any, settings: BardVLGenerationConfig) -> None:
+    """Raise `UsageError` unless it is a Bard-VL config, and a block size is stated."""
+    if not isinstance(config, BardVLConfig):
+        raise UsageError(f"{name} is no Bard-VL checkpoint: its model type is {config.model_type}")
+    if (config.block_size, settings.block_size) == (None, None):
+        raise UsageError(f"{name} states no block size: give --block-size, the number after B in its name")
+
+
+def find_device(device: str | None) -> torch.device:
+    """The device of that name, or the default; `UsageError` if there is none."""
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device} cannot be used: {one_line(error)}") from error
+    return found
+
+
+def find_dtype(dtype: str | None, config: Any) -> torch.dtype:
+    """The dtype of that name, or the checkpoint's; `UsageError` if it is none for weights."""
+    stated = dtype or config.dtype or config.text_config.dtype or "float32"
+    found = stated if isinstance(stated, torch.dtype) else getattr(torch, str(stated), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UsageError(f"--dtype must be bfloat16, float16 or float32, got {dtype}")
+    return found
+
+
+def set_pixels(processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Bound the pixels of a picture, and of a video in all its frames; `UsageError` if the bounds cross."""
+    if min_pixels and max_pixels and min_pixels > max_pixels:
+        raise UsageError(f"--min-pixels {min_pixels} is more than --max-pixels {max_pixels}")
+    for part in (processor.image_processor, processor.video_processor):
+        if part is None:
+            continue
+        size = copy.copy(part.size)
+        if max_pixels:
+            size["longest_edge"] = max_pixels
+            size["shortest_edge"] = min(size["shortest_edge"], max_pixels)
+        if min_pixels:
+            size["shortest_edge"] = min_pixels
+            size["longest_edge"] = max(size["longest_edge"], min_pixels)
+        part.size = size

@@ -1,0 +1,195 @@
+"""A web page to try a checkpoint: a picture, a question, settings, drafts as they come, and the player of the steps."""
+
+import html
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+import torch
+
+from ..generation_config_bard_vl import DEFAULTS
+from ..remasking_bard_vl import REMASKING_RULES
+from .page import html_of
+from .recording import Recording
+
+CSS = """
+.answer { font-size: 1.15rem; line-height: 1.7; min-height: 9rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.answer .draft { color: var(--body-text-color-subdued); }
+.answer .took { display: block; margin-top: 0.8rem; font-size: 0.9rem; color: var(--body-text-color-subdued); }
+.answer .error { color: var(--error-text-color); }
+.player iframe { width: 100%; height: 660px; border: 1px solid var(--border-color-primary); border-radius: 12px; }
+"""
+
+
+class Stopped(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class QueueStreamer:
+    """Queues (finished ids, draft ids) as they come; told to stop, it raises `Stopped` inside `generate`."""
+
+    def __init__(self) -> None:
+        self.states: queue.Queue[Any] = queue.Queue()
+        self.stopped = threading.Event()
+        self.finished: list[int] | None = None  # None until the prompt has come
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt, then each finished block."""
+        if self.finished is None:
+            self.finished = []
+            return
+        self.finished += value.flatten().tolist()
+        self.tell([])
+
+    def put_draft(self, value: torch.Tensor) -> None:
+        """Take the block in progress."""
+        self.tell(value.flatten().tolist())
+
+    def end(self) -> None:
+        """The caller of `generate` says when it has ended."""
+
+    def tell(self, draft: list[int]) -> None:
+        """Hand the present state on."""
+        if self.stopped.is_set():
+            raise Stopped
+        self.states.put((list(self.finished or []), draft))
+
+
+def build_page(session: Any) -> gr.Blocks:
+    """The page; `session` is a `cli.session.Session`."""
+    stored = {**session.model.generation_config.explicit(), **session.settings.explicit()}
+    block_size = stored.get("block_size") or session.config.block_size
+    with gr.Blocks(title=f"Bard-VL: {session.title}", analytics_enabled=False) as page:
+        gr.Markdown(f"## {session.title}\nBlocks of {block_size} tokens are written at a time: grey is still a draft.")
+        with gr.Row():
+            with gr.Column(scale=2):
+                picture = gr.Image(type="pil", label="Picture", height=340, elem_id="picture")
+                prompt = gr.Textbox("Describe the image.", label="Question", lines=2, elem_id="prompt")
+                with gr.Row():
+                    ask = gr.Button("Ask", variant="primary", elem_id="ask")
+                    stop = gr.Button("Stop", elem_id="stop")
+                with gr.Accordion("Settings", open=False):
+                    rule = gr.Dropdown(
+                        list(REMASKING_RULES),
+                        value=stored.get("remasking_strategy", DEFAULTS["remasking_strategy"]),
+                        label="Which tokens a step commits (remasking_strategy)",
+                    )
+                    threshold = gr.Slider(
+                        0,
+                        1,
+                        value=stored.get("confidence_threshold", DEFAULTS["confidence_threshold"]),
+                        step=0.01,
+                        label="Commit what is more probable than (confidence_threshold)",
+                    )
+                    steps = gr.Slider(
+                        1,
+                        block_size,
+                        value=stored.get("denoising_steps", block_size),
+                        step=1,
+                        label="Steps a block at most (denoising_steps)",
+                    )
+                    longest = gr.Slider(
+                        block_size,
+                        1024,
+                        value=stored.get("max_new_tokens", DEFAULTS["max_new_tokens"]),
+                        step=1,
+                        label="Longest answer in tokens (max_new_tokens)",
+                    )
+                    temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature, 0 is greedy")
+            with gr.Column(scale=3):
+                answer = gr.HTML(framed(""), label="Answer", elem_id="answer")
+        player = gr.HTML("", elem_id="player", elem_classes="player")
+
+        def respond(*given: Any) -> Iterator[tuple[str, Any]]:
+            yield from answer_in_steps(session, *given)
+
+        inputs = [picture, prompt, rule, threshold, steps, longest, temperature]
+        outputs = [answer, player]
+        running = [
+            ask.click(respond, inputs, outputs, show_progress="hidden"),
+            prompt.submit(respond, inputs, outputs, show_progress="hidden"),
+        ]
+        stop.click(None, cancels=running)
+    return page
+
+
+def serve(page: gr.Blocks, host: str, port: int, wait: bool = True) -> str:
+    """Serve the page at an address, port 0 being any that is free, until interrupted or at once; return its URL."""
+    _, url, _ = page.queue().launch(
+        server_name=host,
+        server_port=port or None,
+        prevent_thread_lock=True,
+        quiet=True,
+        css=CSS,
+        theme=gr.themes.Default(font="system-ui", font_mono="monospace"),
+        footer_links=[],
+    )
+    print(f"serving on {url}", flush=True)
+    if wait:
+        page.block_thread()
+    return url
+
+
+def answer_in_steps(
+    session: Any,
+    picture: Any,
+    prompt: str,
+    rule: str,
+    threshold: float,
+    steps: int,
+    longest: int,
+    temperature: float,
+) -> Iterator[tuple[str, Any]]:
+    """Answers and players as HTML, as the answer grows; what goes wrong is said in the answer's place."""
+    images = [] if picture is None else [picture.convert("RGB")]
+    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": prompt}]
+    settings = {
+        "remasking_strategy": rule,
+        "confidence_threshold": threshold,
+        "denoising_steps": int(steps),
+        "max_new_tokens": int(longest),
+        "temperature": temperature,
+    }
+    if not prompt.strip():
+        yield framed("", error="Ask something."), ""
+        return
+    streamer, outcome = QueueStreamer(), []
+
+    def work() -> None:
+        try:
+            messages = [{"role": "user", "content": content}]
+            outcome.append(session.ask(messages, streamer=streamer, output_history=True, **settings))
+        except Exception as error:  # shown on the page
+            outcome.append(error)
+        streamer.states.put(None)
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    yield framed(""), ""
+    try:
+        while (state := streamer.states.get()) is not None:
+            finished, draft = state
+            text = session.processor.decode(finished, skip_special_tokens=True)
+            yield framed(text, session.processor.decode_draft(draft)), gr.skip()
+    finally:
+        streamer.stopped.set()
+        worker.join()
+    (result,) = outcome
+    if isinstance(result, Exception):
+        yield framed("", error=" ".join(str(result).split())), ""
+        return
+    recording = Recording.of(result.output, session.processor, images=images, prompt=prompt, title=session.title)
+    frame = f'<iframe title="Player of the steps" sandbox="allow-scripts" srcdoc="{html.escape(html_of(recording))}">'
+    yield framed(result.text, took=result.summary()), f"{frame}</iframe>"
+
+
+def framed(text: str, draft: str = "", took: str = "", error: str = "") -> str:
+    """The answer as HTML."""
+    parts = [("draft", draft), ("took", took), ("error", error)]
+    spans = [f'<span class="{name}">{html.escape(part)}</span>' for name, part in parts if part]
+    return f'<div class="answer" aria-live="polite"><span class="text">{html.escape(text)}</span>{"".join(spans)}</div>'
+
+
+__all__ = ["build_page", "serve"]
