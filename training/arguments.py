@@ -115,6 +115,8 @@ class DataArguments:
     def check(self) -> None:
         """Raise `RecipeError` for what cannot be meant."""
         require(self.train_data is not None, "`train_data` is missing: name the chats to train on")
+        low, high = self.min_pixels, self.max_pixels
+        require(low is None or high is None or low <= high, f"`min_pixels` {low} is above `max_pixels` {high}")
         for name in ("max_length", "pad_to_multiple_of", "max_eval_samples"):
             require(getattr(self, name) >= 1, f"`{name}` must be at least 1, got {getattr(self, name)}")
 
@@ -165,7 +167,6 @@ class BlockDiffusionArguments(TrainingArguments):
 
     def check(self) -> None:
         """Raise `RecipeError` for what cannot be meant."""
-        require(self.output_dir is not None, "`output_dir` is missing: name the folder to write to")
         for name, reason in UNUSED.items():
             require(not getattr(self, name, None), f"`{name}` is not supported: {reason}")
         for name in ("eval_strategy", "save_strategy", "logging_strategy"):
@@ -183,7 +184,7 @@ class BlockDiffusionArguments(TrainingArguments):
         )
         require(
             self.max_steps <= 0 or self.get_warmup_steps(self.max_steps) < self.max_steps,
-            f"`warmup_steps` {self.warmup_steps} leaves none of the `max_steps` {self.max_steps}",
+            f"`warmup_steps` {self.warmup_steps:g} leaves none of the `max_steps` {self.max_steps}",
         )
         require(self.n_gpu <= 1, f"{self.n_gpu} GPUs in one process: start with `accelerate launch`, a process per GPU")
         require(
@@ -191,6 +192,10 @@ class BlockDiffusionArguments(TrainingArguments):
             f"`mask_form: flex` trains on CUDA only, the device is {self.device}",
         )
         require(self.loss_chunk_size >= 1, f"`loss_chunk_size` must be at least 1, got {self.loss_chunk_size}")
+        require(
+            self.padding_weight is None or self.padding_weight >= 0,
+            f"`padding_weight` must be at least 0, got {self.padding_weight}",
+        )
         require(self.decode_samples >= 0, f"`decode_samples` must be at least 0, got {self.decode_samples}")
 
     @property
@@ -318,6 +323,9 @@ def parse_recipe(kinds: Sequence[type], arguments: Sequence[str]) -> tuple[Any, 
         close = difflib.get_close_matches(key, names, 1)
         require(key in names, f"unknown key {key!r} in the recipe" + (f"; did you mean {close[0]!r}?" if close else ""))
     given = [flag for key, value in recipe.items() for flag in as_flags(key, value)]
+    # Newer lines of transformers have a default for it, in the working directory.
+    names_output = any(flag.replace("-", "_").startswith("__output_dir") for flag in [*given, *flags])
+    require(names_output, "`output_dir` is missing: name the folder to write to")
     try:
         *parsed, rest = parser.parse_args_into_dataclasses([*given, *flags], return_remaining_strings=True)
     except (ValueError, ImportError) as error:  # transformers' own checks of its settings
@@ -325,6 +333,11 @@ def parse_recipe(kinds: Sequence[type], arguments: Sequence[str]) -> tuple[Any, 
     require(not rest, f"unknown argument {' '.join(rest)!r}")
     for settings in parsed:
         settings.check()
+    known = {name: value for settings in parsed for name, value in vars(settings).items()}
+    if known.get("eval_data") is None:
+        evaluates = getattr(known.get("eval_strategy"), "value", "no") != "no"
+        needs = "`eval_strategy`" if evaluates else "`decode_samples`" if known.get("decode_samples") else None
+        require(needs is None, f"{needs} is set, but `eval_data` is missing: name held-out chats")
     return tuple(parsed)
 
 

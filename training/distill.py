@@ -16,7 +16,7 @@ from .arguments import BlockDiffusionArguments, DataArguments, DistillArguments,
 from .stages import (
     Run,
     Stage,
-    check_source,
+    check_inputs,
     check_teacher,
     find,
     run_recipe,
@@ -50,7 +50,7 @@ def plan(run: Run, settings: DistillArguments) -> list[Stage]:
         teacher = settings.teacher_name_or_path or str(anchor(Path(source), size))
         taught_by = find(teacher)
         check_teacher(taught_by, job, size, settings)
-        check_source(run, job, size)
+        check_inputs(run, job, size)
         start = job.folder if output.exists() else start_folder(run, job, size)
         stages.append(Stage(start, size, output, None, number, taught_by.folder, settings))
     return stages

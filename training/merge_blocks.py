@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import BlockDiffusionArguments, DataArguments, MergeArguments, ModelArguments, require
-from .stages import Run, Stage, check_source, find, run_recipe, run_stage, start_folder, stated_block_size
+from .stages import Run, Stage, check_inputs, find, run_recipe, run_stage, start_folder, stated_block_size
 
 RECIPE = (ModelArguments, DataArguments, BlockDiffusionArguments, MergeArguments)
 
@@ -44,7 +44,7 @@ def plan(run: Run, schedule: MergeArguments) -> list[Stage]:
     steps: list[Any] = schedule.steps_per_stage or [None] * len(sizes)
     for count in steps:
         warmup = 0 if count is None else args.get_warmup_steps(count)
-        require(count is None or warmup < count, f"`warmup_steps` {args.warmup_steps} leaves none of {count} steps")
+        require(count is None or warmup < count, f"`warmup_steps` {args.warmup_steps:g} leaves none of {count} steps")
     require(
         args.max_steps > 0 or schedule.steps_per_stage is not None or not run.data.streaming,
         "a stream has no epochs: `streaming` needs `max_steps` or `steps_per_stage`",
@@ -53,7 +53,7 @@ def plan(run: Run, schedule: MergeArguments) -> list[Stage]:
     first = outputs[0]
     if not first.exists():  # the source is needed no more once its first stage is there
         job = job or find(source, run.model.model_revision)
-        check_source(run, job, sizes[0])
+        check_inputs(run, job, sizes[0])
         first = start_folder(run, job, sizes[0])
     return [
         Stage(source, size, output, count, number)

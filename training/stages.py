@@ -145,10 +145,37 @@ def start_folder(run: Run, job: Conversion, block_size: int) -> Path:
     return folder
 
 
-def check_source(run: Run, job: Conversion, block_size: int) -> None:
-    """Refuse a source that cannot be converted, before anything is written."""
+def check_inputs(run: Run, job: Conversion, block_size: int) -> None:
+    """Refuse chats that cannot be opened and a source that cannot be converted, before anything is written."""
+    data = run.data
+    with one_line():
+        limits(data, block_size)
+        open_chats(str(data.train_data), data.train_split, data.streaming, data.data_name)
+        if data.eval_data is not None:
+            open_chats(data.eval_data, data.eval_split, False, data.data_name)
     if not job.is_bard:
         prepare(job.folder, None, block_size, run.model.mask_token_id, run.model.mask_row)
+
+
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """Turn errors about values and files into a `RecipeError` of one line."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise RecipeError(" ".join(str(error).split())) from error
+
+
+def limits(data: DataArguments, block_size: int) -> ChatLimits:
+    """Which chats are used at a block size."""
+    return ChatLimits(
+        block_size,
+        data.max_length,
+        data.overlong,
+        data.max_total_length,
+        data.min_short_side,
+        data.max_aspect_ratio,
+    )
 
 
 def is_finished(stage: Stage) -> bool:
@@ -175,12 +202,13 @@ def run_stage(run: Run, stage: Stage) -> Path:
     if is_finished(stage):
         return stage.output
     args = run.args.changed(output_dir=str(stage.run_folder), seed=run.args.seed + stage.number)
-    check_settings(run, stage)
+    settings = decisive_settings(run, stage)
+    check_settings(stage, settings)
     trainer = build_trainer(run, stage, args)
     if run.args.should_save:
         print(Cost.of(trainer).table(f"{stage.output.name}: from {stage.source}"), flush=True)
+        prepare_folder(stage, settings)
     checkpoints = complete_checkpoints(stage.run_folder)
-    drop_half_written(stage, run.args)
     trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
     finish(trainer, run, stage)
     trainer.accelerator.free_memory()
@@ -197,10 +225,8 @@ def build_trainer(run: Run, stage: Stage, args: BlockDiffusionArguments) -> Bloc
     set_seed(args.seed)  # new adapters are random
     model = load_student(run, stage)
     config = model.get_base_model().config if run.model.use_lora else model.config
-    try:
+    with one_line():
         train, held_out, collator = load_data(run, stage, processor, config, args)
-    except (ValueError, OSError) as error:
-        raise RecipeError(" ".join(str(error).split())) from error
     args.max_steps = args.steps(None if run.data.streaming else len(train)) if stage.steps is None else stage.steps
     return BlockDiffusionTrainer(
         model=model,
@@ -219,18 +245,12 @@ def load_data(
 ) -> tuple[Any, ChatSamples | None, PackingCollator]:
     """Training chats, held-out chats, and what packs them."""
     data = run.data
-    limits = ChatLimits(
-        stage.block_size,
-        data.max_length,
-        data.overlong,
-        data.max_total_length,
-        data.min_short_side,
-        data.max_aspect_ratio,
-    )
     resized = limit_pixels(processor, data.min_pixels, data.max_pixels)
 
     def encoder(source: str | None) -> ChatEncoder:
-        return ChatEncoder(resized, config, limits, data.media_folder or media_folder_of(str(source)))
+        return ChatEncoder(
+            resized, config, limits(data, stage.block_size), data.media_folder or media_folder_of(str(source))
+        )
 
     held_out = None
     with args.main_process_first(desc="measuring chats"):
@@ -265,10 +285,8 @@ def load(folder: Path, dtype: Any, attention: str | None, **settings: Any) -> An
     """Weights of a folder."""
     if attention is not None:
         settings["attn_implementation"] = attention
-    try:
+    with one_line():
         return BardVLForConditionalGeneration.from_pretrained(folder, dtype=dtype, **settings)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise RecipeError(f"cannot load {folder}: {' '.join(str(error).split())}") from error
 
 
 def with_adapters(model: Any, settings: ModelArguments) -> Any:
@@ -346,38 +364,39 @@ def whole_models() -> Iterator[None]:
 # --- Interruption and completion --------------------------------------------------------------------------------------
 
 
-def check_settings(run: Run, stage: Stage) -> None:
-    """Note what a stage is begun with; refuse to go on with anything else."""
+def decisive_settings(run: Run, stage: Stage) -> dict[str, Any]:
+    """What a stage's result depends on, in JSON's types."""
     settings = {name: getattr(run.args, name) for name in DECISIVE}
     settings |= {"global_batch_size": run.args.global_batch_size, "steps": stage.steps}
     settings |= asdict(run.model) | asdict(run.data)
     if stage.distillation is not None:
         settings |= asdict(stage.distillation) | {"teacher": str(stage.teacher)}
     settings |= {"source": str(stage.source), "block_size": stage.block_size}
-    settings = json.loads(json.dumps(settings, default=str))
+    return json.loads(json.dumps(settings, default=str))
+
+
+def check_settings(stage: Stage, settings: dict[str, Any]) -> None:
+    """Refuse to go on with a stage that was begun with other settings."""
     path = stage.run_folder / "settings.json"
-    if path.is_file():
-        before = json.loads(path.read_text("utf-8"))
-        for name, value in settings.items():
-            require(
-                before.get(name) == value,
-                f"{stage.run_folder} was begun with `{name}` {before.get(name)!r}, now it is {value!r}: "
-                "choose another `output_dir`, or remove that folder to begin again",
-            )
-    if run.args.should_save and not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
-        partial.rename(path)
+    before = json.loads(path.read_text("utf-8")) if path.is_file() else settings
+    for name, value in settings.items():
+        require(
+            before.get(name) == value,
+            f"{stage.run_folder} was begun with `{name}` {before.get(name)!r}, now it is {value!r}: "
+            "choose another `output_dir`, or remove that folder to begin again",
+        )
 
 
-def drop_half_written(stage: Stage, args: BlockDiffusionArguments) -> None:
-    """Remove checkpoints that an interruption left half-written."""
-    if args.should_save:
-        complete = complete_checkpoints(stage.run_folder)
-        for folder in stage.run_folder.glob("checkpoint-*"):
-            if folder not in complete:
-                shutil.rmtree(folder)
+def prepare_folder(stage: Stage, settings: dict[str, Any]) -> None:
+    """Note the settings that a stage is begun with, and remove checkpoints that an interruption left half-written."""
+    stage.run_folder.mkdir(parents=True, exist_ok=True)
+    partial = stage.run_folder / "settings.partial"
+    partial.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    partial.rename(stage.run_folder / "settings.json")
+    complete = complete_checkpoints(stage.run_folder)
+    for folder in stage.run_folder.glob("checkpoint-*"):
+        if folder not in complete:
+            shutil.rmtree(folder)
 
 
 def finish(trainer: BlockDiffusionTrainer, run: Run, stage: Stage) -> None:

@@ -1,0 +1,189 @@
+"""Recipes: those that ship build at tiny shapes, and bad ones end in one line before any work."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from bard_vl.training import distill, merge_blocks
+from bard_vl.training.arguments import RecipeError, parse_recipe
+from bard_vl.training.stages import Run, build_trainer
+from training_cases import MASK, bard_folder, chats_file, copy_of, qwen_folder, settings, write_recipe
+
+RECIPES = Path(merge_blocks.__file__).parent / "recipes"
+# What the machines of a test lack, by command-line flags over the recipe.
+TINY = {
+    "train_data": str(chats_file()),
+    "use_cpu": "true",
+    "max_steps": "30",
+    "warmup_steps": "3",
+    "min_pixels": "4096",
+    "max_pixels": "65536",
+    "per_device_train_batch_size": "2",
+    "gradient_accumulation_steps": "1",
+    "measuring_processes": "1",
+    "dataloader_num_workers": "0",
+}
+
+
+def merged_run(folder: Path, *sizes: int) -> Path:
+    """A folder as a block-merging run leaves it."""
+    for size in sizes:
+        stage = copy_of(bard_folder(), folder / f"block-{size}")
+        config = json.loads((stage / "config.json").read_text())
+        (stage / "config.json").write_text(json.dumps({**config, "block_size": size}))
+    return folder
+
+
+def parse(module: Any, name: str, **flags: Any) -> tuple[Any, ...]:
+    command = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+    return parse_recipe(module.RECIPE, [str(RECIPES / name), *command])
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml")))
+def test_shipped_recipes_build_and_take_a_step(tmp_path, name):
+    module = distill if name.startswith("distill") else merge_blocks
+    flags = {**TINY, "model_name_or_path": str(bard_folder()), "output_dir": tmp_path / "run"}
+    if module is distill:
+        flags["model_name_or_path"] = merged_run(tmp_path / "merged", 4, 8)
+    elif name.startswith("merge"):
+        flags |= {"model_name_or_path": qwen_folder(), "mask_token_id": MASK}
+    recipe = yaml.safe_load((RECIPES / name).read_text())
+    model, data, args, special = parse(module, name, **flags)
+    run = Run(model, data, args)
+    stages = module.plan(run, special)
+    trainer = build_trainer(run, stages[-1 if module is distill else 0], args.changed(max_steps=1))
+    assert trainer.args.learning_rate == recipe["learning_rate"]
+    assert trainer.args.bf16
+    assert (trainer.teacher is not None) == (module is distill)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("size", ["2b", "4b", "8b"])
+def test_recipes_hold_the_settings_of_the_paper(tmp_path, size):
+    merge = yaml.safe_load((RECIPES / f"merge_{size}.yaml").read_text())
+    _, _, args, schedule = parse(merge_blocks, f"merge_{size}.yaml", use_cpu="true")
+    assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 256
+    assert schedule.block_sizes == [4, 8, 16, 32]
+    assert (args.learning_rate, args.group_learning_rate("merger")) == (2e-5, 2e-5)
+    assert (args.group_learning_rate("vision"), args.min_learning_rate) == (2e-6, 1e-6)
+    assert (args.adam_beta1, args.adam_beta2, args.max_grad_norm) == (0.9, 0.95, 1.0)
+    assert args.weight_decay == (0.01 if size == "8b" else 0.0)
+    assert args.warmup_steps == 1000
+    assert (merge["max_length"], merge["min_pixels"], merge["max_pixels"]) == (8192, 65_536, 4_194_304)
+    _, data, args, teaching = parse(distill, f"distill_{size}.yaml", use_cpu="true")
+    assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
+    assert (args.learning_rate, args.warmup_steps, args.num_train_epochs) == (6e-6, 100, 3)
+    assert args.lr_scheduler_kwargs == {"min_lr_rate": 0.5}
+    assert (teaching.kd_direction, teaching.kd_temperature, teaching.ce_weight) == ("forward", 1.0, 0.0)
+    assert data.max_pixels == 1_048_576
+
+
+def test_the_recipe_for_own_chats_has_ten_lines():
+    assert len((RECIPES / "finetune.yaml").read_text().splitlines()) <= 10
+
+
+def test_flags_override_the_recipe(tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", settings(tmp_path / "run", block_sizes=[4, 8], freeze=["vision"]))
+    flags = ["--learning_rate", "1e-4", "--block_sizes", "8", "16", "32", "--use_lora", "true", "--max-steps", "7"]
+    model, _, args, schedule = parse_recipe(merge_blocks.RECIPE, [str(recipe), *flags])
+    assert (args.learning_rate, args.max_steps, schedule.block_sizes) == (1e-4, 7, [8, 16, 32])
+    assert (model.use_lora, model.freeze) == (True, ["vision"])
+    with pytest.raises(RecipeError, match="`output_dir` is missing"):
+        parse_recipe(merge_blocks.RECIPE, ["--model_name_or_path", "a", "--train_data", "b", "--use_cpu"])
+
+
+BAD_MERGES = {
+    "unknown key": ({"learning_rat": 1}, "unknown key 'learning_rat' in the recipe; did you mean 'learning_rate'?"),
+    "key of the other entry point": ({"kd_weight": 1}, "unknown key 'kd_weight'"),
+    "type": ({"learning_rate": "fast"}, "invalid float value: 'fast'"),
+    "choice": ({"noise": "loud"}, "'loud'"),
+    "block sizes that do not ascend": ({"block_sizes": [4, 16, 8]}, "`block_sizes` must ascend, got [4, 16, 8]"),
+    "block size 0": ({"block_sizes": [0, 4]}, "`block_sizes` must be positive, got [0, 4]"),
+    "steps of stages": (
+        {"block_sizes": [4, 8], "steps_per_stage": [5]},
+        "`steps_per_stage` has 1 numbers for 2 stages",
+    ),
+    "stream without steps": ({"streaming": True, "max_steps": None}, "`streaming` needs `max_steps`"),
+    "warmup": ({"warmup_steps": 50}, "`warmup_steps` 50 leaves none of the `max_steps` 4"),
+    "model": ({"model_name_or_path": "/nowhere/model"}, "/nowhere/model"),
+    "no model": ({"model_name_or_path": None}, "`model_name_or_path` is missing"),
+    "no data": ({"train_data": None}, "`train_data` is missing"),
+    "data": ({"train_data": "/nowhere/chats.jsonl"}, "/nowhere/chats.jsonl"),
+    "length": ({"max_length": 0}, "`max_length` must be at least 1, got 0"),
+    "pixels": ({"min_pixels": 500_000, "max_pixels": 100_000}, "`min_pixels` 500000 is above `max_pixels` 100000"),
+    "group": ({"freeze": ["tongue"]}, "`freeze` names 'tongue'"),
+    "nothing to train": ({"freeze": ["language", "merger", "vision"]}, "nothing is left to train"),
+    "times": ({"time_low": 0.9, "time_high": 0.1}, "got 0.9 and 0.1"),
+    "strategy": ({"save_strategy": "epoch"}, "`save_strategy` must be no or steps, got 'epoch'"),
+    "evaluation without chats": ({"eval_strategy": "steps"}, "`eval_data` is missing"),
+    "decoding without chats": ({"decode_samples": 3}, "`eval_data` is missing"),
+    "floor": ({"min_learning_rate": 1e-6, "lr_scheduler_type": "linear"}, "got 'linear'"),
+    "flex on the CPU": ({"mask_form": "flex"}, "`mask_form: flex` trains on CUDA only"),
+    "smoothing": ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` is not supported"),
+    "optimizer": ({"optim": "adamw_tortoise"}, "adamw_tortoise"),
+    "lora head": ({"use_lora": True, "lora_target_modules": ["lm_head"]}, "`lora_target_modules` names 'lm_head'"),
+    "padding": ({"padding_weight": -1.0}, "`padding_weight` must be at least 0, got -1.0"),
+}
+
+
+def refused(module: Any, recipe: Path, output: Path, message: str, capsys: Any) -> None:
+    capsys.readouterr()
+    assert module.main([str(recipe)]) == 1
+    error = capsys.readouterr().err.strip()
+    last = error.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert not [path for path in output.glob("**/*") if path.is_file()], "something was written"
+
+
+@pytest.mark.parametrize("case", BAD_MERGES)
+def test_bad_recipes_of_block_merging(tmp_path, capsys, case):
+    changes, message = BAD_MERGES[case]
+    recipe = write_recipe(tmp_path / "recipe.yaml", settings(tmp_path / "run", **changes))
+    refused(merge_blocks, recipe, tmp_path / "run", message, capsys)
+
+
+def test_a_file_that_is_no_recipe(tmp_path, capsys):
+    for text, message in (("a: [1", "is no YAML"), ("- a\n- b\n", "must hold `key: value` lines, got list")):
+        (tmp_path / "recipe.yaml").write_text(text)
+        refused(merge_blocks, tmp_path / "recipe.yaml", tmp_path / "run", message, capsys)
+    refused(merge_blocks, tmp_path / "missing.yaml", tmp_path / "run", "No such file", capsys)
+
+
+def test_a_folder_that_is_no_stage_is_left_alone(tmp_path, capsys):
+    (tmp_path / "run/block-4").mkdir(parents=True)
+    recipe = write_recipe(tmp_path / "recipe.yaml", settings(tmp_path / "run"))
+    refused(merge_blocks, recipe, tmp_path / "run", "exists and is no checkpoint", capsys)
+
+
+BAD_DISTILLATIONS = {
+    "no anchor": ({"model_name_or_path": "{alone}"}, "no teacher: beside"),
+    "teacher": ({"teacher_name_or_path": "/nowhere/teacher"}, "/nowhere/teacher"),
+    "autoregressive by mistake": ({"teacher_name_or_path": "{qwen}"}, "needs `teacher_kind: ar`"),
+    "no autoregressive one": ({"teacher_kind": "ar", "teacher_name_or_path": "{alone}"}, "is a Bard-VL"),
+    "kind without teacher": ({"teacher_kind": "ar"}, "`teacher_kind: ar` needs `teacher_name_or_path`"),
+    "blocks that do not divide": ({"teacher_block_size": 3}, "a teacher at block size 3 cannot teach a student at 8"),
+    "stage that is not there": ({"block_sizes": [32]}, "`block_sizes` has 32"),
+    "weights": ({"kd_weight": 0.0}, "`kd_weight` must be above 0, got 0.0"),
+    "temperature": ({"kd_temperature": 0.0}, "`kd_temperature` must be above 0, got 0.0"),
+    "top k": ({"kd_top_k": 10_000}, "`kd_top_k` 10000 is more than the vocabulary of 448"),
+    "direction": ({"kd_direction": "sideways"}, "'sideways'"),
+    "into the source": ({"output_dir": "{merged}"}, "is in `output_dir`"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DISTILLATIONS)
+def test_bad_recipes_of_distillation(tmp_path, capsys, case):
+    changes, message = BAD_DISTILLATIONS[case]
+    names = {
+        "alone": str(copy_of(bard_folder(), tmp_path / "alone")),
+        "qwen": str(qwen_folder()),
+        "merged": str(merged_run(tmp_path / "merged", 4, 8)),
+    }
+    changes = {key: value.format(**names) if isinstance(value, str) else value for key, value in changes.items()}
+    shape = {"model_name_or_path": names["merged"], **changes}
+    recipe = write_recipe(tmp_path / "recipe.yaml", settings(tmp_path / "run", **shape))
+    refused(distill, recipe, tmp_path / "run", message, capsys)
