@@ -5,8 +5,8 @@ from typing import Any
 from transformers.models.auto import modeling_auto
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 
-# `transformers serve` and the any-to-any pipeline look in this table, which no public call extends, whether a model type
-# and a class are theirs; 4.57 has no such table. Nothing is loaded by what stands in it.
+# `transformers serve` and the any-to-any pipeline look in this table, which no public call extends, whether a model
+# type and a class are theirs; 4.57 has no such table. Nothing is loaded by what stands in it.
 getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})["bard_vl"] = "BardVLForConditionalGeneration"
 
 DEFAULT_MASK_TOKEN_ID = 151671  # an unused embedding row of the Qwen3-VL vocabulary; the published checkpoints' choice

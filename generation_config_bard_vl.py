@@ -90,7 +90,7 @@ class BardVLGenerationConfig(GenerationConfig):
         temperature (`float`, defaults to 0, or 1 with `do_sample=True`): 0 is greedy.
         do_sample (`bool`): False forces greedy decoding whatever the temperature.
         top_k (`int`, defaults to 0, off), top_p (`float`, defaults to 1, off): sample among the most probable tokens.
-        seed (`int`): repeats a call that samples, whatever other calls do; an argument `seed` or `generator` comes first.
+        seed (`int`): repeats a call that samples, whatever other calls do; arguments `seed`, `generator` come first.
         repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens, sequence_bias: as in transformers,
             applied to each position given the prompt and the committed tokens left of it.
         num_return_sequences (`int`, defaults to 1): responses per prompt; the prompt is encoded once.
@@ -161,7 +161,7 @@ class BardVLGenerationConfig(GenerationConfig):
         check_texts("stop_strings", self.stop_strings)
         check_banned("suppress_tokens", self.suppress_tokens, is_id, "token ids")
         check_banned("bad_words_ids", self.bad_words_ids, is_word, "non-empty lists of token ids")
-        check_banned("sequence_bias", self.sequence_bias, is_bias, "pairs of a non-empty list of token ids and a number")
+        check_banned("sequence_bias", self.sequence_bias, is_bias, "pairs of a list of token ids and a number")
         check_seed(self.seed)
         for name, neutral in _plain_defaults().items():
             value = getattr(self, name, None)
