@@ -51,15 +51,15 @@ def block_attention(
     """
     if attention_mask is None and num_clean is None and getattr(module, "is_causal", False):
         raise ValueError(f"the attention {ATTENTION_NAME!r} of text layers needs a 4-D mask: call the whole model")
-    if padded_places is not None and attention_mask is not None:
+    if isinstance(attention_mask, BlockMask):
+        output = attend_sparsely(query, key, value, attention_mask, scaling, dropout)
+    elif attention_mask is not None and padded_places is not None:
         rows, width = attention_mask.shape[0], attention_mask.shape[2]
         padded = query.new_zeros(rows * width, query.shape[1], query.shape[3])
         padded[padded_places] = query[0].transpose(0, 1)
         padded = padded.unflatten(0, (rows, width)).transpose(1, 2)
         output = attend(padded, key, value, attention_mask, scaling, dropout)
         return output.transpose(1, 2).flatten(0, 1)[None, padded_places], None
-    if isinstance(attention_mask, BlockMask):
-        output = attend_sparsely(query, key, value, attention_mask, scaling, dropout)
     elif attention_mask is None and num_clean:
         hidden = key.shape[2] - (query.shape[2] - num_clean)
         clean = attend(query[:, :, :num_clean], key[:, :, :hidden], value[:, :, :hidden], None, scaling, dropout)

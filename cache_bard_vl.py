@@ -9,24 +9,28 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+Buffers = tuple[torch.Tensor, torch.Tensor]  # keys and values of one layer
+
 
 @dataclass
 class CacheWindow:
     """Where the next forward writes, and how far it reads. Rows are those of the batch that is still decoding.
 
     Attributes:
-        columns: (rows, width) columns that the new keys and values go to.
-        start: the first of them where all rows have the same columns, which follow each other; else None.
+        rows, columns: where the new keys and values go: (rows, 1) and (rows, width) where the forward has a sequence a
+            row; (1, tokens) both where it has all rows end to end in one.
+        num_rows: rows that are read.
+        start: the first column where all rows have the same columns, which follow each other; else None.
         end: columns [0, end) are read.
         capacity: columns that this generation can need at most.
-        fixed: allocate all of them at once.
     """
 
+    rows: torch.Tensor
     columns: torch.Tensor
+    num_rows: int
     start: int | None
     end: int
     capacity: int
-    fixed: bool = False
 
 
 class BlockCacheLayer(DynamicLayer):
@@ -34,6 +38,7 @@ class BlockCacheLayer(DynamicLayer):
 
     window: CacheWindow | None = None
     is_initialized: bool
+    is_lent = False  # keys and values are buffers that others will use after this generation
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -41,28 +46,47 @@ class BlockCacheLayer(DynamicLayer):
         """Write the new states (rows, heads, width, head size) at the window's columns; return all up to its end."""
         if self.window is None:
             return super().update(key_states, value_states, *args, **kwargs)
-        window, rows = self.window, key_states.shape[0]
+        window = self.window
         self.reserve(window, key_states, value_states)
-        for buffer, states in ((self.keys[:rows], key_states), (self.values[:rows], value_states)):
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             if window.start is not None:
-                buffer[:, :, window.start : window.start + states.shape[2]] = states
+                buffer[: window.num_rows, :, window.start : window.start + states.shape[2]] = states
             else:
-                buffer.scatter_(2, window.columns.to(states.device)[:, None, :, None].expand_as(states), states)
-        return self.keys[:rows, :, : window.end], self.values[:rows, :, : window.end]
+                # Indexing and not `scatter_`: the compiler does that in place, too.
+                rows, columns = window.rows.to(states.device), window.columns.to(states.device)
+                buffer[rows, :, columns] = states.transpose(1, 2)
+        return self.keys[: window.num_rows, :, : window.end], self.values[: window.num_rows, :, : window.end]
 
     def reserve(self, window: CacheWindow, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Grow if the window's end lies outside: by half, at most to the window's capacity, or to it at once."""
+        """Grow if the window's end lies outside: by half, at most to the window's capacity."""
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+            _, heads, _, size = key_states.shape
+            self.keys, self.values = (key_states.new_empty(window.num_rows, heads, 0, size) for _ in range(2))
         have = self.keys.shape[2]
         if have < window.end:
-            wanted = window.capacity if window.fixed else min(max(window.end, have + have // 2), window.capacity)
-            extra = wanted - have
+            extra = min(max(window.end, have + have // 2), window.capacity) - have
             # Zeros, not empty memory: what is masked out still enters a product with a weight of zero.
             grow = [0, 0, 0, extra]
             self.keys = torch.nn.functional.pad(self.keys, grow)
             self.values = torch.nn.functional.pad(self.values, grow)
+
+    def move_to(self, buffers: Buffers) -> None:
+        """Go on in `buffers` (rows, heads, columns, head size) for keys and values."""
+        self.is_lent = True
+        for buffer, states in zip(buffers, (self.keys, self.values), strict=True):
+            have = min(states.shape[2], buffer.shape[2])
+            buffer[:, :, :have] = states[:, :, :have]
+            buffer[:, :, have:] = 0
+        self.keys, self.values = buffers
+
+    def new_buffers(self, num_columns: int) -> Buffers:
+        """Empty keys and values with so many columns, which CUDA graphs may expect to stay where they are."""
+        rows, heads, _, size = self.keys.shape
+        keys, values = (self.keys.new_empty(rows, heads, num_columns, size) for _ in range(2))
+        for buffer in (keys, values):
+            torch._dynamo.mark_static_address(buffer, guard=False)
+        return keys, values
 
     def swap_rows(self, first: int, second: int) -> None:
         """Exchange two rows in place."""
@@ -164,6 +188,13 @@ class BardVLCache(Cache):
         self.contents = [row for row in self.contents for _ in range(times)]
         self._order = list(range(len(self.contents)))
 
+    def move_to(self, buffers: list[Buffers], num_columns: int) -> None:
+        """Keep keys and values in lent `buffers`, one a layer, until the generation ends; missing ones are made."""
+        for number, layer in enumerate(self.layers):
+            if number == len(buffers):
+                buffers.append(layer.new_buffers(num_columns))
+            layer.move_to(buffers[number])
+
     def _set_window(self, window: CacheWindow | None) -> None:
         for layer in self.layers:
             layer.window = window
@@ -181,12 +212,14 @@ class BardVLCache(Cache):
             if rows.tolist() != list(range(len(self._order))):
                 self.batch_select_indices(rows)
             for layer in self.layers:
-                layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+                keys, values = layer.keys[:, :, :length], layer.values[:, :, :length]
+                layer.keys, layer.values = (keys.clone(), values.clone()) if layer.is_lent else (keys, values)
+                layer.is_lent = False
         self._in_doubt = False
 
     def _clear(self) -> None:
         for layer in self.layers:
-            layer.is_initialized, layer.keys, layer.values = False, None, None
+            layer.is_initialized, layer.is_lent, layer.keys, layer.values = False, False, None, None
 
 
 def fingerprint(*tensors: torch.Tensor) -> int:
@@ -198,4 +231,4 @@ def fingerprint(*tensors: torch.Tensor) -> int:
     return -1 - int.from_bytes(digest.digest()[:8], "big") % 2**62
 
 
-__all__ = ["BardVLCache", "BlockCacheLayer", "CacheWindow", "fingerprint"]
+__all__ = ["BardVLCache", "BlockCacheLayer", "Buffers", "CacheWindow", "fingerprint"]

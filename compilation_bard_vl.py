@@ -1,97 +1,150 @@
-"""Compiled decoding steps: one graph a shape, kept as long as the model lives.
+"""Compiled decoding steps and the buffers that they run on: one graph a shape, kept as long as the model lives.
 
 A step takes fixed shapes (rows, window width, columns of the cache), so that nothing is compiled again between steps,
-blocks, and calls of the same shape. Whatever cannot be compiled runs eagerly, after one warning.
+blocks, and calls of the same shape. Its keys and values lie in buffers that a call borrows from a pool: a CUDA graph
+finds them where it was recorded. Whatever cannot be compiled runs eagerly, after one warning.
 """
 
 import threading
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
+from .cache_bard_vl import Buffers
 from .masking_bard_vl import to_attention_mask
+from .remasking_bard_vl import Chooser
+from .windows_bard_vl import TokenTable, take
 
 logger = logging.get_logger(__name__)
 
-Step = Callable[..., torch.Tensor]
-_steps: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, Step]] = weakref.WeakKeyDictionary()
+Step = Callable[..., Any]
+NUM_IDLE_BUFFERS = 4  # sets that wait for another call; the one that has waited longest goes first
+
+
+@dataclass
+class Compiled:
+    """What is kept for a model: steps by shape and choice, and sets of buffers that no call is using."""
+
+    steps: dict[tuple, Step] = field(default_factory=dict)
+    idle: list[tuple[tuple, list[Buffers]]] = field(default_factory=list)
+
+
+_compiled: weakref.WeakKeyDictionary[torch.nn.Module, Compiled] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
+_first_call = threading.Lock()
 
 
-def block_logits(
+def block_choice(
     text_model: Any,
     lm_head: torch.nn.Module,
     cache: Any,
-    ids: torch.Tensor,
-    positions: torch.Tensor,
-    query_blocks: torch.Tensor,
-    key_blocks: torch.Tensor,
+    table: TokenTable,
+    columns: torch.Tensor,
     offset: torch.Tensor,
     block_size: int,
     attention: str,
-) -> torch.Tensor:
-    """Encode windows and predict the tokens of the block in each.
+    chooser: Chooser | None,
+) -> Any:
+    """Encode a window of every row of the table, and choose the tokens of the block in each.
 
     Args:
         text_model, lm_head: the model's parts.
-        cache: a cache that writes to the windows' columns.
-        ids: (rows, width); positions: (4, rows, width).
-        query_blocks: (rows, width) and key_blocks: (rows, columns): a query sees keys of its own and earlier blocks.
+        cache: a cache that writes to the windows' columns, and reads all.
+        table: tokens, positions and blocks.
+        columns: (rows, width) of the windows.
         offset: (rows,) tokens of the window before its block.
         block_size: tokens of a block.
         attention: the text layers' attention implementation.
+        chooser: what chooses, None to leave it to the caller.
 
     Returns:
-        logits (rows, block size, vocabulary).
+        a `Choice`; without a chooser the logits (rows, block size, vocabulary).
     """
+    ids, blocks = table.ids.gather(1, columns), table.blocks.gather(1, columns)
     embeds = text_model.embed_tokens(ids)
-    visible = key_blocks[:, None, :] <= query_blocks[:, :, None]
     hidden = text_model(
         inputs_embeds=embeds,
-        attention_mask=to_attention_mask(visible, attention, embeds.dtype),
-        position_ids=positions,
+        attention_mask=to_attention_mask(table.blocks[:, None] <= blocks[:, :, None], attention, embeds.dtype),
+        position_ids=table.positions.gather(2, columns.expand(len(table.positions), -1, -1)),
         past_key_values=cache,
         use_cache=True,
     )[0]
-    columns = offset[:, None] + torch.arange(block_size, device=offset.device)
-    return lm_head(hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1])))
+    logits = lm_head(take(hidden, offset, block_size)).to(ids.device)
+    places = offset[:, None] + torch.arange(block_size, device=ids.device)
+    return logits if chooser is None else chooser.choose(logits, ids.gather(1, places))
 
 
-def compiled_step(model: torch.nn.Module, shape: tuple) -> Step:
-    """The step of a model for one shape; compiled at its first call, the same function ever after."""
+def compiled_step(model: Any, shape: tuple) -> Step:
+    """`block_choice` of a model for one shape; compiled at its first call, the same function ever after.
+
+    Args:
+        model: of which weights and step live equally long.
+        shape: whatever the step is specialised on.
+    """
     with _lock:
-        steps = _steps.setdefault(model, {})
+        steps = _compiled.setdefault(model, Compiled()).steps
         if shape not in steps:
-            steps[shape] = _compile_with_fallback(next(model.parameters()).device.type)
+            steps[shape] = _step_of(model)
         return steps[shape]
+
+
+@contextmanager
+def lent_buffers(model: Any, shape: tuple) -> Iterator[list[Buffers]]:
+    """Keys and values of a shape, a pair a layer, that no other call has meanwhile; empty where there are none yet.
+
+    A later call gets the same ones, at the same address.
+    """
+    with _lock:
+        idle = _compiled.setdefault(model, Compiled()).idle
+        places = [place for place, (other, _) in enumerate(idle) if other == shape]
+        buffers = idle.pop(places[-1])[1] if places else []
+    try:
+        yield buffers
+    finally:
+        with _lock:
+            idle.append((shape, buffers))
+            del idle[:-NUM_IDLE_BUFFERS]
+
+
+def _step_of(model: torch.nn.Module) -> Step:
+    devices = sorted({str(device) for device in getattr(model, "hf_device_map", {}).values()})
+    if len(devices) > 1:
+        logger.warning_once(
+            f"the model is spread over {', '.join(devices)} by `device_map`: its decoding step is not compiled and "
+            "runs eagerly"
+        )
+        return block_choice
+    return _compile_with_fallback(next(model.parameters()).device.type)
 
 
 def _compile_with_fallback(device: str) -> Step:
     # A code object of its own: dynamo counts compilations by code object, and stops at eight.
-    code = block_logits.__code__.replace(co_name="compiled_block_logits")
-    own = types.FunctionType(code, block_logits.__globals__)
+    code = block_choice.__code__.replace(co_name="compiled_block_choice")
+    own = types.FunctionType(code, block_choice.__globals__)
     mode = "reduce-overhead" if device == "cuda" else None
     state: dict[str, Step] = {"step": torch.compile(own, fullgraph=True, dynamic=False, mode=mode)}
     tried = threading.Event()
 
-    def step(*args: Any) -> torch.Tensor:
+    def step(*args: Any) -> Any:
         if tried.is_set():
             return state["step"](*args)
         try:
-            with _lock:
+            with _first_call:
                 return state["step"](*args)
         except Exception as error:  # whatever the compiler throws; a fault of the step itself comes again below
             logger.warning_once(f"cannot compile the decoding step, it runs eagerly: {type(error).__name__}: {error}")
-            state["step"] = block_logits
-            return block_logits(*args)
+            state["step"] = block_choice
+            return block_choice(*args)
         finally:
             tried.set()
 
     return step
 
 
-__all__ = ["block_logits", "compiled_step"]
+__all__ = ["block_choice", "compiled_step", "lent_buffers"]

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from .cache_bard_vl import BardVLCache, CacheWindow
+from .cache_bard_vl import BardVLCache, Buffers
 from .compilation_bard_vl import compiled_step
 from .generation_config_bard_vl import DecodingSettings
 from .hooks_bard_vl import DecodingHooks
 from .inputs_bard_vl import Prompt
-from .remasking_bard_vl import REMASKING_RULES, choose_tokens, overwritten, remasked, transfer_schedule
+from .remasking_bard_vl import REMASKING_RULES, Choice, Chooser, overwritten, remasked, transfer_schedule
 from .windows_bard_vl import STATIC_COLUMNS, TokenTable, WindowEncoder
 
 
@@ -39,23 +39,6 @@ class DenoisingStep:
     confidence: torch.Tensor
 
 
-@dataclass
-class Choice:
-    """What a forward predicts for each row's block; all are (n, block size).
-
-    Attributes:
-        ids: the token that each position would take.
-        confidence: its probability.
-        measure: what the remasking rule ranks by.
-        present: probability of the token that each position holds, where tokens may be masked again.
-    """
-
-    ids: torch.Tensor
-    confidence: torch.Tensor
-    measure: torch.Tensor
-    present: torch.Tensor | None
-
-
 class BlockDecoder:
     """The state of one call of `generate`: each row denoises its own block at its own pace.
 
@@ -72,7 +55,7 @@ class BlockDecoder:
         num_blocks = -(-settings.max_new_tokens // size)
         multiple = STATIC_COLUMNS if settings.is_static else 1
         self.table = TokenTable.lay_out(prompt, num_blocks * size, size, settings.mask_token_id, multiple)
-        self.encoder = WindowEncoder(model, self.table, cache, settings.is_static)
+        self.encoder = WindowEncoder(model, self.table, cache)
         self.device = prompt.input_ids.device
         self.schedule = transfer_schedule(size, settings.denoising_steps).to(self.device)
         self.eos = torch.tensor(settings.eos_token_ids, dtype=torch.long, device=self.device)
@@ -89,6 +72,14 @@ class BlockDecoder:
         self.response_length = torch.zeros(num_rows, dtype=torch.long, device=self.device)
         self.confidences = torch.zeros(num_rows, self.table.num_columns, device=self.device)
         self.history: list[list[DenoisingStep]] = [[] for _ in range(num_rows)]
+        self.chooser = Chooser(
+            settings.mask_token_id,
+            settings.temperature,
+            settings.top_k,
+            settings.top_p,
+            REMASKING_RULES[settings.remasking_strategy].measure,
+            keeps_present=settings.revision == "remask",
+        )
         self.choice: Choice  # of the last forward
 
         self.num_forwards: Counter[str] = Counter()
@@ -97,19 +88,28 @@ class BlockDecoder:
         self.num_unread = 0  # steps since the host last read
         self.unread_kinds: list[torch.Tensor] = []  # of forwards whose kind the host does not know
 
-    def prefill(self, reused: int) -> None:
-        """Encode the prompts from column `reused` on, the last of them together with every first block's first step."""
+    @property
+    def static_shape(self) -> tuple[int, int]:
+        """Rows and columns of a static cache."""
+        return len(self.lengths), self.table.num_columns
+
+    def prefill(self, reused: int, buffers: list[Buffers] | None) -> None:
+        """Encode the prompts from column `reused` on, the last of them together with every first block's first step.
+
+        With `buffers` the cache is static from then on, and lies in them.
+        """
         size, copies = self.settings.block_size, self.settings.num_return_sequences
-        states = self.encoder.encode_prompts(self.prompt, reused, size, self.settings.prefill_chunk_size)
-        self.num_prefill_forwards = states.num_chunks - 1
+        hidden, num_forwards = self.encoder.encode_prompts(self.prompt, reused, size, self.settings.prefill_chunk_size)
+        self.num_prefill_forwards = num_forwards - 1
         if self.num_prefill_forwards:
             self.num_forwards["prefill"] += self.num_prefill_forwards
         self.num_forwards["prefill+denoise" if max(self.lengths) > reused else "denoise"] += 1
-        hidden = self._block_states(states.hidden, states.offsets)
         if copies > 1:
             self.cache.repeat_rows(copies)
             self.table.repeat_rows(copies)
             hidden = hidden.repeat_interleave(copies, dim=0)
+        if buffers is not None:
+            self.cache.move_to(buffers, self.table.num_columns)
         self.choice = self._choose(self.model.lm_head(hidden))
 
     def step(self) -> None:
@@ -125,24 +125,12 @@ class BlockDecoder:
         elif self.rows:
             self._encode_unread_windows()
 
-    def _choose(self, logits: torch.Tensor) -> "Choice":
+    def _choose(self, logits: torch.Tensor) -> Choice:
         """Choose a token for every position of each row's block, and measure how sure the model is."""
-        logits, settings = logits.to(self.device), self.settings
+        logits = logits.to(self.device)
         if self.hooks.processors:
             logits = self._process_logits(logits)
-        ids, confidence = choose_tokens(
-            logits,
-            settings.mask_token_id,
-            settings.temperature,
-            settings.top_k,
-            settings.top_p,
-            self.hooks.generator,
-        )
-        measure = REMASKING_RULES[settings.remasking_strategy].measure(logits, confidence)
-        if settings.revision != "remask":
-            return Choice(ids, confidence, measure, None)
-        held = logits.gather(-1, self.table.ids[self._cell()][..., None])[..., 0].float()
-        return Choice(ids, confidence, measure, (held - logits.float().logsumexp(-1)).exp())
+        return self.chooser.choose(logits, self.table.ids[self._cell()], self.hooks.generator)
 
     def _cell(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Index of each row's block in the table."""
@@ -267,46 +255,46 @@ class BlockDecoder:
 
     def _encode_windows(self, moved_on: set[int]) -> None:
         """Encode every row's block; rows that moved on encode their finished block, now clean, in the same window."""
-        size, carried = self.settings.block_size, self.settings.block_size * self.carries[self.slots]
-        width = 2 * size if moved_on else size
+        size = self.settings.block_size
         self.num_forwards["commit+denoise" if moved_on else "denoise"] += 1
         if self.settings.is_static:
-            self.choice = self._choose(self._static_logits(carried, width))
+            self.choice = self._static_choice(2 * size if moved_on else size)
             return
-        starts = [self.starts[row] - (size if row in moved_on else 0) for row in self.rows]
-        alike = len(moved_on) in (0, len(self.rows))
-        hidden = self.encoder.encode(self.slots, starts, width, num_carried=(width - size) if alike else None)
-        self.choice = self._choose(self.model.lm_head(self._block_states(hidden, carried)))
+        carried = [size if row in moved_on else 0 for row in self.rows]
+        starts = [self.starts[row] - more for row, more in zip(self.rows, carried, strict=True)]
+        alike = len(set(carried)) == 1
+        hidden = self.encoder.encode(
+            self.slots, starts, [size + more for more in carried], size, num_carried=carried[0] if alike else None
+        )
+        self.choice = self._choose(self.model.lm_head(hidden))
 
     def _encode_unread_windows(self) -> None:
         """The same between two readings of the host: every window is two blocks wide."""
-        size, carried = self.settings.block_size, self.settings.block_size * self.carries[self.slots]
-        running = ~self.ended[self.slots]
-        self.unread_kinds.append(torch.stack([running.any(), (running & self.carries[self.slots]).any()]))
+        size, slots = self.settings.block_size, self.slots
+        running = ~self.ended[slots]
+        self.unread_kinds.append(torch.stack([running.any(), (running & self.carries[slots]).any()]))
         if self.settings.is_static:
-            self.choice = self._choose(self._static_logits(carried, 2 * size))
+            self.choice = self._static_choice(2 * size)
             return
+        carried = size * self.carries[slots]
         end = max(self.starts[row] for row in self.rows) + (self.num_unread + 2) * size
-        first = self.block_start[self.slots] - carried
-        hidden = self.encoder.encode_unread(self.slots, first, 2 * size, min(end, self.table.num_columns))
-        self.choice = self._choose(self.model.lm_head(self._block_states(hidden, carried)))
+        first, end = self.block_start[slots] - carried, min(end, self.table.num_columns)
+        hidden = self.encoder.encode_unread(slots, first, 2 * size, end, carried, size)
+        self.choice = self._choose(self.model.lm_head(hidden))
 
-    def _static_logits(self, carried: torch.Tensor, width: int) -> torch.Tensor:
-        """Logits (n, block, vocabulary) by the compiled step; `carried` (n,) tokens come before each block."""
+    def _static_choice(self, width: int) -> Choice:
+        """The choice by the compiled step; samples and processed logits are chosen from outside of it."""
         table, encoder, size = self.table, self.encoder, self.settings.block_size
-        columns = (self.block_start[self.slots] - carried)[:, None] + torch.arange(width, device=self.device)
-        ids, positions, blocks = table.window(self.slots, columns)
-        step = compiled_step(self.model, (len(self.rows), width, table.num_columns, size))
-        with self.cache.writing(CacheWindow(columns, None, table.num_columns, table.num_columns, True)):
-            return step(
-                self.model.model.language_model, self.model.lm_head, self.cache, ids, positions, blocks, table.blocks,
-                carried, size, encoder.attention,
+        carried = size * self.carries
+        columns = (self.block_start - carried)[:, None] + torch.arange(width, device=self.device)
+        chooser = None if self.hooks.processors or self.settings.temperature else self.chooser
+        step = compiled_step(self.model, (*self.static_shape, width, size, chooser))
+        with self.cache.writing(encoder.batch_window(columns, None, table.num_columns)):
+            found = step(
+                self.model.model.language_model, self.model.lm_head, self.cache, table, columns, carried, size,
+                encoder.attention, chooser,
             )  # fmt: skip
-
-    def _block_states(self, hidden: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        """Hidden states (n, block, hidden) of the block that begins `offset` (n,) tokens into each window."""
-        columns = offset[:, None] + torch.arange(self.settings.block_size, device=self.device)
-        return hidden.gather(1, columns.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1]))
+        return self._choose(found) if chooser is None else found
 
     def responses(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Response ids (rows, longest) padded on the right, and the confidence of each token, 0 for padding."""

@@ -13,6 +13,7 @@ from transformers.generation import GenerationConfig
 from transformers.utils import ModelOutput
 
 from .cache_bard_vl import BardVLCache
+from .compilation_bard_vl import lent_buffers
 from .configuration_bard_vl import check_integer
 from .decoding_bard_vl import BlockDecoder, DenoisingStep
 from .generation_config_bard_vl import (
@@ -205,9 +206,11 @@ class BardVLGenerationMixin:
         # 3. and 4. Decode
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        with cache.generation(contents, scheme):
-            decoder = BlockDecoder(self, prompt, settings, cache, hooks)
-            decoder.prefill(reused)
+        decoder = BlockDecoder(self, prompt, settings, cache, hooks)
+        shape = (*decoder.static_shape, *scheme[1:])
+        lent: Any = lent_buffers(self, shape) if settings.is_static else contextlib.nullcontext()
+        with lent as buffers, cache.generation(contents, scheme):
+            decoder.prefill(reused, buffers)
             while decoder.rows:
                 decoder.step()
             if track:
@@ -318,7 +321,7 @@ class BardVLGenerationMixin:
                 table.repeat_rows(len(answers))
             columns = table.lengths[:, None] + torch.arange(answers.shape[1], device=input_ids.device)
             table.ids.scatter_(1, columns, answers.masked_fill(answers < 0, mask_token_id))
-            encoder.encode(rows, table.lengths.tolist(), num_columns)
+            encoder.encode(rows, table.lengths.tolist(), [num_columns] * len(rows), 0)
 
             # 3. Mask the answer's tokens one at a time, a chunk of masked copies of blocks a forward
             scores = []

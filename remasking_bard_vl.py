@@ -7,6 +7,7 @@ positions, or all that are left, so that a block takes as many steps as the sche
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -199,9 +200,53 @@ def filter_scores(scores: torch.Tensor, top_k: int, top_p: float) -> torch.Tenso
     return scores
 
 
+class Choice(NamedTuple):
+    """What a forward predicts for each row's block; all are (batch, block).
+
+    Attributes:
+        ids: the token that each position would take.
+        confidence: its probability.
+        measure: what the remasking rule ranks by.
+        present: probability of the token that each position holds, where tokens may be masked again.
+    """
+
+    ids: torch.Tensor
+    confidence: torch.Tensor
+    measure: torch.Tensor
+    present: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Makes a choice of logits: the settings that have a part in it.
+
+    Attributes:
+        mask_token_id, temperature, top_k, top_p: see `choose_tokens`.
+        measure: that of the remasking rule.
+        keeps_present: whether the present tokens' probabilities are wanted.
+    """
+
+    mask_token_id: int
+    temperature: float
+    top_k: int
+    top_p: float
+    measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    keeps_present: bool
+
+    def choose(self, logits: torch.Tensor, held: torch.Tensor, generator: torch.Generator | None = None) -> Choice:
+        """Choose a token for every position of (batch, block, vocabulary) logits; `held` (batch, block) is there."""
+        ids, confidence = choose_tokens(logits, self.mask_token_id, self.temperature, self.top_k, self.top_p, generator)
+        present = None
+        if self.keeps_present:
+            present = (logits.gather(-1, held[..., None])[..., 0].float() - logits.float().logsumexp(-1)).exp()
+        return Choice(ids, confidence, self.measure(logits, confidence), present)
+
+
 __all__ = [
     "REMASKING_RULES",
     "REVISION_THRESHOLDS",
+    "Choice",
+    "Chooser",
     "RemaskingRule",
     "choose_tokens",
     "entropy_bounded",

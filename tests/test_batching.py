@@ -105,13 +105,26 @@ def compare(tally: Counter[str], alone: Alone, output: BardVLGenerationOutput, r
     return True
 
 
-def widths_seen(model: Any) -> tuple[list[int], Any]:
-    """The batch dimension of every forward of the language model from now on, and the hook to remove."""
+def tokens_seen(model: Any) -> tuple[list[int], Any]:
+    """The tokens in every forward of the language model from now on, padding included, and the hook to remove."""
     seen: list[int] = []
     hook = model.model.language_model.register_forward_pre_hook(
-        lambda _module, _args, kwargs: seen.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+        lambda _module, _args, kwargs: seen.append(kwargs["inputs_embeds"][..., 0].numel()), with_kwargs=True
     )
     return seen, hook
+
+
+def tokens_needed(batch: list[Any], step_counts: torch.Tensor, size: int, is_padded: bool) -> list[int]:
+    """The tokens of every forward: prompts and first blocks, then blocks of running rows, finished ones with the next.
+
+    With `is_padded` all windows of a forward are as wide as the widest of them.
+    """
+    forwards = [[len(row.ids) + size for row in batch]]
+    totals, begins = step_counts.sum(-1).tolist(), step_counts.cumsum(-1).tolist()
+    for number in range(1, max(totals)):
+        running = [row for row, total in enumerate(totals) if total > number]
+        forwards.append([2 * size if number in begins[row] else size for row in running])
+    return [max(widths) * len(widths) if is_padded else sum(widths) for widths in forwards]
 
 
 @pytest.mark.parametrize("attention", ["bard_vl", "eager"])
@@ -121,7 +134,7 @@ def test_a_row_in_a_padded_batch_is_the_row_alone(
     attention: str, tally: Counter[str], batch: list[Any], arguments: dict[str, Any]
 ) -> None:
     model = load(attention)
-    seen, hook = widths_seen(model)
+    seen, hook = tokens_seen(model)
     try:
         output = generate(model, batch, **arguments)
     finally:
@@ -130,8 +143,8 @@ def test_a_row_in_a_padded_batch_is_the_row_alone(
     assert output.num_encoded_tokens.tolist() == [len(row.ids) for row in batch]
     assert ragged.MASK not in output.sequences
     if all(same):  # rows advance at their own pace and leave the computation when they end
-        forwards = output.block_step_counts.sum(-1)
-        assert seen == [(forwards > number).sum().item() for number in range(forwards.max())]
+        size = arguments["block_size"]
+        assert seen == tokens_needed(batch, output.block_step_counts, size, is_padded=attention == "eager")
         assert sum(output.num_forwards.values()) == len(seen)
 
 
@@ -199,12 +212,12 @@ def test_greedy_returned_sequences_are_all_the_same_and_the_prompt_is_encoded_on
     batch, model = mixed_batch(), load()
     eos = list(range(0, 500, 12))
     single = generate(model, batch, **FIXED, eos_token_id=eos)
-    seen, hook = widths_seen(model)
+    seen, hook = tokens_seen(model)
     try:
         output = generate(model, batch, **FIXED, eos_token_id=eos, num_return_sequences=3)
     finally:
         hook.remove()
-    assert seen[0] == len(batch)
+    assert seen[0] == sum(len(row.ids) + FIXED["block_size"] for row in batch)
     assert torch.equal(output.sequences, single.sequences.repeat_interleave(3, dim=0))
     assert torch.equal(output.block_step_counts, single.block_step_counts.repeat_interleave(3, dim=0))
 

@@ -132,8 +132,11 @@ def test_chunks_cost_a_forward_each_and_the_last_one_holds_the_first_step(
         output = run(batch, prefill_chunk_size=chunk, **arguments)
     assert output.num_forwards.get("prefill", 0) == num_chunks - 1
     assert len(seen) == sum(output.num_forwards.values())
-    assert max(forward["width"] for forward in seen) <= max(whole + size, 2 * size)
-    steps = output.block_step_counts.sum(-1)
+    assert max(forward["rows"] * forward["width"] for forward in seen) <= max(whole + size, 2 * size) * len(batch)
+    steps, num_blocks = output.block_step_counts.sum(-1), (output.block_step_counts > 0).sum(-1)
+    # Every prompt token once, a block a step, and every block but a row's last one once more when it is finished.
+    needed = sum(len(row.ids) for row in batch) + size * int((steps + num_blocks - 1).sum())
+    assert sum(forward["rows"] * forward["width"] for forward in seen) == needed
     lengths = (output.confidences > 0).sum(-1)
     torch.testing.assert_close(output.tokens_per_forward, lengths / (steps + num_chunks - 1))
 
