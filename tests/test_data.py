@@ -474,9 +474,12 @@ FORMS: list[Callable[[Path, list[dict[str, Any]]], Path]] = [
 def test_every_source_gives_the_same_samples(
     write: Callable[..., Path], streaming: bool, encoder: ChatEncoder, tmp_path: Path
 ) -> None:
-    chats = written_chats(tmp_path)
+    folder = tmp_path / "a [b] *"  # what would mean other names in a pattern
+    folder.mkdir()
+    chats = written_chats(folder)
+    encoder.media_folder = folder
     expected = [encoded(encoder, each, number) for number, each in enumerate(chats)]
-    source = write(tmp_path, chats)
+    source = write(folder, chats)
     reader = ChatEncoder(encoder.processor, CONFIG, LIMITS, data.media_folder_of(source))
     opened = open_chats(source, streaming=streaming)
     if streaming:
@@ -497,12 +500,16 @@ def test_data_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     (tmp_path / "mixed").mkdir()
     for name in ("a.jsonl", "a.parquet"):
         (tmp_path / "mixed" / name).touch()
+    (tmp_path / "nothing.jsonl").touch()
+    (tmp_path / "cut.jsonl").write_text(json.dumps(chat(*ANSWERED)) + '\n{"messages": [\n')
     (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n')
     datasets.DatasetDict(test=mapped([chat(*ANSWERED)])).save_to_disk(tmp_path / "test_only")
     for name, message in (
         ("missing.jsonl", "there is no file or folder .*missing.jsonl"),
         ("missing", "there is no file or folder .*missing"),
         ("empty", "it has no files"),
+        ("nothing.jsonl", "nothing.jsonl is empty"),
+        ("cut.jsonl", "cut.jsonl cannot be read: .*position 13"),
         ("mixed", "it has json and parquet files"),
         ("texts.jsonl", "texts.jsonl has no column `messages`, only text"),
         ("test_only", "has no split 'train', only test"),

@@ -316,8 +316,8 @@ class ChatEncoder:
 
 MEASURED_FEATURES = {
     "length": datasets.Value("int64"),
-    "starts": datasets.Sequence(datasets.Value("int64")),
-    "ends": datasets.Sequence(datasets.Value("int64")),
+    "starts": datasets.List(datasets.Value("int64")),
+    "ends": datasets.List(datasets.Value("int64")),
     "short_side": datasets.Value("int64"),
     "aspect_ratio": datasets.Value("float64"),
     "reason": datasets.Value("string"),
