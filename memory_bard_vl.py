@@ -127,12 +127,13 @@ def cache_columns(longest: int, settings: DecodingSettings) -> int:
         return -(-most // STATIC_MULTIPLE) * STATIC_MULTIPLE
     if settings.check_interval > 1:
         return most
-    columns, first = 0, longest + block
-    chunk = settings.prefill_chunk_size
-    ends = [*(range(chunk, longest, chunk) if chunk else ()), *range(first, first + blocks * block, block)]
-    for end in ends:
-        if columns < end:
-            columns = min(max(end, columns + columns // 2), most)
+    columns, first, chunk = 0, longest + block, settings.prefill_chunk_size
+    while columns < longest + blocks * block:
+        if chunk and columns < longest - chunk:
+            end = (columns // chunk + 1) * chunk
+        else:
+            end = first + max(columns - longest, 0) // block * block
+        columns = min(max(end, columns + columns // 2), most)
     return columns
 
 
@@ -241,12 +242,13 @@ def check_fits(
     chunk = max(SUGGESTED_CHUNK // settings.block_size, 1) * settings.block_size
     if settings.prefill_chunk_size is None and needs(size, replace(settings, prefill_chunk_size=chunk)) <= free:
         advice += f"; or set `prefill_chunk_size` to {chunk}"
-    weights = f"{readable(found.weights)} of weights, and " if with_weights else ""
+    parts = [f"{readable(found.weights)} of weights"] if with_weights else []
+    parts += [f"{readable(found.vision)} to encode images and videos"] if size.items else []
+    parts += [f"{readable(found.prefill)} to encode the prompt", f"{readable(found.decode)} to write the response"]
+    visual = f", {found.visual_tokens} of images and videos" if size.items else ""
     raise ValueError(
-        f"a prompt of {found.prompt_tokens} tokens, {found.visual_tokens} of images and videos, needs about "
-        f"{readable(needs(size))}: {weights}{readable(found.vision)} to encode images and videos, "
-        f"{readable(found.prefill)} to encode the prompt, {readable(found.decode)} to write the response, one after "
-        f"the other; {device} has {readable(free)} free{advice}"
+        f"a prompt of {found.prompt_tokens} tokens{visual} needs about {readable(needs(size))} at most "
+        f"({', '.join(parts)}); {device} has {readable(free)} free{advice}"
     )
 
 

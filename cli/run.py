@@ -32,7 +32,7 @@ from .session import Answer, Session
 from .terminal import DraftStreamer
 
 OUTPUT = "Output"
-QUESTIONS = {"image": "Describe the image.", "video": "Describe the video."}
+QUESTIONS = {"image": "Describe the picture.", "video": "Describe the video."}
 """What is asked where the command line asks nothing."""
 
 

@@ -66,7 +66,7 @@ def build_page(session: Any) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=2):
                 picture = gr.Image(type="pil", label="Picture", height=340, elem_id="picture")
-                prompt = gr.Textbox("Describe the image.", label="Question", lines=2, elem_id="prompt")
+                prompt = gr.Textbox("Describe the picture.", label="Question", lines=2, elem_id="prompt")
                 with gr.Row():
                     ask = gr.Button("Ask", variant="primary", elem_id="ask")
                     stop = gr.Button("Stop", elem_id="stop")
