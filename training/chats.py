@@ -125,7 +125,7 @@ class ChatEncoder:
     and video items in any form that `BardVLProcessor.apply_chat_template` takes. Pictures stand in their items, or in
     columns `images` and `videos`, which fill the items without one (and "<image>", "<video>" in string contents) in
     their order. A picture is a path, a URL, a data URI, a Pillow image, bytes, or the mapping of `datasets.Image`; a
-    video a path, a URL, bytes or a list of frames. `tools`, if there, goes to the template.
+    video a path, a URL or a list of frames. `tools`, if there, goes to the template.
 
     Two kinds of chats cannot be trained on exactly and are left out by name. Templates that show an earlier turn
     another way once more follows (some drop its thoughts) have no prompt that all turns share: reason "template".
