@@ -1,7 +1,7 @@
 """The cells of the study, as data: which stages of training, and how the result is decoded.
 
-Budgets are counted in units of so many optimizer steps (`Scale.unit`). All ways to one block size get the same number of
-units: one for each stage of progressive block merging, and one to finish.
+Budgets are counted in units of so many optimizer steps (`Scale.unit`). All ways to one block size get the same number
+of units: one for each stage of progressive block merging, and one to finish.
 """
 
 from dataclasses import dataclass
@@ -87,8 +87,12 @@ FINISHING_RATE = 0.5
 LONGEST = len(SIZES) + 1
 REVISIONS = tuple(Decoding(0.9, revision) for revision in (None, "overwrite", "remask"))
 
+# The embedded checkpoint of examples/: more steps at every size.
+LONG = (*(Stage(size, 2) for size in (4, 8, 16)), Stage(32, 4), Stage(32, 2, teacher="anchor", ce_weight=1.0, rate=0.3))
+
 # In the order of the claims that they decide.
 CELLS = (
+    Cell("long-32", LONG),
     *(cell for cell in ways(32) if not cell.name.startswith("ar")),
     Cell("block-1", (Stage(1, LONGEST),), (Decoding(0.9),)),
     *(cell for cell in ways(16) if not cell.name.startswith("ar")),

@@ -82,6 +82,7 @@ def train_stage(
         seed=seed,
         logging_steps=max(steps // 10, 1),
         save_strategy="no",
+        dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
     )
     model.config.block_size = stage.block_size
@@ -188,8 +189,13 @@ def measure_autoregressive(model: Qwen3VLForConditionalGeneration, samples: Sequ
         labels = batch.pop("labels")[:, 1:]
         predicted = model(**batch).logits[:, :-1].argmax(-1)
         exact[first : first + ROWS_DECODED] = ((predicted == labels) | (labels == -100)).all(1).float()
-    return {"threshold": None, "revision": None, **percentages(exact), "tokens_per_forward": 1.0,
-            "seconds": round(time.monotonic() - start, 1)}
+    return {
+        "threshold": None,
+        "revision": None,
+        **percentages(exact),
+        "tokens_per_forward": 1.0,
+        "seconds": round(time.monotonic() - start, 1),
+    }
 
 
 def percentages(exact: torch.Tensor) -> dict[str, float]:

@@ -44,9 +44,10 @@ class Thing:
         """The name of its cell, as on a chessboard, row 1 on top."""
         return f"{COLUMNS[self.column]}{self.row + 1}"
 
-    def phrase(self, colour: bool = True) -> str:
+    @property
+    def phrase(self) -> str:
         """For instance `at b3 a large red circle`."""
-        return f"at {self.cell} a {self.size} {self.colour + ' ' if colour else ''}{self.shape}"
+        return f"at {self.cell} a {self.size} {self.colour} {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -72,27 +73,22 @@ class Scene:
 
     def caption(self) -> str:
         """All that is in the picture."""
-        shapes = f"There are {NUMBERS[len(self.things)]} shapes: {listing([t.phrase() for t in self.things])}."
+        shapes = f"There are {NUMBERS[len(self.things)]} shapes: {listing([thing.phrase for thing in self.things])}."
         if self.word is None:
             return shapes
         return f"{shapes} The word {self.word.text} is written in row {self.word.row + 1}, in {self.word.colour}."
 
-    def questions(self) -> list[tuple[str, str]]:
-        """Every question about the picture with its answer."""
-        pairs = [("Which word is written?", self.word_answer())]
-        for colour in COLOURS:
-            found = [t.phrase(colour=False) for t in self.things if t.colour == colour]
-            if found:
-                start = f"Of the {NUMBERS[len(self.things)]} shapes in the picture, {NUMBERS[len(found)]}"
-                verb = "is" if len(found) == 1 else "are"
-                pairs.append((f"Which shapes are {colour}?", f"{start} {verb} {colour}: {listing(found)}."))
-        for row in range(GRID):
-            found = [t.phrase() for t in self.things if t.row == row]
-            if found:
-                noun = "shape" if len(found) == 1 else "shapes"
-                start = f"Row {row + 1} of the picture holds {NUMBERS[len(found)]} {noun}"
-                pairs.append((f"What is in row {row + 1}?", f"{start}: {listing(found)}."))
-        return pairs
+    def questions(self) -> list[list[tuple[str, str]]]:
+        """Questions about the picture with their answers, by kind: the word, the cells, the rows."""
+        cells, rows = [], []
+        for thing in self.things:
+            told = f"The cell {thing.cell} of the picture holds a {thing.size} {thing.colour} {thing.shape}"
+            cells.append((f"What is at {thing.cell}?", f"{told}, and nothing else is to be seen in it."))
+        for row in sorted({thing.row for thing in self.things}):
+            found = listing([thing.phrase for thing in self.things if thing.row == row])
+            told = f"In row {row + 1} of the picture one sees, from left to right: {found}."
+            rows.append((f"What is in row {row + 1}?", told))
+        return [[("Which word is written?", self.word_answer())], cells, rows]
 
     def word_answer(self) -> str:
         """Which word is written, where and how."""
@@ -168,5 +164,8 @@ def conversations(held_out: bool, seed: int, num_scenes: int) -> list[tuple[Scen
     for index in range(num_scenes):
         shown = scene(held_out, seed, index)
         pairs.append((shown, "Describe the picture.", shown.caption()))
-        pairs.append((shown, *random.Random(f"question-{seed}-{index}").choice(shown.questions())))
+        # A kind first, then one of its questions: there are more cells than rows, and only one word.
+        rng = random.Random(f"question-{seed}-{index}")
+        kinds = shown.questions()
+        pairs.append((shown, *rng.choice(rng.choice(kinds))))
     return pairs

@@ -38,7 +38,10 @@ from .tiny_model import MASK_TOKEN_ID, Shape, train_autoregressive, write_parent
 RESULTS = Path(__file__).with_name("results")
 WORK = Path(tempfile.gettempdir()) / "bard-vl-study"
 SCENES_SEED = 0
+ROLES = ["user\n", "assistant\n"] * 10  # often enough to become whole tokens
 PARENT_SEED = 0  # seeds of the study vary what comes after the parent
+
+NORMAL, LARGE = Shape(), Shape(hidden=192, intermediate=576)
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,13 @@ class Scale:
     unit: int
     batch_size: int = 16
     rate: float = 1e-3
-    shape: Shape = Shape()
-    large_shape: Shape = Shape(hidden=192, intermediate=576)
+    shape: Shape = NORMAL
+    large_shape: Shape = LARGE
 
 
 CLAIMS = ("direct-16", "warm-16", "swd-16", "parent")
-FULL = Scale("full", None, 8000, 256, 1600, 300)
-QUICK = Scale("quick", CLAIMS, 3000, 64, 900, 75)
+FULL = Scale("full", None, 8000, 256, 1500, 100)
+QUICK = Scale("quick", CLAIMS, 3000, 64, 900, 40)
 SMOKE = Scale("smoke", CLAIMS, 8, 2, 2, 1, 2, 1e-3, Shape(64, 1, 64, 32, 1), Shape(64, 2, 64, 32, 1))
 
 
@@ -109,8 +112,8 @@ class Study:
         with once(folder) as partial:
             if partial:
                 chats = conversations(False, SCENES_SEED, min(self.scale.scenes, 2000))
-                texts = [text for _, question, told in chats for text in (question, told, "user\n", "assistant\n")]
-                write_parent(partial, texts, self.scale.large_shape if large else self.scale.shape, PARENT_SEED)
+                texts = [text for _, *said in chats for text in said]
+                write_parent(partial, texts + ROLES, self.scale.large_shape if large else self.scale.shape, PARENT_SEED)
         return folder
 
     @cached_property
@@ -201,7 +204,9 @@ class Study:
             return load(self.start())
         return self.trained(merging(4, large=True) if name == "large anchor" else stages[:1])[0]
 
-    def autoregressive(self, stages: tuple[Stage, ...]) -> tuple[Qwen3VLForConditionalGeneration, list[dict[str, float]]]:
+    def autoregressive(
+        self, stages: tuple[Stage, ...]
+    ) -> tuple[Qwen3VLForConditionalGeneration, list[dict[str, float]]]:
         """The parent, trained further as it was before."""
         model = Qwen3VLForConditionalGeneration.from_pretrained(self.parent())
         scale, start = self.scale, time.monotonic()
@@ -261,11 +266,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", dest="scale", action="store_const", const=QUICK, default=FULL, help="under 15 minutes")
-    size.add_argument("--smoke", dest="scale", action="store_const", const=SMOKE, help="seconds; the numbers say nothing")
+    size.add_argument(
+        "--smoke", dest="scale", action="store_const", const=SMOKE, help="seconds; the numbers say nothing"
+    )
     parser.add_argument("--cells", nargs="+", choices=[cell.name for cell in CELLS], help="default: all of the scale's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of training; default: %(default)s")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder for what can be made again; default: %(default)s")
+    parser.add_argument(
+        "--work", type=Path, default=WORK, help="folder for what can be made again; default: %(default)s"
+    )
     parser.add_argument("--results", type=Path, help="folder of the JSON files; the full study's are the package's own")
     parser.add_argument("--report", action="store_true", help="only write the report from the JSON files")
     return parser.parse_args(arguments)
@@ -282,7 +291,8 @@ def main(arguments: list[str] | None = None) -> None:
     cells = [cell for cell in CELLS if names is None or cell.name in names]
     if not given.report:
         run_cells(cells, given.seeds, scale, given.work, results)
-    print(write_report(results, scale.name, [cell.name for cell in CELLS]))
+    output = Path(__file__).parent if results == RESULTS else results.parent
+    print(write_report(results, output))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A Qwen3-VL of 1 to 3 M parameters: its folder as the Hub has it, and its autoregressive training on the scenes.
 
-The autoregressive side is transformers' own class and a plain loop; block diffusion is trained by the package's trainer.
+The autoregressive side is transformers' own class and a plain loop; block diffusion has the package's trainer.
 """
 
 import json
@@ -140,8 +140,8 @@ def write_tokenizer(path: Path, texts: Iterable[str]) -> None:
         texts, trainers.BpeTrainer(vocab_size=NUM_BASE_TOKENS, initial_alphabet=alphabet, show_progress=False)
     )
     # A small corpus may give fewer merges than asked for: the added tokens keep their ids all the same.
-    fillers = [AddedToken(f"<|unused_{i}|>", normalized=False) for i in range(NUM_BASE_TOKENS - tokenizer.get_vocab_size())]
-    tokenizer.add_tokens(fillers)
+    num_missing = NUM_BASE_TOKENS - tokenizer.get_vocab_size()
+    tokenizer.add_tokens([AddedToken(f"<|unused_{number}|>", normalized=False) for number in range(num_missing)])
     tokenizer.add_tokens([AddedToken(t, normalized=False, special="think" not in t) for t in ADDED_TOKENS])
     tokenizer.save(str(path / "tokenizer.json"))
     settings = {

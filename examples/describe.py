@@ -1,19 +1,28 @@
 r"""Describe a picture, and watch the blocks being written.
 
+    python examples/describe.py [examples/images/2.png]
     python examples/describe.py photo.jpg --block-size 16 \
         --model fudan-generative-ai/Bard-VL-B16-Mask-4B-Distil-Instruct
+
+Without --model a small checkpoint beside this script answers. It knows coloured shapes on a grid and a few words:
+"Describe the picture.", "What is at b3?", "What is in row 2?", "Which word is written?".
 """
 
 import argparse
 import shutil
 import sys
 import unicodedata
+from pathlib import Path
 from typing import Any
 
 import bard_vl
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, TextStreamer
 from transformers.image_utils import load_image
+
+HERE = Path(__file__).resolve().parent
+CHECKPOINT = HERE / "checkpoint"
+PICTURE = HERE / "images" / "1.png"
 
 
 class DraftStreamer(TextStreamer):
@@ -75,9 +84,11 @@ def after(text: str, column: int, width: int) -> tuple[int, int]:
 def parse_arguments() -> tuple[argparse.Namespace, bard_vl.BardVLGenerationConfig]:
     """Read the command line; settings out of range end the script with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("image", help="path or URL of a picture")
-    parser.add_argument("--model", required=True, help="folder or Hub id of a Bard-VL checkpoint")
-    parser.add_argument("--prompt", default="Describe the image.", help="what to ask, default: %(default)s")
+    parser.add_argument("image", nargs="?", default=str(PICTURE), help="path or URL of a picture, default: one of ours")
+    parser.add_argument(
+        "--model", default=str(CHECKPOINT), help="folder or Hub id of a checkpoint, default: a small one"
+    )
+    parser.add_argument("--prompt", default="Describe the picture.", help="what to ask, default: %(default)s")
     parser.add_argument("--block-size", type=int, help="needed where the checkpoint's config.json does not state it")
     parser.add_argument("--threshold", type=float, help="confidence_threshold, default: the checkpoint's")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="most tokens to write, default: %(default)s")
@@ -116,7 +127,7 @@ def describe(arguments: argparse.Namespace, settings: bard_vl.BardVLGenerationCo
     content = [{"type": "image", "image": read_picture(arguments.image)}, {"type": "text", "text": arguments.prompt}]
     processor = bard_vl.BardVLProcessor.from_pretrained(arguments.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=torch.bfloat16).to(device)
+    model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype="auto").to(device)
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         tokenize=True,
@@ -127,7 +138,8 @@ def describe(arguments: argparse.Namespace, settings: bard_vl.BardVLGenerationCo
     output = model.generate(
         **inputs, generation_config=settings, streamer=DraftStreamer(processor), return_dict_in_generate=True
     )
-    forwards = sum(output.num_forwards.values())
+    steps, forwards = output.block_step_counts[0].tolist(), sum(output.num_forwards.values())
+    print(f"denoising steps of each block: {', '.join(map(str, steps))}")
     print(f"{forwards} forwards, {output.tokens_per_forward[0]:.2f} tokens per forward")
 
 

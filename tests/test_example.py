@@ -58,7 +58,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("photo.jpg --model bard --block-size 0", 2, "`block_size` must be an integer of at least 1, got 0"),
         ("photo.jpg --model bard --threshold 2", 2, "`confidence_threshold` must be a number in [0.0, 1.0], got 2.0"),
         ("photo.jpg --model bard --max-new-tokens 0", 2, "`max_new_tokens` must be an integer of at least 1, got 0"),
-        ("photo.jpg", 2, "the following arguments are required: --model"),
         ("photo.jpg --model ./nowhere", 1, "nowhere"),
         ("absent.jpg --model bard", 1, "absent.jpg cannot be read as a picture: "),
         ("text.jpg --model bard", 1, "text.jpg cannot be read as a picture: cannot identify image file"),
@@ -98,7 +97,7 @@ def test_describes_a_picture(
     monkeypatch.setattr(sys, "argv", ["describe.py", *map(str, command)])
     describe.main()
     output = capsys.readouterr().out
-    assert re.search(r"\d+ forwards, \d+\.\d\d tokens per forward\n$", output)
+    assert re.search(r"denoising steps of each block: \d, \d\n\d+ forwards, \d+\.\d\d tokens per forward\n$", output)
     assert "\033" not in output, "no drafts where nobody looks"
 
 

@@ -1,0 +1,226 @@
+"""The small-scale study: its scenes, its measurements, its controls, and all of it at once at minute sizes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bard_vl.evaluation import cells, experiment, report, scenes, small_study, tiny_model
+from bard_vl.training.packing import Sample, pack
+from transformers import Qwen3VLForConditionalGeneration
+
+SPLITS = {"train": False, "held-out": True}
+
+
+# Scenes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_scene_is_a_function_of_its_number(split: str) -> None:
+    first, again = (scenes.conversations(SPLITS[split], 0, 20) for _ in range(2))
+    assert first == again
+    assert first != scenes.conversations(SPLITS[split], 1, 20)
+    assert len({shown for shown, *_ in first}) == 20
+
+
+def test_no_scene_is_in_both_splits() -> None:
+    seen = {split: {scenes.scene(held_out, 0, i) for i in range(500)} for split, held_out in SPLITS.items()}
+    assert not any(shown.held_out for shown in seen["train"])
+    assert all(shown.held_out for shown in seen["held-out"])
+
+
+def test_pictures_show_what_captions_say() -> None:
+    for index in range(50):
+        shown = scenes.scene(False, 0, index)
+        picture = shown.draw()
+        expected = {(thing.column, thing.row): scenes.COLOURS[thing.colour] for thing in shown.things}
+        for column in range(scenes.GRID):
+            for row in range(scenes.GRID):
+                if shown.word is None or row != shown.word.row:
+                    centre = [(place + 0.5) * scenes.CELL for place in (column, row)]
+                    colour = "#{:02x}{:02x}{:02x}".format(*picture.getpixel(tuple(map(int, centre))))
+                    assert colour == expected.get((column, row), "#ffffff")
+        for thing in shown.things:
+            assert f"at {thing.cell} a {thing.size} {thing.colour} {thing.shape}" in shown.caption()
+
+
+def test_answers_of_a_scene() -> None:
+    things = (scenes.Thing(0, 1, "large", "red", "star"), scenes.Thing(0, 3, "small", "blue", "cross"))
+    shown = scenes.Scene(things, scenes.Word(2, "black", "moon"))
+    assert shown.caption() == (
+        "There are two shapes: at b1 a large red star and at d1 a small blue cross. "
+        "The word moon is written in row 3, in black."
+    )
+    word, cell, row = shown.questions()
+    assert word == [("Which word is written?", "The word moon is written in row 3 of the picture, in black letters.")]
+    told = "The cell d1 of the picture holds a small blue cross, and nothing else is to be seen in it."
+    assert cell[1] == ("What is at d1?", told)
+    told = "In row 1 of the picture one sees, from left to right: at b1 a large red star and at d1 a small blue cross."
+    assert row == [("What is in row 1?", told)]
+
+
+# Cells ---------------------------------------------------------------------------------------------------------------
+
+
+def test_cells_have_names_of_their_own_and_equal_budgets() -> None:
+    names = [cell.name for cell in cells.CELLS]
+    assert len(set(names)) == len(names)
+    for size in cells.SIZES:
+        assert len({cell.units for cell in cells.ways(size)}) == 1
+        assert {cell.block_size for cell in cells.ways(size)} == {size}
+    compared = {name for group in report.CONTROLS.values() for name in group} | set(report.NOISES)
+    assert compared <= set(names)
+    assert set(small_study.CLAIMS) <= set(names)
+
+
+def test_budgets_of_controls_are_equal() -> None:
+    units = {cell.name: cell.units for cell in cells.CELLS}
+    for names in (("warm-32", "swd-32", "swd+ce-32", "large-teacher-32", "ar-continued", "block-1"), report.NOISES):
+        assert len({units[name] for name in names}) == 1
+    assert units["faulty-mask-8"] == units["right-mask-8"]
+
+
+def test_the_faulty_mask_shows_clean_tokens_the_noisy_ones() -> None:
+    sample = Sample(
+        input_ids=torch.arange(10),
+        position_ids=torch.arange(10).expand(3, 10),
+        responses=[(4, 10)],
+        visual_index=torch.full((10,), -1),
+    )
+    rows = pack([sample], 2, 32, pad_token_id=0, response_padding_id=0)
+    right = experiment.FaultyMaskTrainer.__mro__[1].attention_mask
+    trainer = experiment.FaultyMaskTrainer.__new__(experiment.FaultyMaskTrainer)
+    trainer.args = type("Arguments", (), {"mask_form": "dense"})()
+    added = trainer.attention_mask(rows.layout()) & ~right(trainer, rows.layout())
+    clean, noisy = slice(4, 10), slice(10, 16)
+    assert added[0, 0, clean, noisy].sum() == added.sum() == 24
+    assert added[0, 0, clean, noisy].tolist() == [[key // 2 <= query // 2 for key in range(6)] for query in range(6)]
+
+
+# The whole study at minute sizes -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work folder of a finished smoke study."""
+    work = tmp_path_factory.mktemp("study")
+    small_study.main(["--smoke", "--work", str(work), "--threads", "1"])
+    return work
+
+
+def test_every_cell_leaves_its_figures(work: Path) -> None:
+    for name in small_study.CLAIMS:
+        run = json.loads((work / "smoke" / "results" / f"{name}-seed-0.json").read_text())
+        assert run["cell"] == name
+        assert [stage["block_size"] for stage in run["stages"]][-1:] == ([16] if name != "parent" else [])
+        for score in run["scores"]:
+            assert 0 <= score["exact"] <= 100
+            assert score["tokens_per_forward"] > 0
+
+
+def test_finished_cells_and_shared_stages_are_kept(work: Path, capsys: pytest.CaptureFixture) -> None:
+    folders = sorted(path.name for path in (work / "smoke" / "stages").iterdir() if path.is_dir())
+    assert sorted(name.rpartition("-")[0] for name in folders) == ["block-16"] * 4 + ["block-4", "block-8"]
+    before = {path: path.stat().st_mtime_ns for path in (work / "smoke").rglob("*") if path.name != "SMALL_STUDY.md"}
+    small_study.main(["--smoke", "--work", str(work), "--cells", "warm-16", "--threads", "1"])
+    assert "warm-16, seed" not in capsys.readouterr().out
+    changed = [path for path in before if path.stat().st_mtime_ns != before[path] and path.suffix == ".json"]
+    assert not changed
+
+
+def test_a_cell_that_another_process_runs_is_left_to_it(work: Path) -> None:
+    results = work / "other"
+    with small_study.locked(work / "smoke" / "parent-seed-0.json"):
+        small_study.main(
+            ["--smoke", "--work", str(work), "--results", str(results), "--cells", "parent", "--threads", "1"]
+        )
+    assert not list(results.glob("*.json"))
+
+
+def test_the_parent_is_measured_as_it_decodes(work: Path) -> None:
+    study = small_study.Study(small_study.SMOKE, 0, work)
+    model = Qwen3VLForConditionalGeneration.from_pretrained(study.parent()).eval()
+    samples = []
+    for sample in study.held_out[:2]:
+        start = sample.responses[0][0]
+        inputs = {"input_ids": sample.input_ids[None, :start], **experiment.pictures([sample])}
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
+        settings = {"max_new_tokens": 8, "eos_token_id": -1, "pad_token_id": tiny_model.PAD_TOKEN_ID}
+        written = model.generate(**inputs, **settings, do_sample=False)[0]
+        positions = torch.cat([sample.position_ids[:, :start], sample.position_ids[:, start : start + 8]], dim=1)
+        samples.append(Sample(written, positions, [(start, start + 8)], sample.visual_index, sample.visual_inputs))
+    assert experiment.measure_autoregressive(model, samples)["exact"] == 100
+    samples[0].input_ids[-3] = (samples[0].input_ids[-3] + 1) % 256
+    assert experiment.measure_autoregressive(model, samples) | {"seconds": 0} == {
+        "threshold": None,
+        "revision": None,
+        "exact": 50,
+        "captions": 0,
+        "questions": 100,
+        "tokens_per_forward": 1.0,
+        "seconds": 0,
+    }
+
+
+def test_answers_are_long_enough_for_large_blocks(work: Path) -> None:
+    study = small_study.Study(small_study.SMOKE, 0, work)
+    captions = study.held_out[::2]
+    assert min(len(experiment.answer(sample)) for sample in captions) > 32
+
+
+# Report --------------------------------------------------------------------------------------------------------------
+
+
+def run_of(name: str, exact: float, tokens_per_forward: float, seed: int = 0, answers: int = 1000) -> dict[str, Any]:
+    score = {"threshold": 0.9, "revision": None, "exact": exact, "captions": exact, "questions": exact}
+    scores = [score | {"tokens_per_forward": tokens_per_forward, "seconds": 1.0}]
+    stages = [{"block_size": 8, "loss": 0.5, "seconds": 60.0}]
+    return {"cell": name, "seed": seed, "block_size": 8, "steps": 10, "batch_size": 4, "stages": stages} | {
+        "answers": answers,
+        "answer_length": 30.0,
+        "scores": scores,
+    }
+
+
+@pytest.mark.parametrize(
+    ("warm", "direct", "verdict"),
+    [(90.0, 80.0, "**yes**"), (80.0, 90.0, "**no**"), (80.0, 80.5, "**undecided**")],
+)
+def test_claims_follow_the_figures(warm: float, direct: float, verdict: str) -> None:
+    runs = {"warm-32": [run_of("warm-32", warm, 5)], "direct-32": [run_of("direct-32", direct, 6)]}
+    line = report.compare(runs, "warm-32", "direct-32", "Warm beats direct")
+    assert verdict in line
+    assert f"{warm:.1f} and {direct:.1f} percent exact" in line
+
+
+def test_claims_without_their_cells_are_open() -> None:
+    assert report.compare({}, "warm-32", "direct-32", "Warm beats direct") == "Warm beats direct: not run yet."
+    assert report.speed_claim({}).endswith("not run yet.")
+
+
+@pytest.mark.parametrize(
+    ("exact", "speed", "verdict"), [(93.0, 4.0, "**yes**"), (93.0, 2.0, "**no**"), (80.0, 4.0, "**no**")]
+)
+def test_the_claim_of_speed(exact: float, speed: float, verdict: str) -> None:
+    runs = {"block-1": [run_of("block-1", 95.0, 1.0)], "swd-32": [run_of("swd-32", exact, speed)]}
+    for score in (runs["swd-32"][0]["scores"][0],):
+        runs["swd-32"][0]["scores"].append(score | {"threshold": 0.5, "exact": exact - 50})
+    assert verdict in report.speed_claim(runs)
+
+
+def test_the_report_shows_seeds_and_names_what_is_missing(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    for seed, exact in enumerate((80.0, 90.0)):
+        (results / f"warm-32-seed-{seed}.json").write_text(json.dumps(run_of("warm-32", exact, 5.0, seed)))
+    text = report.write_report(results, tmp_path).read_text()
+    assert "85.0 (80.0-90.0)" in text
+    missing = text.rpartition("## Not run yet")[2]
+    assert "`direct-32`" in missing
+    assert "`warm-32`" not in missing
+    assert (tmp_path / "block_sizes.png").stat().st_size > 10_000
+
+
+def test_a_report_of_nothing(tmp_path: Path) -> None:
+    assert "No cell has been run yet" in report.write_report(tmp_path / "results", tmp_path).read_text()
