@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from bard_vl import BardVLForConditionalGeneration
@@ -117,7 +118,7 @@ def make_batch(
 
 def stack(parts: list[PackedRows]) -> PackedRows:
     """Rows of one width and one text sample each, below each other."""
-    stacked = {
+    stacked: dict[str, Any] = {
         each.name: torch.cat([getattr(part, each.name) for part in parts], dim=-2)
         for each in fields(PackedRows)
         if each.name not in ("block_size", "visual_inputs", "sample_ids")
