@@ -1,6 +1,7 @@
 """Recipes: those that ship build at tiny shapes, and bad ones end in one line before any work."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import yaml
 from bard_vl.training import distill, merge_blocks
 from bard_vl.training.arguments import RecipeError, parse_recipe
 from bard_vl.training.stages import Run, build_trainer
+from tiny import draw_scene
 from training_cases import MASK, bard_folder, chats_file, copy_of, qwen_folder, settings, write_recipe
 
 RECIPES = Path(merge_blocks.__file__).parent / "recipes"
@@ -187,3 +189,41 @@ def test_bad_recipes_of_distillation(tmp_path, capsys, case):
     shape = {"model_name_or_path": names["merged"], **changes}
     recipe = write_recipe(tmp_path / "recipe.yaml", settings(tmp_path / "run", **shape))
     refused(distill, recipe, tmp_path / "run", message, capsys)
+
+
+def documented_commands() -> list[list[str]]:
+    """The training commands of the manual, in words."""
+    text = (RECIPES.parents[1] / "docs" / "training.md").read_text()
+    lines = [line for block in text.split("```bash\n")[1:] for line in block.split("```")[0].splitlines()]
+    return [shlex.split(line) for line in lines if " -m bard_vl.training." in line]
+
+
+@pytest.mark.parametrize("command", documented_commands(), ids=lambda command: command[-5])
+def test_commands_of_the_manual_parse(command):
+    place = command.index("-m")
+    module = {"bard_vl.training.merge_blocks": merge_blocks, "bard_vl.training.distill": distill}[command[place + 1]]
+    recipe, *flags = command[place + 2 :]
+    launcher = command[:place]
+    if launcher[0] == "accelerate":
+        assert (RECIPES.parents[1] / launcher[launcher.index("--config_file") + 1]).is_file()
+    parsed = parse_recipe(module.RECIPE, [str(RECIPES.parents[1] / recipe), *flags, "--use_cpu", "true"])
+    assert parsed[1].train_data == flags[flags.index("--train_data") + 1]
+
+
+def test_the_chat_of_the_manual_is_one(tmp_path):
+    chat = (RECIPES.parents[1] / "docs" / "training.md").read_text().split("```json\n")[1].split("```")[0]
+    (tmp_path / "photos").mkdir()
+    draw_scene(tmp_path / "photos" / "1.jpg")
+    (tmp_path / "chats.jsonl").write_text(chat * 2)
+    flags = {**TINY, "train_data": tmp_path / "chats.jsonl", "model_name_or_path": bard_folder()}
+    model, data, args, schedule = parse(merge_blocks, "finetune.yaml", **flags, output_dir=tmp_path / "run")
+    run = Run(model, data, args)
+    trainer = build_trainer(run, merge_blocks.plan(run, schedule)[0], args)
+    assert len(trainer.train_dataset) == 2
+
+
+def test_help_needs_no_recipe(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        merge_blocks.main(["--help"])
+    assert stopped.value.code == 0
+    assert "--block_sizes" in capsys.readouterr().out

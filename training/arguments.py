@@ -44,15 +44,15 @@ class ModelArguments:
 
     model_name_or_path: str | None = option(None, "Qwen3-VL or Bard-VL checkpoint: a folder or a Hub id")
     model_revision: str | None = option(None, "branch, tag or commit of a Hub id")
-    mask_token_id: int | None = option(None, "id of the mask token (default: the source's, else 151671)")
+    mask_token_id: int | None = option(None, "id of the mask token (unset: the source's, else 151671)")
     mask_row: Literal["keep", "mean"] = option(
         "keep", "initial embedding of the mask token when a Qwen3-VL is converted: as it is, or the vocabulary's mean"
     )
     dtype: Literal["float32", "bfloat16"] = option(
         "float32", "dtype of the weights that the optimizer updates; with `bf16` they are cast for each product"
     )
-    save_dtype: Literal["float32", "bfloat16"] | None = option(None, "dtype of finished stages (default: the source's)")
-    attn_implementation: str | None = option(None, "attention of the model (default: the package's own)")
+    save_dtype: Literal["float32", "bfloat16"] | None = option(None, "dtype of finished stages (unset: the source's)")
+    attn_implementation: str | None = option(None, "attention of the model (unset: the package's own)")
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "parameter groups that are not trained: language, merger, vision"}
     )
@@ -97,19 +97,19 @@ class DataArguments:
     eval_split: str = option("train", "split of the data set of held-out chats")
     data_name: str | None = option(None, "configuration of a data set on the Hub")
     media_folder: str | None = option(
-        None, "where relative paths of images and videos start (default: the data's folder)"
+        None, "where relative paths of images and videos start (unset: the data's folder)"
     )
     streaming: bool = option(False, "read the training chats as a stream of unknown length; needs `max_steps`")
     shuffle_buffer: int = option(1000, "chats of a stream that are shuffled among each other")
     max_length: int = option(8192, "columns of a packed row, copies of responses included")
     overlong: Literal["drop", "truncate"] = option("drop", "what happens to a chat that does not fit in a row")
     max_total_length: int | None = option(None, "tokens of a chat; longer ones are left out")
-    min_pixels: int | None = option(None, "smallest area that an image is scaled to (default: the processor's)")
-    max_pixels: int | None = option(None, "largest area that an image is scaled to (default: the processor's)")
+    min_pixels: int | None = option(None, "smallest area that an image is scaled to (unset: the processor's)")
+    max_pixels: int | None = option(None, "largest area that an image is scaled to (unset: the processor's)")
     min_short_side: int | None = option(None, "chats with an image of a shorter side are left out, in pixels")
     max_aspect_ratio: float | None = option(None, "chats with an image of a greater aspect ratio are left out")
     pad_to_multiple_of: int = option(1, "rows are padded to a multiple of so many columns")
-    measuring_processes: int | None = option(None, "processes that measure chats before training (default: one)")
+    measuring_processes: int | None = option(None, "processes that measure chats before training (unset: one)")
     max_eval_samples: int = option(256, "at most so many held-out chats are used")
 
     def check(self) -> None:
@@ -139,18 +139,18 @@ class BlockDiffusionArguments(TrainingArguments):
     loss_form: Literal["corrupted_mean", "inverse_time"] = option(
         "corrupted_mean", "the paper's mean over corrupted positions, or the reference's weights of 1 / probability"
     )
-    padding_weight: float | None = option(None, "weight of the padding behind a response (default: 1, or 0.5)")
+    padding_weight: float | None = option(None, "weight of the padding behind a response (unset: 1, or 0.5)")
     loss_chunk_size: int = option(1024, "positions that are projected to the vocabulary at a time")
     mask_form: Literal["auto", "dense", "flex"] = option("auto", "attention mask: flex on CUDA, dense elsewhere")
-    merger_learning_rate: float | None = option(None, "rate of the vision-language mergers (default: `learning_rate`)")
-    vision_learning_rate: float | None = option(None, "rate of the vision tower (default: `learning_rate`)")
+    merger_learning_rate: float | None = option(None, "rate of the vision-language mergers (unset: `learning_rate`)")
+    vision_learning_rate: float | None = option(None, "rate of the vision tower (unset: `learning_rate`)")
     min_learning_rate: float | None = option(
         None, "floor of the cosine, the same for every group; a group whose rate is below it stays at its rate"
     )
     decode_samples: int = option(0, "held-out chats whose last answer is decoded at every evaluation")
     decode_max_new_tokens: int = option(256, "longest decoded answer")
-    decode_confidence_threshold: float | None = option(None, "threshold of that decoding (default: the model's)")
-    decode_denoising_steps: int | None = option(None, "steps a block of that decoding (default: the block size)")
+    decode_confidence_threshold: float | None = option(None, "threshold of that decoding (unset: the model's)")
+    decode_denoising_steps: int | None = option(None, "steps a block of that decoding (unset: the block size)")
 
     def __post_init__(self) -> None:
         """Fill what follows from other settings; transformers checks its own."""
@@ -234,10 +234,10 @@ class MergeArguments:
     """The schedule of progressive block merging."""
 
     block_sizes: list[int] | None = field(
-        default=None, metadata={"help": "stages, ascending, as 4 8 16 32 (default: the source's block size)"}
+        default=None, metadata={"help": "stages, ascending, as 4 8 16 32 (unset: the source's block size)"}
     )
     steps_per_stage: list[int] | None = field(
-        default=None, metadata={"help": "optimizer steps of each stage (default: `max_steps` for each)"}
+        default=None, metadata={"help": "optimizer steps of each stage (unset: `max_steps` for each)"}
     )
 
     def check(self) -> None:
@@ -258,17 +258,17 @@ class DistillArguments:
 
     block_sizes: list[int] | None = field(
         default=None,
-        metadata={"help": "which stages of a block-merging run to distil (default: all but the anchor)"},
+        metadata={"help": "which stages of a block-merging run to distil (unset: all but the anchor)"},
     )
-    teacher_name_or_path: str | None = option(None, "teacher (default: the smallest-block stage beside the student)")
+    teacher_name_or_path: str | None = option(None, "teacher (unset: the smallest-block stage beside the student)")
     teacher_kind: Literal["block", "ar"] = option("block", "a Bard-VL checkpoint, or an autoregressive Qwen3-VL")
-    teacher_block_size: int | None = option(None, "block size that the teacher runs at (default: its config's)")
-    teacher_dtype: Literal["float32", "bfloat16"] | None = option(None, "dtype of its weights (default: its own)")
+    teacher_block_size: int | None = option(None, "block size that the teacher runs at (unset: its config's)")
+    teacher_dtype: Literal["float32", "bfloat16"] | None = option(None, "dtype of its weights (unset: its own)")
     ce_weight: float = option(0.0, "weight of the cross entropy with the data")
     kd_weight: float = option(1.0, "weight of the divergence from the teacher")
     kd_direction: Literal["forward", "reverse"] = option("forward", "KL(teacher || student), or the reverse")
     kd_temperature: float = option(1.0, "temperature of both distributions; the divergence is multiplied by its square")
-    kd_top_k: int | None = option(None, "compare on the teacher's likeliest so many tokens (default: all)")
+    kd_top_k: int | None = option(None, "compare on the teacher's likeliest so many tokens (unset: all)")
 
     def check(self) -> None:
         """Raise `RecipeError` for what cannot be meant."""
@@ -318,14 +318,15 @@ def parse_recipe(kinds: Sequence[type], arguments: Sequence[str]) -> tuple[Any, 
     parser = RecipeParser(list(kinds), allow_abbrev=False)
     names = [field.name for kind in kinds for field in dataclasses.fields(kind) if field.init]
     flags = list(arguments)
-    recipe = read_recipe(Path(flags.pop(0))) if flags and not flags[0].startswith("--") else {}
+    recipe = read_recipe(Path(flags.pop(0))) if flags and not flags[0].startswith("-") else {}
     for key in recipe:
         close = difflib.get_close_matches(key, names, 1)
         require(key in names, f"unknown key {key!r} in the recipe" + (f"; did you mean {close[0]!r}?" if close else ""))
     given = [flag for key, value in recipe.items() for flag in as_flags(key, value)]
     # Newer lines of transformers have a default for it, in the working directory.
     names_output = any(flag.replace("-", "_").startswith("__output_dir") for flag in [*given, *flags])
-    require(names_output, "`output_dir` is missing: name the folder to write to")
+    asks_for_help = not {"-h", "--help"}.isdisjoint(flags)
+    require(names_output or asks_for_help, "`output_dir` is missing: name the folder to write to")
     try:
         *parsed, rest = parser.parse_args_into_dataclasses([*given, *flags], return_remaining_strings=True)
     except (ValueError, ImportError) as error:  # transformers' own checks of its settings
