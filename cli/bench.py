@@ -16,6 +16,7 @@ def bench(context: typer.Context) -> None:
     """
     if not (FOLDER / "decoding.py").is_file():
         raise FileNotFoundError(f"the benchmarks are not installed: run bard-vl from a checkout ({FOLDER} is missing)")
-    sys.argv[:] = ["bard-vl bench", *context.args]
     sys.path.insert(0, str(FOLDER))  # its files import each other by name
-    runpy.run_path(str(FOLDER / "decoding.py"), run_name="__main__")
+    benchmark = runpy.run_path(str(FOLDER / "decoding.py"))["main"]
+    sys.argv[0] = "bard-vl bench"  # what its own help and errors are headed by
+    benchmark(context.args)

@@ -73,7 +73,7 @@ class Conversation:
 
 def chat(
     files: Annotated[
-        list[str] | None, typer.Argument(metavar="[FILE]...", help="Pictures and videos of the first message.")
+        list[str] | None, typer.Argument(metavar="FILE", help="Pictures and videos of the first message.")
     ] = None,
     model: Model = None,
     revision: Revision = None,

@@ -1,5 +1,6 @@
 """The program `bard-vl`: its commands, and how it ends."""
 
+import inspect
 import os
 import sys
 from typing import Annotated
@@ -26,11 +27,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 RAW = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-app.command(epilog=run.epilog)(run)
-app.command(epilog=chat.epilog)(chat)
-app.command(epilog=demo.epilog)(demo)
-app.command(context_settings=RAW, add_help_option=False)(convert)
-app.command(context_settings=RAW, add_help_option=False)(bench)
+for command in (run, chat, demo):
+    # Line breaks of the source are none of the help's.
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    folded = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
+    app.command(help=folded, epilog=command.epilog)(command)
+for command in (convert, bench):
+    app.command(context_settings=RAW, add_help_option=False)(command)
 
 
 @app.callback(invoke_without_command=True, epilog=EPILOG)
@@ -56,16 +59,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = app(args=arguments, prog_name="bard-vl", standalone_mode=False)
         sys.stdout.flush()
-        return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        print("error: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        code = INTERRUPTED
     except BrokenPipeError:  # whoever read the output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
-    except typer.Exit as ended:
-        return ended.exit_code
-    except SystemExit as ended:  # of the converter's and the benchmarks' own parsers
+    except SystemExit as ended:  # of the converter and the benchmarks, which have said why
         return ended.code if isinstance(ended.code, int) else FAILURE if ended.code else 0
     except Exception as error:
         return report(error)
+    if code == INTERRUPTED:
+        print("error: interrupted", file=sys.stderr)
+    return code if isinstance(code, int) else 0

@@ -40,7 +40,7 @@ def run(
     files: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FILE]...",
+            metavar="FILE",
             help="Pictures and videos, as paths or URLs; a folder is a video of one frame a picture. None: text alone.",
         ),
     ] = None,

@@ -1,0 +1,453 @@
+"""`bard-vl`: every command answers as `generate` does; mistakes end it with one line and the right exit code."""
+
+import importlib.metadata
+import io
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bard_vl import BardVLProcessor
+from bard_vl.cli.main import main
+from fresh import ROOT, convert
+from PIL import Image
+from test_example import GREY, Screen
+from tiny import IDS, draw, draw_frames, draw_scene, write_qwen3vl
+from transformers import AutoModelForImageTextToText
+
+MASK = IDS["small"].mask_token_id
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints (plain, converted, without a stated block size, without weights), pictures and videos."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_qwen3vl(folder / "qwen")
+    bard = convert(folder / "qwen", folder / "bard", "--block-size", 4, "--mask-token-id", MASK)
+    for name in ("unstated", "weightless"):
+        shutil.copytree(bard, folder / name, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = folder / "unstated" / "config.json"
+    config.write_text(re.sub(r'\s*"block_size": 4,', "", config.read_text()))
+    draw_scene(folder / "photo.png")
+    draw_scene(folder / "other.png", (128, 64), seed=1)
+    (folder / "text.png").write_text("no picture")
+    frames = draw_frames(4)
+    (folder / "frames").mkdir()
+    (folder / "empty").mkdir()
+    for number, frame in enumerate(frames):
+        frame.save(folder / "frames" / f"{number}.png")
+    frames[0].save(folder / "clip.gif", save_all=True, append_images=frames[1:], duration=500)
+    write_video(folder / "clip.mp4", draw_frames(12))
+    return folder
+
+
+def write_video(path: Path, frames: list[Image.Image]) -> None:
+    """Four frames a second."""
+    import av
+
+    with av.open(str(path), "w") as video:
+        stream = video.add_stream("mpeg4", rate=4)
+        stream.width, stream.height = frames[0].size
+        for frame in frames:
+            video.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        video.mux(stream.encode())
+
+
+@pytest.fixture
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Any:
+    """A function that runs the program on a line; its exit code, output and errors."""
+    monkeypatch.chdir(folder)
+
+    def run(line: str, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = main(line.split())
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def expected(folder: Path, messages: list[dict[str, Any]], **settings: Any) -> tuple[str, Any]:
+    """What `generate` writes, by transformers' own calls."""
+    processor = BardVLProcessor.from_pretrained(folder / "bard")
+    model = AutoModelForImageTextToText.from_pretrained(folder / "bard", dtype="auto")
+    options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template(messages, **options)
+    output = model.generate(**inputs, return_dict_in_generate=True, **settings)
+    response = output.sequences[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(response, skip_special_tokens=True), output
+
+
+def user(*images: Any, text: str = "Describe the picture.") -> dict[str, Any]:
+    content = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+
+
+# run -----------------------------------------------------------------------------------------------------------------
+
+
+def test_run_prints_the_answer_of_generate_and_nothing_else(run: Any, folder: Path) -> None:
+    code, out, err = run("run photo.png --model bard --max-new-tokens 18 --threshold 0.3")
+    text, output = expected(folder, [user(draw())], max_new_tokens=18, confidence_threshold=0.3)
+    assert (code, out) == (0, f"{text}\n")
+    assert re.fullmatch(
+        rf"18 tokens in {sum(output.num_forwards.values())} forwards \(\d+\.\d\d tokens per forward\), "
+        r"\d+\.\d s; prompt of \d+ tokens\n",
+        err,
+    )
+
+
+def test_several_pictures_a_question_and_settings(run: Any, folder: Path) -> None:
+    line = "run photo.png other.png -p Which? -m bard --max-new-tokens 9 --steps 2 --set remasking_strategy=margin -q"
+    settings = {"max_new_tokens": 9, "denoising_steps": 2, "remasking_strategy": "margin"}
+    text, _ = expected(folder, [user(draw(), draw((128, 64), 1), text="Which?")], **settings)
+    assert run(line) == (0, f"{text}\n", "")
+
+
+def test_a_system_prompt_and_a_question_from_standard_input(run: Any, folder: Path) -> None:
+    system = {"role": "system", "content": [{"type": "text", "text": "brief"}]}
+    text, _ = expected(folder, [system, user(text="How many?")], max_new_tokens=8)
+    assert run("run --prompt - --system brief -m bard --max-new-tokens 8 -q", "How many?\n") == (0, f"{text}\n", "")
+
+
+def test_json_tells_what_generate_tells(run: Any, folder: Path) -> None:
+    code, out, err = run("run photo.png --model bard --max-new-tokens 10 --json")
+    text, output = expected(folder, [user(draw())], max_new_tokens=10)
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    assert found.pop("seconds") > 0
+    assert found.pop("tokens_per_second") > 0
+    assert found == {
+        "model": "bard",
+        "prompt": "Describe the picture.",
+        "response": text,
+        "finish_reason": "length",
+        "num_tokens": 10,
+        "num_forwards": output.num_forwards,
+        "tokens_per_forward": float(output.tokens_per_forward[0]),
+        "block_step_counts": output.block_step_counts[0].tolist(),
+        "prompt_tokens": 24,
+        "visual_tokens": 6,
+        "encoded_prompt_tokens": 24,
+    }
+
+
+def test_the_reason_of_an_end(run: Any, folder: Path) -> None:
+    _, output = expected(folder, [user(draw())], max_new_tokens=8)
+    third = int(output.sequences[0, -6])
+    ended = json.loads(run(f"run photo.png -m bard --json --max-new-tokens 8 --set eos_token_id={third}")[1])
+    assert (ended["finish_reason"], ended["num_tokens"] <= 3) == ("eos", True)
+    stopped = json.loads(run("run photo.png -m bard --json --max-new-tokens 8 --set max_time=0")[1])
+    assert (stopped["finish_reason"], stopped["num_tokens"]) == ("stop", 4)
+
+
+def test_a_seed_repeats_a_sample(run: Any) -> None:
+    line = "run photo.png -m bard -q --max-new-tokens 16 --temperature 2 --seed"
+    first, again, other = (run(f"{line} {seed}")[1] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(("file", "tokens"), [("frames", 12), ("clip.gif", 12), ("clip.mp4", 18)])
+def test_videos_are_folders_animations_and_files(run: Any, file: str, tokens: int) -> None:
+    code, out, _ = run(f"run {file} --model bard --max-new-tokens 8 --json")
+    found = json.loads(out)
+    assert (code, found["prompt"], found["visual_tokens"]) == (0, "Describe the video.", tokens)
+
+
+def test_a_folder_of_frames_is_the_video_that_the_processor_knows(run: Any, folder: Path) -> None:
+    metadata = {"fps": 2.0, "frames_indices": [0, 1, 2, 3], "total_num_frames": 4}
+    processor = BardVLProcessor.from_pretrained(folder / "bard")
+    content = [{"type": "video", "video": draw_frames(4)}, {"type": "text", "text": "Describe the video."}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        **{"tokenize": True, "add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"},
+        **{"video_metadata": [metadata], "do_sample_frames": False},
+    )
+    model = AutoModelForImageTextToText.from_pretrained(folder / "bard", dtype="auto")
+    response = model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+    text = processor.decode(response, skip_special_tokens=True)
+    for file in ("frames", "clip.gif"):
+        assert run(f"run {file} -m bard --max-new-tokens 8 -q")[1] == f"{text}\n"
+
+
+def test_pixels_are_bounded(run: Any) -> None:
+    counts = [
+        json.loads(run(f"run photo.png -m bard --max-new-tokens 4 --json {options}")[1])["visual_tokens"]
+        for options in ("", "--max-pixels 2048", "--min-pixels 20000")
+    ]
+    assert counts[1] == 1 < counts[0] == 6 < counts[2]
+
+
+def test_a_dry_run_reads_no_weights(run: Any) -> None:
+    code, out, err = run("run photo.png --model weightless --dry-run --max-new-tokens 8")
+    assert (code, err) == (0, "")
+    for part in ("weights", "cache", "6 visual tokens", "prompt of 24 tokens, response of 8 tokens", "free on cpu"):
+        assert part in out
+    found = json.loads(run("run photo.png --model weightless --dry-run --max-new-tokens 8 --json --dtype bfloat16")[1])
+    whole = json.loads(run("run photo.png --model bard --dry-run --max-new-tokens 8 --json --dtype float32")[1])
+    assert (found["visual_tokens"], found["new_tokens"], found["cache"] * 2) == (6, 8, whole["cache"])
+    weights = AutoModelForImageTextToText.from_pretrained("bard", dtype=torch.float32).parameters()
+    assert whole["weights"] - sum(p.numel() * 4 for p in weights) in range(10_000)  # buffers
+
+
+def test_pictures_of_the_denoising_are_written(run: Any, folder: Path) -> None:
+    code, out, _ = run("run photo.png -m bard --max-new-tokens 8 --html a.html --gif a.gif --png a.png")
+    assert code == 0
+    assert out.strip()
+    page = (folder / "a.html").read_text()
+    assert "Describe the picture." in page
+    assert "data:image/" in page
+    with Image.open(folder / "a.gif") as gif, Image.open(folder / "a.png") as png:
+        assert gif.n_frames > 2
+        assert png.size[0] == 2 * gif.size[0]
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "message"),
+    [
+        ("", 2, None),
+        ("nonsense", 2, "No such command 'nonsense'"),
+        ("run --nonsense", 2, "No such option: --nonsense"),
+        ("run photo.png --block-size x", 2, "Invalid value for '--block-size'"),
+        ("run --model bard", 2, "nothing to answer: give a picture, a video or --prompt"),
+        ("run photo.png --model unstated", 2, "unstated states no block size: give --block-size, the number after B"),
+        ("run photo.png --model qwen", 2, "qwen is no Bard-VL checkpoint: its model type is qwen3_vl"),
+        ("run photo.png --model weightless --block-size 0", 2, "`block_size` must be an integer of at least 1, got 0"),
+        ("run photo.png --model weightless --threshold 2", 2, "`confidence_threshold` must be a number in"),
+        ("run photo.png --model weightless --set nonsense=1", 2, "unknown generation settings: nonsense"),
+        ("run photo.png --model weightless --set nonsense", 2, "--set takes NAME=VALUE, got 'nonsense'"),
+        ("run photo.png --model weightless --set num_return_sequences=2", 2, "`num_return_sequences` is the command's"),
+        ("run photo.png --model weightless --device tpu9", 2, "--device tpu9 cannot be used"),
+        ("run photo.png --model weightless --dtype int8", 2, "--dtype must be bfloat16, float16 or float32, got int8"),
+        ("run photo.png --model weightless --min-pixels 9 --max-pixels 8", 2, "--min-pixels 9 is more than --max-"),
+        ("run photo.png --model weightless --html absent/a.html", 2, "absent/a.html cannot be written: no such folder"),
+        ("run photo.png --model weightless --png frames", 2, "frames cannot be written: a folder"),
+        ("run photo.png --model ./nowhere", 1, "nowhere"),
+        ("run absent.png --model weightless", 1, "absent.png cannot be read as a picture: "),
+        ("run text.png --model weightless", 1, "text.png cannot be read as a picture: cannot identify image file"),
+        ("run empty --model weightless", 1, "empty cannot be read as a video: the folder holds no pictures"),
+        ("run absent.mp4 --model weightless", 1, "absent.mp4 cannot be read as a video: "),
+        ("run photo.png --model weightless --max-new-tokens 9000", 1, "`max_position_embeddings`); there is room for"),
+        ("run photo.png --model weightless", 1, "weightless"),
+        ("chat absent.png --model weightless", 1, "absent.png cannot be read as a picture: "),
+        ("demo --model qwen", 2, "qwen is no Bard-VL checkpoint"),
+        ("convert --source absent --output x", 1, "absent"),
+        ("convert --source qwen", 2, "the following arguments are required: --output"),
+        ("bench --shape huge", 2, "argument --shape: invalid choice: 'huge'"),
+    ],
+)
+def test_mistakes_end_in_one_line_before_weights_are_read(run: Any, line: str, code: int, message: str | None) -> None:
+    found, out, err = run(line)
+    assert found == code
+    if message is None:
+        assert "Usage: bard-vl" in out
+        return
+    assert out == ""
+    last = err.splitlines()[-1]
+    assert "error: " in last
+    assert message in last
+    if line.split()[0] not in ("convert", "bench"):  # whose parsers print the usage first
+        assert err == f"{last}\n"
+        assert last.startswith("error: ")
+
+
+def test_what_does_not_fit_is_refused_before_weights_are_read(run: Any, folder: Path) -> None:
+    config = json.loads((folder / "weightless" / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 2**40
+    shutil.copytree(folder / "weightless", folder / "long", dirs_exist_ok=True)
+    (folder / "long" / "config.json").write_text(json.dumps(config))
+    code, out, err = run("run photo.png --model long --max-new-tokens 10000000000")
+    assert (code, out) == (1, "")
+    assert re.fullmatch(
+        r"error: a prompt of 24 tokens, 6 of images and videos needs about .* TB at most \(.* of weights, .*\); "
+        r"cpu has .* free; no limit on the pixels of an image makes it fit\n",
+        err,
+    )
+
+
+def test_a_traceback_on_request(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BARD_VL_TRACEBACK", "1")
+    code, _, err = run("run absent.png --model weightless")
+    assert code == 1
+    assert err.startswith("Traceback")
+    assert err.splitlines()[-1].startswith("error: absent.png")
+
+
+@pytest.mark.parametrize("command", ["run", "chat", "demo", "convert", "bench"])
+def test_help_teaches(run: Any, command: str) -> None:
+    code, out, err = run(f"{command} --help")
+    assert (code, err) == (0, "")
+    assert f"bard-vl {command}" in out
+    if command in ("run", "chat", "demo"):
+        assert re.search(rf"Examples? *\n.*bard-vl {command} ", out, flags=re.DOTALL)
+    else:
+        assert {"convert": "--mask-row", "bench": "--check-interval"}[command] in out
+
+
+def test_version_and_entry_point(run: Any) -> None:
+    import bard_vl
+
+    assert run("--version") == (0, f"bard-vl {bard_vl.__version__}\n", "")
+    (entry,) = importlib.metadata.entry_points(group="console_scripts", name="bard-vl")
+    assert entry.load() is main
+
+
+# chat ----------------------------------------------------------------------------------------------------------------
+
+TURN = re.compile(r"(\d+) tokens in \d+ forwards .* prompt of (\d+) tokens(?:, (\d+) of them encoded)?")
+
+
+def test_a_conversation_encodes_only_what_is_new(run: Any, folder: Path) -> None:
+    lines = "What is it?\nAnd its colour?\n/image other.png\nAnd this?\n/reset\nWho?\n/quit\nnever\n"
+    code, out, err = run("chat photo.png --model bard --max-new-tokens 12", lines)
+    first, _ = expected(folder, [user(draw(), text="What is it?")], max_new_tokens=12)
+    reply = {"role": "assistant", "content": [{"type": "text", "text": first}]}
+    chat = [user(draw(), text="What is it?"), reply, user(text="And its colour?")]
+    second, _ = expected(folder, chat, max_new_tokens=12)
+    reply = {"role": "assistant", "content": [{"type": "text", "text": second}]}
+    chat += [reply, user(draw((128, 64), 1), text="And this?")]
+    third, _ = expected(folder, chat, max_new_tokens=12)
+    fourth, _ = expected(folder, [user(text="Who?")], max_new_tokens=12)
+    assert (code, out) == (0, "".join(f"{text}\n" for text in (first, second, third, fourth)))
+    turns = [tuple(int(number or 0) for number in TURN.match(line).groups()) for line in err.splitlines()]
+    assert len(turns) == 4
+    lengths, encoded = [turn[1] for turn in turns], [turn[2] for turn in turns]
+    assert encoded[0] == encoded[3] == 0, "a first turn is encoded whole, and so it is after a reset"
+    assert encoded[1] == lengths[1] - lengths[0] // 4 * 4, "from the block boundary before the first prompt's end"
+    assert encoded[2] == lengths[2] - lengths[1] // 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [("/nonsense\n", "unknown command /nonsense"), ("/image absent.png\nWhat?\n", "absent.png cannot be read")],
+)
+def test_a_failure_ends_a_conversation_by_script(run: Any, lines: str, message: str) -> None:
+    code, out, err = run("chat --model bard", lines)
+    assert (code, out) == (1, "")
+    assert message in err
+
+
+# convert and bench ---------------------------------------------------------------------------------------------------
+
+
+def test_convert_is_the_converter(run: Any, folder: Path) -> None:
+    code, out, _ = run(f"convert --source qwen --output converted --block-size 4 --mask-token-id {MASK} --quiet")
+    assert (code, out) == (0, "")
+    for path in (folder / "bard").iterdir():
+        if path.name != "README.md":  # names the folder
+            assert (folder / "converted" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_bench_is_the_benchmark(run: Any, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    line = "bench --shape tiny --only engine --repetitions 1 --prompt-length 9 --new-tokens 9 --block-size 4 --steps 2"
+    code, out, _ = run(f"{line} --quiet --json bench.json")
+    assert code == 0
+    assert "tokens/s" in out
+    measured = json.loads((folder / "bench.json").read_text())
+    assert measured["arguments"]["new_tokens"] == 9
+
+
+# Terminals and signals -----------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TERM": "xterm", "COLUMNS": "40", "LINES": "4", "NO_COLOR": ""}
+
+
+def start(folder: Path, *arguments: str, **pipes: Any) -> subprocess.Popen:
+    command = [sys.executable, "-m", "bard_vl.cli", *arguments]
+    return subprocess.Popen(command, cwd=folder, env=environment(), **pipes)
+
+
+def on_terminal(folder: Path, *arguments: str) -> tuple[subprocess.Popen, int]:
+    """The program with all its ends on a terminal, and the other end of that."""
+    master, slave = os.openpty()
+    process = start(folder, *arguments, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+    os.close(slave)
+    return process, master
+
+
+def read_until(master: int, wanted: str, seconds: float = 120) -> str:
+    """What the program prints up to a text, or to its end."""
+    output, deadline = "", time.monotonic() + seconds
+    while wanted not in output:
+        assert time.monotonic() < deadline, output
+        if select.select([master], [], [], 1)[0]:
+            try:
+                output += os.read(master, 65536).decode(errors="replace")
+            except OSError:  # closed
+                break
+    return output
+
+
+def test_drafts_are_grey_on_a_terminal_and_leave_only_the_text(folder: Path, run: Any) -> None:
+    process, master = on_terminal(folder, "run", "photo.png", "-m", "bard", "--max-new-tokens", "16", "-q")
+    output = read_until(master, "nothing")
+    assert process.wait() == 0
+    os.close(master)
+    assert GREY in output
+    text = run("run photo.png -m bard --max-new-tokens 16 -q")[1]
+    shown = Screen(40).write(output[output.index(GREY) :]).lines()
+    expected = Screen(40).write(text.replace("\n", "\r\n")).lines()
+    assert [line for line in shown if line] == [line for line in expected if line]
+
+
+def test_an_interrupt_ends_the_program_with_130(folder: Path) -> None:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = start(
+        folder, "run", "photo.png", "-m", "bard", "--max-new-tokens", "4000", "--set", "eos_token_id=[]", **pipes
+    )
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "error: interrupted"
+
+
+def test_a_reader_that_leaves_ends_the_program_quietly(folder: Path) -> None:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = start(
+        folder, "run", "photo.png", "-m", "bard", "--max-new-tokens", "2000", "--set", "eos_token_id=[]", **pipes
+    )
+    assert process.stdout.read(1)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait() == 1
+    assert not re.search("^(error|Traceback)", err, flags=re.MULTILINE)
+
+
+def test_an_interrupt_stops_an_answer_and_not_the_conversation(folder: Path) -> None:
+    options = ("-m", "bard", "--max-new-tokens", "4000", "--set", "eos_token_id=[]", "--quiet")
+    process, master = on_terminal(folder, "chat", "photo.png", *options)
+    read_until(master, "/quit: leave")
+    os.write(master, b"/image absent.png\n")
+    assert "error: absent.png cannot be read" in read_until(master, "> ")
+    os.write(master, b"Describe it.\n")
+    read_until(master, GREY)
+    os.kill(process.pid, signal.SIGINT)
+    assert "stopped" in read_until(master, "\n> ")
+    os.write(master, b"/quit\n")
+    read_until(master, "nothing")
+    assert process.wait() == 0
+    os.close(master)
+
+
+def test_the_checkout_has_the_page_template_and_the_benchmarks() -> None:
+    assert (ROOT / "benchmarks" / "decoding.py").is_file()
+    packaged = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for name in ("bard_vl.cli", "bard_vl.viewer", "page.html.jinja"):
+        assert f'"{name}"' in packaged
