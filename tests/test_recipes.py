@@ -148,6 +148,23 @@ def test_bad_recipes_of_block_merging(tmp_path, capsys, case):
     refused(merge_blocks, recipe, tmp_path / "run", message, capsys)
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"ACCELERATE_USE_FSDP": "true"},
+        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    ],
+)
+def test_adapters_of_split_weights_are_refused(tmp_path, monkeypatch, variables):
+    model, data, args, schedule = parse(
+        merge_blocks, "lora.yaml", **TINY, model_name_or_path=bard_folder(), output_dir=tmp_path / "run"
+    )
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError, match="`use_lora` merges whole weights"):
+        merge_blocks.plan(Run(model, data, args), schedule)
+
+
 def test_a_file_that_is_no_recipe(tmp_path, capsys):
     for text, message in (("a: [1", "is no YAML"), ("- a\n- b\n", "must hold `key: value` lines, got list")):
         (tmp_path / "recipe.yaml").write_text(text)

@@ -148,6 +148,8 @@ def start_folder(run: Run, job: Conversion, block_size: int) -> Path:
 def check_inputs(run: Run, job: Conversion, block_size: int) -> None:
     """Refuse chats that cannot be opened and a source that cannot be converted, before anything is written."""
     data = run.data
+    sharded = run.model.use_lora and shards_weights()
+    require(not sharded, "`use_lora` merges whole weights: start it with accelerate/ddp.yaml, not FSDP or ZeRO-3")
     with one_line():
         limits(data, block_size)
         open_chats(str(data.train_data), data.train_split, data.streaming, data.data_name)
@@ -155,6 +157,17 @@ def check_inputs(run: Run, job: Conversion, block_size: int) -> None:
             open_chats(data.eval_data, data.eval_split, False, data.data_name)
     if not job.is_bard:
         prepare(job.folder, None, block_size, run.model.mask_token_id, run.model.mask_row)
+
+
+def shards_weights() -> bool:
+    """Whether accelerate was started to split the weights over processes."""
+    zero3 = is_set("ACCELERATE_USE_DEEPSPEED") and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    return zero3 or is_set("ACCELERATE_USE_FSDP")
+
+
+def is_set(variable: str) -> bool:
+    """Whether an environment variable says yes."""
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
 
 
 @contextlib.contextmanager
@@ -226,7 +239,8 @@ def build_trainer(run: Run, stage: Stage, args: BlockDiffusionArguments) -> Bloc
     model = load_student(run, stage)
     config = model.get_base_model().config if run.model.use_lora else model.config
     with one_line():
-        train, held_out, collator = load_data(run, stage, processor, config, args)
+        train, held_out, encoder = load_data(run, stage, processor, config, args)
+    trains_vision = any(p.requires_grad for name, p in model.named_parameters() if group_of(name) != "language")
     args.max_steps = args.steps(None if run.data.streaming else len(train)) if stage.steps is None else stage.steps
     return BlockDiffusionTrainer(
         model=model,
@@ -235,15 +249,15 @@ def build_trainer(run: Run, stage: Stage, args: BlockDiffusionArguments) -> Bloc
         processing_class=processor,
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=collator,
+        data_collator=PackingCollator(encoder, trains_vision, run.data.pad_to_multiple_of),
         teacher=load_teacher(run, stage) if stage.distillation else None,
     )
 
 
 def load_data(
     run: Run, stage: Stage, processor: BardVLProcessor, config: BardVLConfig, args: BlockDiffusionArguments
-) -> tuple[Any, ChatSamples | None, PackingCollator]:
-    """Training chats, held-out chats, and what packs them."""
+) -> tuple[Any, ChatSamples | None, ChatEncoder]:
+    """Training chats, held-out chats, and what encodes the former."""
     data = run.data
     resized = limit_pixels(processor, data.min_pixels, data.max_pixels)
 
@@ -263,8 +277,7 @@ def load_data(
             chats = open_chats(data.eval_data, data.eval_split, False, data.data_name)
             chats = chats.select(range(min(data.max_eval_samples, len(chats))))
             held_out = ChatSamples(chats, encoder(data.eval_data), data.measuring_processes)
-    trains_vision = not {"merger", "vision"} <= set(run.model.freeze)
-    return train, held_out, PackingCollator(encoder(data.train_data), trains_vision, data.pad_to_multiple_of)
+    return train, held_out, encoder(data.train_data)
 
 
 def load_student(run: Run, stage: Stage) -> Any:
@@ -405,11 +418,10 @@ def finish(trainer: BlockDiffusionTrainer, run: Run, stage: Stage) -> None:
     if run.args.should_save:
         partial = stage.output.with_name(f".{stage.output.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        config = trainer.bare_model.config
         if run.model.use_lora:
-            model = model.merge_and_unload()
-            state = model.state_dict()
-        write_checkpoint(model, state, trainer.processing_class, run, stage, partial)
+            state = trainer.accelerator.unwrap_model(trainer.model_wrapped).merge_and_unload().state_dict()
+        write_checkpoint(config, state, trainer.processing_class, run, stage, partial)
         trainer.state.save_to_json(str(partial / "trainer_state.json"))
         os.sync()
         partial.rename(stage.output)
@@ -419,25 +431,28 @@ def finish(trainer: BlockDiffusionTrainer, run: Run, stage: Stage) -> None:
 
 
 def write_checkpoint(
-    model: Any, state: dict[str, torch.Tensor], processor: Any, run: Run, stage: Stage, folder: Path
+    config: BardVLConfig, state: dict[str, torch.Tensor], processor: Any, run: Run, stage: Stage, folder: Path
 ) -> None:
     """Weights, config with the block size, processor, code, licence and card."""
     source = json.loads((stage.source / "config.json").read_text("utf-8"))
     name = run.model.save_dtype or source.get("dtype") or source["text_config"].get("dtype") or "bfloat16"
-    if model.config.tie_word_embeddings:
+    if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     dtype = DTYPES.get(name, torch.bfloat16)
     state = {key: value.to(dtype).contiguous() for key, value in state.items()}
-    model.save_pretrained(folder, state_dict=state)
+    # FSDP gives a trained model another class, of another file: transformers would publish that one's name and code.
+    with torch.device("meta"):
+        shell = BardVLForConditionalGeneration(config)
+    shell.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)
     # The source's settings: transformers' trainer aligns the model's with the tokenizer's, and switches its cache off.
     saved = json.loads((folder / "config.json").read_text("utf-8"))
-    config = {**source, "block_size": stage.block_size, "mask_token_id": saved["mask_token_id"]}
-    config |= {key: saved[key] for key in ("auto_map", "architectures")}
-    config.pop("torch_dtype", None)
-    for part in (config, config["text_config"]):
+    stated = {**source, "block_size": stage.block_size, "mask_token_id": saved["mask_token_id"]}
+    stated |= {key: saved[key] for key in ("auto_map", "architectures")}
+    stated.pop("torch_dtype", None)
+    for part in (stated, stated["text_config"]):
         part["dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    (folder / "config.json").write_text(json.dumps(stated, indent=2) + "\n", "utf-8")
     if (stage.source / "generation_config.json").is_file():
         shutil.copy(stage.source / "generation_config.json", folder)
     for each in ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", ".gitignore"):
