@@ -210,8 +210,6 @@ class BardVLModel(Qwen3VLModel):
         layers = [torch.cat(parts) for parts in zip(*(layers for _, layers in encoded), strict=True)]
         is_visual = visual_index >= 0
         chosen = visual_index[is_visual].to(features.device)
-        for table in (features, *layers):
-            embeds = embeds + table[:0].sum().to(embeds.device, embeds.dtype)
         shown = features[chosen].to(embeds.device, embeds.dtype)
         embeds = embeds.masked_scatter(is_visual[..., None].to(embeds.device), shown)
         return embeds, {

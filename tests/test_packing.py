@@ -524,8 +524,13 @@ def test_objective_gets_hidden_states_and_head_and_no_logits_are_made() -> None:
         given.append((hidden_states, lm_head))
         return hidden_states.sum()
 
+    seen: list[dict[str, Any]] = []
+    text_model = load().model.language_model
+    hook = text_model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
     with torch.no_grad():
         outputs = load()(**inputs, objective=objective)
+        hook.remove()
+        assert seen[0]["use_cache"] is False  # nothing would read keys and values of a training step
         (hidden_states, lm_head) = given[0]
         assert lm_head is load().lm_head
         torch.testing.assert_close(lm_head(hidden_states), load()(**inputs).logits)
@@ -540,6 +545,15 @@ def test_dropout_that_flex_attention_would_lose_is_refused() -> None:
     states = torch.zeros(1, 2, rows.input_ids.shape[1], 16)
     with pytest.raises(ValueError, match=r"no dropout of attention weights, got 0\.1"):
         block_attention(torch.nn.Identity(), states, states, states, flex_mask(rows.layout()), dropout=0.1)
+
+
+def test_flex_attention_takes_the_dtype_of_the_values() -> None:
+    """Under autocast norms leave queries and keys in float32; not every PyTorch casts them for FlexAttention."""
+    rows = pack([text_sample([(3, 8)])], 4, 100, PAD, EOS)
+    states = torch.randn(1, 2, rows.input_ids.shape[1], 16)
+    arguments = {"attention_mask": flex_mask(rows.layout())}
+    output, _ = block_attention(torch.nn.Identity(), states, states, states.bfloat16(), **arguments)
+    assert output.dtype == torch.bfloat16
 
 
 def wrong_inputs() -> dict[str, tuple[dict[str, Any], str]]:
