@@ -164,7 +164,7 @@ def test_every_command_of_the_manual_is_run() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS[1:], ids=["alone", "two processes"])
 def test_commands_of_the_manual(command: str, home: Path, tmp_path: Path) -> None:
-    program, *arguments = command.replace("--num_processes 8", "--num_processes 2").split()
+    program, *arguments = command.replace("--num_processes 8", "--multi_gpu --num_processes 2").split()
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
         **{"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_TOKEN": "hf_fake", "ACCELERATE_USE_CPU": "true"},

@@ -1,0 +1,251 @@
+"""`transformers serve` and `transformers chat`, as installed, run a converted folder: its answers are `generate`'s."""
+
+import base64
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import bard_vl
+import fresh
+import openai
+import pytest
+import tiny
+import torch
+from PIL import Image
+from test_readme import make_published
+
+EOS = tiny.IDS["small"].eos_token_id
+QUESTION = "What is the colour of the circle?"
+SETTINGS = {"max_new_tokens": 21, "confidence_threshold": 0.02}
+
+
+class Server:
+    """A running server, a client of it, and what `generate` says without it."""
+
+    def __init__(self, folder: Path, url: str):
+        self.name, self.url = str(folder), url
+        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=1, timeout=300)
+        self.model = bard_vl.BardVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        self.processor = bard_vl.BardVLProcessor.from_pretrained(folder)
+
+    def ask(self, messages: list[dict[str, Any]], *, settings: dict[str, Any] | None = None, **options: Any) -> Any:
+        extra = {"generation_config": json.dumps(SETTINGS if settings is None else settings)}
+        create = self.client.chat.completions.create
+        return create(model=self.name, messages=messages, extra_body=extra, **options)
+
+    def expected(self, messages: list[dict[str, Any]], **settings: Any) -> tuple[str, int]:
+        """Text and number of tokens of the answer."""
+        inputs = self.processor.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        sequences = self.model.generate(**inputs, **(SETTINGS | settings), tokenizer=self.processor)
+        response = sequences[0, inputs["input_ids"].shape[1] :]
+        return self.processor.decode(response, skip_special_tokens=True), len(response)
+
+
+def environment(home: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    home_of_package = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {**kept, **home_of_package, "PATH": path, "COLUMNS": "200"}
+
+
+@contextmanager
+def serving(command: str, home: Path) -> Iterator[str]:
+    """The address of a server that the command starts, on a port of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [*shlex.split(command), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    home.mkdir(exist_ok=True)
+    with (home / "log").open("w") as log:
+        process = subprocess.Popen(arguments, env=environment(home), cwd=home, stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while not answers(f"{url}/health"):
+            assert process.poll() is None, (home / "log").read_text()
+            time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        return urllib.request.urlopen(url, timeout=5).status == 200
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    room = tmp_path_factory.mktemp("room")
+    return fresh.convert(tiny.write_qwen3vl(room / "qwen"), room / "bard", "--block-size", 4, "--mask-token-id", 447)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    with serving(f"transformers serve {folder} --trust-remote-code", folder.parent / "home") as url:
+        yield Server(folder, url)
+
+
+def streamed(text: str) -> str:
+    """What a stream tells of a text: its decoder keeps back the bytes of a character that never ends."""
+    return text.rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+def user(*items: Any) -> list[dict[str, Any]]:
+    """A question by text, and by pictures as data addresses."""
+    content = [{"type": "text", "text": item} if isinstance(item, str) else image_item(item) for item in items]
+    return [{"role": "user", "content": content}]
+
+
+def image_item(image: Image.Image) -> dict[str, Any]:
+    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"bard-vl-{os.getpid()}.png"
+    image.save(path)
+    data = base64.b64encode(path.read_bytes()).decode()
+    path.unlink()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+
+
+CHATS: dict[str, list[dict[str, Any]]] = {
+    "text": user(QUESTION),
+    "image": user(tiny.draw(seed=1), QUESTION),
+    "two images": user(tiny.draw((64, 64), seed=2), tiny.draw(seed=3), QUESTION),
+    "turns": [
+        {"role": "system", "content": "Be brief."},
+        *user(tiny.draw(seed=4), QUESTION),
+        {"role": "assistant", "content": "Red."},
+        *user("And the square?"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_answers_are_those_of_generate(server: Server, name: str) -> None:
+    text, length = server.expected(CHATS[name])
+    answer = server.ask(CHATS[name])
+    assert answer.choices[0].message.content == text
+    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", length)
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_streams_tell_the_same_in_parts(server: Server, name: str) -> None:
+    text, length = server.expected(CHATS[name])
+    chunks = list(server.ask(CHATS[name], stream=True))
+    parts = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content]
+    assert "".join(parts) == streamed(text)
+    assert len(parts) > 2
+    assert (chunks[-1].choices[0].finish_reason, chunks[-1].usage.completion_tokens) == ("length", length)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_ends_are_seen(server: Server, stream: bool) -> None:
+    whole, _ = server.expected(CHATS["image"])
+    stop = re.findall(r"[a-z]{2,}", whole)[1]
+    text, length = server.expected(CHATS["image"], stop_strings=[stop, "never said"])
+    assert len(text) < len(whole)
+    for options, expected in (({"stop": [stop, "never said"]}, (text, length)), ({"logit_bias": {EOS: 100}}, ("", 1))):
+        answer = server.ask(CHATS["image"], stream=stream, **options)
+        if stream:
+            *parts, last = list(answer)
+            said = "".join(part.choices[0].delta.content or "" for part in parts)
+        else:
+            last, said = answer, answer.choices[0].message.content
+        assert said == expected[0]
+        assert (last.choices[0].finish_reason, last.usage.completion_tokens) == ("stop", expected[1])
+
+
+def test_fields_of_the_request_are_settings(server: Server) -> None:
+    stored = {"max_new_tokens": 9, "confidence_threshold": 0.9}
+    plain = server.client.chat.completions.create(model=server.name, messages=CHATS["text"], max_tokens=9)
+    assert plain.choices[0].message.content == server.expected(CHATS["text"], **stored)[0]
+    options = {"temperature": 0.0, "top_p": 0.5, "frequency_penalty": 0.5, "max_completion_tokens": 9}
+    text, _ = server.expected(CHATS["text"], repetition_penalty=1.5, max_new_tokens=9)
+    assert server.ask(CHATS["text"], **options).choices[0].message.content == text
+
+
+def test_completions_continue_a_text(server: Server) -> None:
+    answer = server.client.completions.create(model=server.name, prompt="The image shows", max_tokens=9)
+    inputs = server.processor.tokenizer("The image shows", return_tensors="pt")
+    sequences = server.model.generate(**inputs, max_new_tokens=9)
+    assert answer.choices[0].text == server.processor.decode(sequences[0, inputs["input_ids"].shape[1] :])
+
+
+def test_simultaneous_requests_get_their_own_answers(server: Server) -> None:
+    seeds = {seed: {**SETTINGS, "do_sample": True, "seed": seed} for seed in (1, 2, 3)}
+    jobs: list[tuple[str, dict[str, Any]]] = [(name, dict(SETTINGS)) for name in CHATS]
+    jobs += [("image", settings) for settings in seeds.values()]
+    expected = [streamed(server.expected(CHATS[name], **settings)[0]) for name, settings in jobs]
+    assert len(set(expected)) == len(expected)
+
+    def ask(job: tuple[str, dict[str, Any]]) -> str:
+        chunks = server.ask(CHATS[job[0]], settings=job[1], stream=True)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        assert list(pool.map(ask, jobs * 2)) == expected * 2
+
+
+def test_a_client_that_leaves_stops_its_answer(server: Server) -> None:
+    start = time.monotonic()
+    stream = server.ask(CHATS["text"], settings={**SETTINGS, "max_new_tokens": 4_000}, stream=True)
+    for count, _ in enumerate(stream):
+        if count == 100:
+            break
+    stream.close()
+    whole = (time.monotonic() - start) * 4_000 / 100
+    start = time.monotonic()
+    assert server.ask(CHATS["text"]).choices[0].message.content == server.expected(CHATS["text"])[0]
+    assert time.monotonic() - start < whole / 10
+
+
+def test_wrong_settings_are_told_and_survived(server: Server) -> None:
+    wrong = {**SETTINGS, "confidence_threshold": 7}
+    with pytest.raises(openai.APIError) as error:
+        list(server.ask(CHATS["text"], settings=wrong, stream=True))
+    assert error.value.body == "`confidence_threshold` must be a number in [0.0, 1.0], got 7"
+    with pytest.raises(openai.InternalServerError):
+        server.ask(CHATS["text"], settings=wrong)
+    assert server.ask(CHATS["text"]).choices[0].message.content == server.expected(CHATS["text"])[0]
+
+
+def test_chat_talks_to_the_server(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "fast.json").write_text(json.dumps({"confidence_threshold": 0.02}))
+    flags = ["max_new_tokens=21", "do_sample=False", "--generation-config", str(tmp_path / "fast.json")]
+    typed = "\n".join([QUESTION, "n", "And the square?", "n", "!save", "!exit", ""])
+    command = ["transformers", "chat", server.name, f"{server.url}/v1", *flags]
+    done = subprocess.run(command, env={**environment(tmp_path), "HF_HUB_OFFLINE": "0"}, cwd=tmp_path, input=typed, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (saved,) = Path(server.name).glob("chat_2*.json")
+    history = json.loads(saved.read_text())["chat_history"]
+    saved.unlink()
+    assert [turn["role"] for turn in history] == ["user", "assistant"] * 2
+    for turn in (1, 3):
+        assert history[turn]["content"] == streamed(server.expected(history[:turn])[0])
+
+
+def test_a_checkpoint_without_code_is_served_by_the_package(folder: Path) -> None:
+    published = make_published(folder.parent / "qwen", folder.parent / "published")
+    config = json.loads((published / "config.json").read_text())
+    (published / "config.json").write_text(json.dumps({**config, "mask_token_id": 447}))
+    command = f"{sys.executable} -m bard_vl.serving {published}"
+    with serving(command, folder.parent / "home of the package") as url:
+        server = Server(published, url)
+        settings = {**SETTINGS, "block_size": 4}
+        assert (
+            server.ask(CHATS["image"], settings=settings).choices[0].message.content
+            == server.expected(CHATS["image"], block_size=4)[0]
+        )
