@@ -5,12 +5,13 @@ of units: one for each stage of progressive block merging, and one to finish.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Literal
 
 SIZES = (4, 8, 16, 32)
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
-TeacherName = Literal["anchor", "large anchor", "autoregressive"]
+TeacherName = Literal["anchor", "long anchor", "large anchor", "autoregressive"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Stage:
     Attributes:
         block_size: tokens per block.
         units: optimizer steps, in units.
-        teacher: distil from it: the chain's first stage, that of the larger model, or the parent.
+        teacher: distil from it: the chain's first stage, one trained for as many steps as the student, that of the
+            larger model, or the parent.
         ce_weight: of the cross entropy beside the divergence from the teacher.
         noise: mask, uniform or mixed.
         faulty_mask: clean tokens see the noisy ones of their block and of earlier blocks, as in the reference.
@@ -74,27 +76,29 @@ def merging(block_size: int, **settings: object) -> tuple[Stage, ...]:
 def ways(block_size: int) -> tuple[Cell, ...]:
     """Direct, warm, and warm with distillation from the parent and from the anchor, in equal steps."""
     merged = merging(block_size)
-    finish = {"block_size": block_size, "rate": FINISHING_RATE}
+    finish = partial(Stage, block_size, rate=FINISHING_RATE)
     return (
         Cell(f"direct-{block_size}", (Stage(block_size, len(merged) + 1),)),
-        Cell(f"warm-{block_size}", (*merged, Stage(**finish))),
-        Cell(f"swd-{block_size}", (*merged, Stage(**finish, teacher="anchor"))),
-        Cell(f"ar-distilled-{block_size}", (*merged, Stage(**finish, teacher="autoregressive"))),
+        Cell(f"warm-{block_size}", (*merged, finish())),
+        Cell(f"swd-{block_size}", (*merged, finish(teacher="anchor"))),
+        Cell(f"ar-distilled-{block_size}", (*merged, finish(teacher="autoregressive"))),
     )
 
 
 FINISHING_RATE = 0.5
 LONGEST = len(SIZES) + 1
+LONG_ANCHOR = (Stage(4, LONGEST),)
 REVISIONS = tuple(Decoding(0.9, revision) for revision in (None, "overwrite", "remask"))
 
 # The embedded checkpoint of examples/: more steps at every size.
-LONG = (*(Stage(size, 2) for size in (4, 8, 16)), Stage(32, 4), Stage(32, 2, teacher="anchor", ce_weight=1.0, rate=0.3))
+LONG = (*(Stage(size, 2) for size in (4, 8, 16)), Stage(32, 4), Stage(32, 2, rate=FINISHING_RATE))
 
 # In the order of the claims that they decide.
 CELLS = (
     Cell("long-32", LONG),
     *ways(32),
     Cell("block-1", (Stage(1, LONGEST),), (Decoding(0.9),)),
+    Cell("swd-long-anchor-32", (*merging(32), Stage(32, teacher="long anchor", rate=FINISHING_RATE))),
     *ways(16),
     Cell("parent", (), (Decoding(1.0),)),
     Cell("faulty-mask-8", merging(8, faulty_mask=True)),

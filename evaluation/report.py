@@ -21,7 +21,11 @@ MARGIN = 2.0  # points below block size 1 that count as equal
 SPEED = 3.0  # tokens per forward claimed at equal accuracy
 CONTROLS = {
     "Cross entropy or distillation, equal steps": ("warm-32", "swd-32", "swd+ce-32"),
-    "Same-size or larger teacher": ("swd-32", "large-teacher-32"),
+    "The teacher: trained for one unit, for as many steps as the student, or larger": (
+        "swd-32",
+        "swd-long-anchor-32",
+        "large-teacher-32",
+    ),
     "The reference's mask (clean tokens see noisy ones) or the right one": ("faulty-mask-8", "right-mask-8"),
     "The autoregressive parent, as it is and trained on": ("parent", "ar-continued"),
 }

@@ -167,5 +167,6 @@ def conversations(held_out: bool, seed: int, num_scenes: int) -> list[tuple[Scen
         # A kind first, then one of its questions: there are more cells than rows, and only one word.
         rng = random.Random(f"question-{seed}-{index}")
         kinds = shown.questions()
-        pairs.append((shown, *rng.choice(rng.choice(kinds))))
+        question, told = rng.choice(rng.choice(kinds))
+        pairs.append((shown, question, told))
     return pairs

@@ -29,7 +29,7 @@ from ..convert_qwen3vl_to_bard import convert
 from ..modeling_bard_vl import BardVLForConditionalGeneration
 from ..processing_bard_vl import BardVLProcessor
 from ..training.packing import Sample
-from .cells import CELLS, SIZES, Cell, Stage, merging
+from .cells import CELLS, LONG_ANCHOR, SIZES, Cell, Stage, merging
 from .experiment import answer, encode, measure, measure_autoregressive, train_stage
 from .report import write_report
 from .scenes import conversations
@@ -202,7 +202,8 @@ class Study:
             return None
         if name == "autoregressive":
             return load(self.start())
-        return self.trained(merging(4, large=True) if name == "large anchor" else stages[:1])[0]
+        chains = {"anchor": stages[:1], "long anchor": LONG_ANCHOR, "large anchor": merging(4, large=True)}
+        return self.trained(chains[name])[0]
 
     def autoregressive(
         self, stages: tuple[Stage, ...]

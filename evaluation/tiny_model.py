@@ -213,7 +213,8 @@ def train_autoregressive(
     warmup = min(50, steps // 10 + 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, warmup, steps))
     order = shuffled(len(samples), seed)
-    interval, recent = max(steps // 10, 1), []
+    interval = max(steps // 10, 1)
+    recent: list[float] = []
     model.train()
     for step in range(1, steps + 1):
         batch = autoregressive_batch([samples[next(order)] for _ in range(batch_size)])

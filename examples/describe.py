@@ -1,6 +1,6 @@
 r"""Describe a picture, and watch the blocks being written.
 
-    python examples/describe.py [examples/images/2.png]
+    python examples/describe.py [examples/images/3.png]
     python examples/describe.py photo.jpg --block-size 16 \
         --model fudan-generative-ai/Bard-VL-B16-Mask-4B-Distil-Instruct
 

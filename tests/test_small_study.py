@@ -81,15 +81,27 @@ def test_budgets_of_controls_are_equal() -> None:
     assert units["faulty-mask-8"] == units["right-mask-8"]
 
 
-def test_the_faulty_mask_shows_clean_tokens_the_noisy_ones() -> None:
-    sample = Sample(
-        input_ids=torch.arange(10),
-        position_ids=torch.arange(10).expand(3, 10),
-        responses=[(4, 10)],
-        visual_index=torch.full((10,), -1),
+@pytest.mark.parametrize(("length", "behind"), [(3, [4, 5, 6, 7]), (4, [4, 5, 6, 7]), (5, []), (8, [])])
+def test_padding_that_a_teacher_of_block_size_4_never_saw(length: int, behind: list[int]) -> None:
+    rows = pack([plain_sample(5, length)], 8, 32, pad_token_id=0, response_padding_id=0)
+    found = experiment.behind_answers(rows, 4)
+    noisy = 5 + 8
+    assert found[0].nonzero()[:, 0].tolist() == [noisy + place for place in behind]
+
+
+def plain_sample(prompt: int, response: int) -> Sample:
+    length = prompt + response
+    return Sample(
+        input_ids=torch.arange(length),
+        position_ids=torch.arange(length).expand(3, length),
+        responses=[(prompt, length)],
+        visual_index=torch.full((length,), -1),
     )
-    rows = pack([sample], 2, 32, pad_token_id=0, response_padding_id=0)
-    right = experiment.FaultyMaskTrainer.__mro__[1].attention_mask
+
+
+def test_the_faulty_mask_shows_clean_tokens_the_noisy_ones() -> None:
+    rows = pack([plain_sample(4, 6)], 2, 32, pad_token_id=0, response_padding_id=0)
+    right = experiment.FaultyMaskTrainer.__mro__[2].attention_mask
     trainer = experiment.FaultyMaskTrainer.__new__(experiment.FaultyMaskTrainer)
     trainer.args = type("Arguments", (), {"mask_form": "dense"})()
     added = trainer.attention_mask(rows.layout()) & ~right(trainer, rows.layout())
