@@ -1,0 +1,188 @@
+"""Batch inference: every request is answered once, as `generate` answers it, whatever kills the run, however often."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import bard_vl
+import fresh
+import pytest
+import tiny
+import torch
+
+SCRIPT = fresh.ROOT / "examples" / "batch_inference.py"
+NUM_REQUESTS = 24
+
+
+@pytest.fixture(scope="module")
+def batch() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("batch_inference", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint, pictures, and questions about none to two of them; one picture is missing."""
+    room = tmp_path_factory.mktemp("room")
+    fresh.convert(tiny.write_qwen3vl(room / "qwen"), room / "bard", "--block-size", 4, "--mask-token-id", 447)
+    (room / "pictures").mkdir()
+    for index in range(3):
+        tiny.draw_scene(room / "pictures" / f"{index}.png", (96 + 32 * index, 64), seed=index)
+    requests: list[dict[str, Any]] = []
+    for index in range(NUM_REQUESTS):
+        pictures = [f"pictures/{number % 3}.png" for number in range(index, index + index % 3)]
+        requests.append(
+            {"id": f"question {index}", "prompt": f"What is it?{' Why?' * (index % 5)}", "images": pictures}
+        )
+    requests[5]["images"] = ["pictures/missing.png"]
+    requests[7] = {"id": 7, "messages": [{"role": "user", "content": "A line\u2028separator?"}]}
+    (room / "questions.jsonl").write_text(
+        "".join(json.dumps(request, ensure_ascii=False) + "\n" for request in requests)
+    )
+    return room
+
+
+@pytest.fixture(scope="module")
+def expected(room: Path, batch: ModuleType) -> list[dict[str, Any]]:
+    """The answers, each generated alone."""
+    model = bard_vl.BardVLForConditionalGeneration.from_pretrained(room / "bard", dtype=torch.float32)
+    processor = bard_vl.BardVLProcessor.from_pretrained(room / "bard")
+    answers = []
+    for request in batch.read_requests(room / "questions.jsonl"):
+        if request["id"] == "question 5":
+            answers.append({"id": request["id"], "error": "missing.png"})
+            continue
+        pictures = [{"type": "image", "image": str(room / path)} for path in request.get("images", [])]
+        chat = [{"role": "user", "content": [*pictures, {"type": "text", "text": request.get("prompt", "")}]}]
+        inputs = processor.apply_chat_template(
+            request.get("messages", chat),
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        output = model.generate(**inputs, max_new_tokens=21, confidence_threshold=0.02, return_dict_in_generate=True)
+        response = output.sequences[0, inputs["input_ids"].shape[1] :]
+        text, speed = processor.decode(response, skip_special_tokens=True), output.tokens_per_forward.item()
+        answers.append(
+            {"id": request["id"], "text": text, "tokens": len(response), "tokens_per_forward": round(speed, 3)}
+        )
+    return answers
+
+
+def command(room: Path, output: Path, *options: str, processes: int = 1) -> list[str]:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    start = launcher if processes > 1 else [sys.executable]
+    files = ["--model", str(room / "bard"), "--input", str(room / "questions.jsonl"), "--output", str(output)]
+    settings = ["--batch-size", "2", "--max-new-tokens", "21", "--threshold", "0.02"]
+    return [*start, str(SCRIPT), *files, *settings, *options]
+
+
+def start(arguments: list[str], room: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(arguments, cwd=room, env=environment, start_new_session=True, **pipes)
+
+
+def check(output: Path, expected: list[dict[str, Any]], batch: ModuleType) -> None:
+    answers = list(batch.whole_lines(output))
+    assert [answer["id"] for answer in answers] == [answer["id"] for answer in expected]
+    for answer, alone in zip(answers, expected, strict=True):
+        if "error" in alone:
+            assert alone["error"] in answer["error"]
+        else:
+            assert answer == alone
+    assert not output.with_name(f"{output.name}.parts").exists()
+
+
+def test_killed_twice_and_finished_by_two_processes(
+    room: Path, expected: list[dict[str, Any]], batch: ModuleType, tmp_path: Path
+) -> None:
+    output, finished = tmp_path / "answers.jsonl", 0
+    for _ in range(2):
+        process = start(command(room, output), room)
+        while finished_answers(output, batch) < finished + 3:
+            assert process.poll() is None, process.stdout.read() if process.stdout else ""
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        finished = finished_answers(output, batch)
+        assert finished < NUM_REQUESTS
+        assert not output.exists()
+    said = start(command(room, output, processes=2), room).communicate()[0]
+    assert f"{NUM_REQUESTS} answers in {output}, {finished} from earlier runs, 1 errors" in said
+    check(output, expected, batch)
+    again = start(command(room, output), room).communicate()[0]
+    assert again.splitlines()[-1] == f"error: {output} exists: a run that ended has written it"
+
+
+def finished_answers(output: Path, batch: ModuleType) -> int:
+    progress = batch.Progress(output)
+    return len(progress.answers()) if progress.parts.exists() else 0
+
+
+def test_what_a_kill_can_leave_behind_is_gathered_once(batch: ModuleType, tmp_path: Path) -> None:
+    progress = batch.Progress(tmp_path / "answers.jsonl")
+    run = {"model": "bard", "max_new_tokens": 3}
+    progress.begin(run)
+    progress.append(0, [{"id": 1, "text": "one\u2028"}])
+    progress.append(3, [{"id": 2, "text": "two"}, {"id": 3, "text": "three"}])
+    torn = progress.parts / "process-3.jsonl"
+    torn.write_bytes(torn.read_bytes() + '{"id": 4, "text": "fo\u20ac'.encode()[:-1])
+    progress.lock.close()
+
+    for _ in range(2):  # the second begins where a kill left both the gathered answers and a process's file
+        kept = (progress.parts / "process-0.jsonl").read_bytes()
+        progress = batch.Progress(tmp_path / "answers.jsonl")
+        progress.begin(run)
+        assert list(progress.answers()) == [1, 2, 3]
+        assert [path.name for path in sorted(progress.parts.glob("*.jsonl"))] == ["done.jsonl"]
+        progress.lock.close()
+        (progress.parts / "process-0.jsonl").write_bytes(kept)
+
+    progress.begin(run)
+    progress.append(1, [{"id": 4, "text": "four"}])
+    progress.finish([2, 4, 1, 3])
+    assert [answer["id"] for answer in batch.whole_lines(progress.output)] == [2, 4, 1, 3]
+    assert next(iter(batch.whole_lines(progress.output)))["text"] == "two"
+
+
+def test_runs_that_would_mix_are_refused(batch: ModuleType, tmp_path: Path) -> None:
+    first, second = (batch.Progress(tmp_path / "answers.jsonl") for _ in range(2))
+    first.begin({"model": "bard"})
+    with pytest.raises(ValueError, match="another run is writing"):
+        second.begin({"model": "bard"})
+    first.lock.close()
+    with pytest.raises(ValueError, match="begun with other settings"):
+        second.begin({"model": "another"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "a"}\nno json\n', "line 2: no JSON object"),
+        ("[1]\n", "line 1: no JSON object"),
+        ('{"id": [1], "prompt": "a"}\n', "line 1: `id` must be a text or a number"),
+        ('{"id": 2, "prompt": "a"}\n\n{"id": 2, "prompt": "b"}\n', "`id` 2 occurs twice"),
+    ],
+)
+def test_wrong_inputs_are_refused_by_line(batch: ModuleType, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "questions.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        batch.read_requests(tmp_path / "questions.jsonl")
+
+
+def test_lines_count_where_no_id_is_given(batch: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "questions.jsonl").write_text('{"prompt": "a"}\n\n{"id": "b", "prompt": "b"}\n{"prompt": "c"}\n')
+    assert [request["id"] for request in batch.read_requests(tmp_path / "questions.jsonl")] == [1, "b", 4]
