@@ -56,6 +56,17 @@ class QueueStreamer:
             raise Stopped
         self.states.put((list(self.finished or []), draft))
 
+    def close(self) -> None:
+        """Say that no state will follow."""
+        self.states.put(None)
+
+    def latest(self) -> tuple[list[int], list[int]] | None:
+        """Wait for a state; the latest that is there, since a page is slower than a small model. None at the end."""
+        state = self.states.get()
+        while state is not None and not self.states.empty():
+            state = self.states.get()
+        return state
+
 
 def build_page(session: Any) -> gr.Blocks:
     """The page; `session` is a `cli.session.Session`."""
@@ -163,13 +174,13 @@ def answer_in_steps(
             outcome.append(session.ask(messages, streamer=streamer, output_history=True, **settings))
         except Exception as error:  # shown on the page
             outcome.append(error)
-        streamer.states.put(None)
+        streamer.close()
 
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
     yield framed(""), ""
     try:
-        while (state := streamer.states.get()) is not None:
+        while (state := streamer.latest()) is not None:
             finished, draft = state
             text = session.processor.decode(finished, skip_special_tokens=True)
             yield framed(text, session.processor.decode_draft(draft)), gr.skip()
