@@ -25,6 +25,7 @@ from bard_vl.training.trainer import (
     complete_checkpoints,
     cosine_with_floor,
     group_of,
+    padding_blocks,
 )
 from safetensors.torch import load_file
 from training_cases import MASK, bard_folder, chats_file, history, losses, qwen_folder, settings, write_recipe
@@ -466,6 +467,26 @@ def test_the_autoregressive_teacher_predicts_as_qwen3vl_does(tmp_path):
         assert own.any()
         torch.testing.assert_close(logits[own], expected[places - 1], atol=1e-4, rtol=1e-4)
     assert not rows.is_response_padding.flatten()[index].any()
+
+
+@pytest.mark.parametrize("size", [1, 4, 8])
+def test_a_teacher_is_not_asked_about_blocks_of_padding(tmp_path, size):
+    trainer = trainer_for(tmp_path, block_size=16)
+    rows = trainer.data_collator([trainer.train_dataset[number] for number in range(6)])
+    found = padding_blocks(rows, size)
+    blocks: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for row, column in rows.noisy.nonzero().tolist():
+        step = (rows.place - rows.origin)[row, column].item() // size
+        blocks.setdefault((row, *(x[row, column].item() for x in (rows.sample, rows.turn)), step), []).append(
+            (row, column)
+        )
+    expected = torch.zeros_like(rows.noisy)
+    for places in blocks.values():
+        if all(rows.is_response_padding[place] for place in places):
+            for place in places:
+                expected[place] = True
+    assert expected.any()
+    assert torch.equal(found, expected)
 
 
 # --- Data and cost ----------------------------------------------------------------------------------------------------

@@ -248,8 +248,8 @@ class BlockDiffusionTrainer(Trainer):
             args.time_high,
         )
         learnt = noise.corrupted
-        if self.teacher is not None and self.teacher.kind == "ar":
-            learnt = learnt & ~rows.is_response_padding  # nothing that it has learnt stands behind an answer's end
+        if self.teacher is not None:
+            learnt = learnt & ~padding_blocks(rows, self.teacher.block_size)
         weights, normaliser = position_weights(
             args.loss_form,
             learnt,
@@ -530,6 +530,17 @@ class LossTally:
             found |= {"cross_entropy": entropy / max(positions, 1), "divergence": divergence / max(positions, 1)}
         counts = {"packed_tokens": tokens, "samples": samples, "broken_samples": broken}
         return found | counts | {"padding_share": padding / max(tokens, 1)}
+
+
+def padding_blocks(rows: PackedRows, block_size: int) -> torch.Tensor:
+    """Noisy tokens (rows, length) whose block of `block_size` begins behind an answer's end.
+
+    A larger block is padded by more than a teacher of smaller blocks has ever seen: behind the block that holds the end
+    of sequence it predicts anything at all, which would drown what it knows.
+    """
+    columns = torch.arange(rows.place.shape[1], device=rows.place.device)
+    first = columns - (rows.place - rows.origin) % block_size
+    return rows.is_response_padding.gather(1, first.clamp(min=0)) & rows.noisy
 
 
 def group_of(name: str) -> str:
