@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +19,10 @@ import tiny
 import torch
 
 SCRIPT = fresh.ROOT / "examples" / "batch_inference.py"
+MANUAL = (fresh.ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+PRINTED = (
+    "accelerate launch examples/batch_inference.py --model Bard-VL-4B --input questions.jsonl --output answers.jsonl"
+)
 NUM_REQUESTS = 24
 
 
@@ -81,12 +86,16 @@ def expected(room: Path, batch: ModuleType) -> list[dict[str, Any]]:
     return answers
 
 
-def command(room: Path, output: Path, *options: str, processes: int = 1) -> list[str]:
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    start = launcher if processes > 1 else [sys.executable]
-    files = ["--model", str(room / "bard"), "--input", str(room / "questions.jsonl"), "--output", str(output)]
-    settings = ["--batch-size", "2", "--max-new-tokens", "21", "--threshold", "0.02"]
-    return [*start, str(SCRIPT), *files, *settings, *options]
+def command(room: Path, output: Path, processes: int = 1) -> list[str]:
+    """The manual's command, for one process without its launcher."""
+    assert f"\n{PRINTED}\n" in MANUAL
+    launch = f"{sys.executable} -m accelerate.commands.launch --multi_gpu --num_processes {processes}"
+    line = PRINTED.replace("accelerate launch", launch if processes > 1 else sys.executable)
+    settings = "--batch-size 2 --max-new-tokens 21 --threshold 0.02"
+    files = {"examples/batch_inference.py": SCRIPT, "Bard-VL-4B": room / "bard", "answers.jsonl": output}
+    for printed, here in files.items():
+        line = line.replace(printed, str(here))
+    return shlex.split(f"{line} {settings}")
 
 
 def start(arguments: list[str], room: Path) -> subprocess.Popen[str]:

@@ -25,6 +25,8 @@ import torch
 from PIL import Image
 from test_readme import make_published
 
+MANUAL = (fresh.ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```", MANUAL, re.M | re.S) for line in block.splitlines()]
 EOS = tiny.IDS["small"].eos_token_id
 QUESTION = "What is the colour of the circle?"
 SETTINGS = {"max_new_tokens": 21, "confidence_threshold": 0.02}
@@ -97,8 +99,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    with serving(f"transformers serve {folder} --trust-remote-code", folder.parent / "home") as url:
+    with serving(printed("transformers serve", folder), folder.parent / "home") as url:
         yield Server(folder, url)
+
+
+def printed(beginning: str, folder: Path) -> str:
+    """The manual's command that begins so, for a checkpoint."""
+    (command,) = [command for command in COMMANDS if command.startswith(beginning)]
+    return command.replace("Bard-VL-4B", str(folder))
+
+
+def test_every_command_of_the_manual_is_run() -> None:
+    known = ("pip install", "transformers serve", "transformers chat", "python -m bard_vl.serving")
+    elsewhere = ("accelerate launch examples/batch_inference.py",)  # test_batch_inference.py
+    assert len(COMMANDS) == len({*known, *elsewhere})
+    assert all(command.startswith((*known, *elsewhere)) for command in COMMANDS)
 
 
 def streamed(text: str) -> str:
@@ -224,10 +239,12 @@ def test_wrong_settings_are_told_and_survived(server: Server) -> None:
 
 def test_chat_talks_to_the_server(server: Server, tmp_path: Path) -> None:
     (tmp_path / "fast.json").write_text(json.dumps({"confidence_threshold": 0.02}))
-    flags = ["max_new_tokens=21", "do_sample=False", "--generation-config", str(tmp_path / "fast.json")]
+    command = printed("transformers chat", Path(server.name)).replace("http://localhost:8000", server.url)
+    command = f"{command.replace('=256', '=21')} --generation-config {tmp_path / 'fast.json'}"
     typed = "\n".join([QUESTION, "n", "And the square?", "n", "!save", "!exit", ""])
-    command = ["transformers", "chat", server.name, f"{server.url}/v1", *flags]
-    done = subprocess.run(command, env={**environment(tmp_path), "HF_HUB_OFFLINE": "0"}, cwd=tmp_path, input=typed, capture_output=True, text=True)
+    online = {**environment(tmp_path), "HF_HUB_OFFLINE": "0"}  # offline, its client refuses this machine too
+    options: dict[str, Any] = {"env": online, "cwd": tmp_path, "input": typed, "capture_output": True, "text": True}
+    done = subprocess.run(shlex.split(command), **options)
     assert done.returncode == 0, done.stdout + done.stderr
     (saved,) = Path(server.name).glob("chat_2*.json")
     history = json.loads(saved.read_text())["chat_history"]
@@ -237,11 +254,23 @@ def test_chat_talks_to_the_server(server: Server, tmp_path: Path) -> None:
         assert history[turn]["content"] == streamed(server.expected(history[:turn])[0])
 
 
+def test_snippet_of_the_manual_streams(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", MANUAL, re.M | re.S)
+    photo = tiny.draw_scene(tmp_path / "photo.jpg")
+    for there, here in {"http://localhost:8000": server.url, "Bard-VL-4B": server.name, "photo.jpg": photo}.items():
+        assert there in snippet
+        snippet = snippet.replace(there, str(here))
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    messages = [{"role": "user", "content": names["content"]}]
+    assert capsys.readouterr().out == streamed(server.expected(messages, **names["settings"])[0])
+
+
 def test_a_checkpoint_without_code_is_served_by_the_package(folder: Path) -> None:
     published = make_published(folder.parent / "qwen", folder.parent / "published")
     config = json.loads((published / "config.json").read_text())
     (published / "config.json").write_text(json.dumps({**config, "mask_token_id": 447}))
-    command = f"{sys.executable} -m bard_vl.serving {published}"
+    command = printed("python -m bard_vl.serving", published).replace("python", sys.executable, 1)
     with serving(command, folder.parent / "home of the package") as url:
         server = Server(published, url)
         settings = {**SETTINGS, "block_size": 4}
