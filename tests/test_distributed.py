@@ -26,7 +26,7 @@ def launch(*command: Any) -> None:
         env={**environment, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
