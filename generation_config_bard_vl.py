@@ -117,15 +117,16 @@ class BardVLGenerationConfig(GenerationConfig):
             raise ValueError(f"unknown generation settings: {', '.join(unknown)}")
         for name in BLOCK_DIFFUSION_FIELDS:
             setattr(self, name, kwargs.pop(name, None))
+        biases = kwargs.get("sequence_bias")
+        if isinstance(biases, dict):  # of the two forms that transformers knows, the one that JSON can hold
+            kwargs["sequence_bias"] = [
+                [list(ids) if isinstance(ids, tuple) else ids, bias] for ids, bias in biases.items()
+            ]
         self._known = False  # the parent validates before all fields are there
         super().__init__(**{name: value for name, value in kwargs.items() if value is not None})
         # transformers 4 has defaults where 5 has None: what nobody set is None here on both.
         for name in SAMPLING_FIELDS + TOKEN_FIELDS + SHARED_FIELDS:
             setattr(self, name, kwargs.get(name))
-        if isinstance(self.sequence_bias, dict):  # of the two forms that transformers knows, the one that JSON can hold
-            self.sequence_bias = [
-                [list(ids) if isinstance(ids, tuple) else ids, bias] for ids, bias in self.sequence_bias.items()
-            ]
         del self._known
         self.validate()
 
