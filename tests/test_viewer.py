@@ -229,16 +229,17 @@ def test_the_scrubber_and_the_bars_scrub(page: Any) -> None:
 
 
 def test_it_plays_and_pauses(page: Any) -> None:
-    page.locator("#speed").select_option("4")
+    page.locator("#speed").select_option("0.5")
     page.locator("body").press("Space")
-    wait_for_step(page, 2)
+    wait_for_step(page, 1)
     page.locator("#play").click()
     assert page.locator("#play").text_content() == "Play"
     stopped = status(page)
-    page.wait_for_timeout(400)
+    page.wait_for_timeout(1000)
     assert status(page) == stopped
     page.locator("#play").click()
     assert page.locator("#play").text_content() == "Pause"
+    page.locator("#speed").select_option("4")
     wait_for_step(page, 5)
     assert page.locator("#play").text_content() == "Play"
 

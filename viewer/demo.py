@@ -176,7 +176,7 @@ def answer_in_steps(
             outcome.append(error)
         streamer.close()
 
-    worker = threading.Thread(target=work, daemon=True)
+    worker = threading.Thread(target=work, name="bard-vl answer", daemon=True)
     worker.start()
     yield framed(""), ""
     try:
