@@ -21,7 +21,7 @@ class Stage:
     Attributes:
         block_size: tokens per block.
         units: optimizer steps, in units.
-        teacher: distil from it: the chain's first stage, one trained for as many steps as the student, that of the
+        teacher: distil from it: the chain's first stage, another one with ten times its steps, that of the
             larger model, or the parent.
         ce_weight: of the cross entropy beside the divergence from the teacher.
         noise: mask, uniform or mixed.
@@ -87,26 +87,33 @@ def ways(block_size: int) -> tuple[Cell, ...]:
 
 FINISHING_RATE = 0.5
 LONGEST = len(SIZES) + 1
-LONG_ANCHOR = (Stage(4, LONGEST),)
 REVISIONS = tuple(Decoding(0.9, revision) for revision in (None, "overwrite", "remask"))
 
-# The embedded checkpoint of examples/: more steps at every size.
-LONG = (*(Stage(size, 2) for size in (4, 8, 16)), Stage(32, 4), Stage(32, 2, rate=FINISHING_RATE))
+# A larger budget, with an anchor that has had as many steps as its student.
+LONG = (*(Stage(size, 2) for size in (4, 8, 16)), Stage(32, 4))
+LONG_ANCHOR = (Stage(4, sum(stage.units for stage in LONG)),)
+LONG_CELLS = (
+    Cell("long-warm-32", (*LONG, Stage(32, 2, rate=FINISHING_RATE))),
+    Cell("long-direct-32", (Stage(32, LONG_ANCHOR[0].units + 2),)),
+    Cell("long-anchor-4", LONG_ANCHOR),
+    Cell("long-swd-32", (*LONG, Stage(32, 2, teacher="long anchor", rate=FINISHING_RATE))),
+)
 
 # In the order of the claims that they decide.
 CELLS = (
-    Cell("long-32", LONG),
     *ways(32),
     Cell("block-1", (Stage(1, LONGEST),), (Decoding(0.9),)),
+    *LONG_CELLS,
+    Cell("parent", (), (Decoding(1.0),)),
+    Cell("anchor-4", merging(4)),
     Cell("swd-long-anchor-32", (*merging(32), Stage(32, teacher="long anchor", rate=FINISHING_RATE))),
     *ways(16),
-    Cell("parent", (), (Decoding(1.0),)),
     Cell("faulty-mask-8", merging(8, faulty_mask=True)),
     Cell("right-mask-8", merging(8)),
-    Cell("swd+ce-32", (*merging(32), Stage(32, teacher="anchor", ce_weight=1.0, rate=FINISHING_RATE))),
     Cell("mask-noise-8", merging(8), REVISIONS),
     Cell("mixed-noise-8", merging(8, noise="mixed"), REVISIONS),
     Cell("uniform-noise-8", merging(8, noise="uniform"), REVISIONS),
+    Cell("swd+ce-32", (*merging(32), Stage(32, teacher="anchor", ce_weight=1.0, rate=FINISHING_RATE))),
     *ways(8),
     Cell("warm-4", (*merging(4), Stage(4, rate=FINISHING_RATE))),
     Cell("ar-continued", (Stage(0, LONGEST),), (Decoding(1.0),)),

@@ -22,10 +22,11 @@ CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "checkpoint"
 SCENES_SEED = 1  # the study's is 0
 
 
-def score(folder: Path, parent: Path | None, num_scenes: int, threshold: float) -> dict[str, Any]:
-    """Exact answers and tokens per forward of a checkpoint, and the parent's exact answers."""
+def score(folder: Path, parent: Path | None, num_scenes: int, threshold: float | None) -> dict[str, Any]:
+    """Exact answers and tokens per forward of a checkpoint at a threshold, or its own; the parent's exact answers."""
     processor = BardVLProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+    threshold = model.generation_config.confidence_threshold if threshold is None else threshold
     samples = encode(processor, model.config, conversations(True, SCENES_SEED, num_scenes))
     lengths = [len(answer(sample)) for sample in samples]
     found = {
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=CHECKPOINT, help="checkpoint, default: %(default)s")
     parser.add_argument("--parent", type=Path, help="Qwen3-VL folder that it comes from")
     parser.add_argument("--scenes", type=int, default=512, help="each with two answers, default: %(default)s")
-    parser.add_argument("--threshold", type=float, default=0.9, help="confidence_threshold, default: %(default)s")
+    parser.add_argument("--threshold", type=float, help="confidence_threshold, default: the checkpoint's")
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
     given = parser.parse_args(arguments)
     text = json.dumps(score(given.folder, given.parent, given.scenes, given.threshold), indent=1)

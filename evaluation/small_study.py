@@ -33,7 +33,7 @@ from .cells import CELLS, LONG_ANCHOR, SIZES, Cell, Stage, merging
 from .experiment import answer, encode, measure, measure_autoregressive, train_stage
 from .report import write_report
 from .scenes import conversations
-from .tiny_model import MASK_TOKEN_ID, Shape, train_autoregressive, write_parent
+from .tiny_model import MASK_TOKEN_ID, Shape, train_autoregressive, write_json, write_parent
 
 RESULTS = Path(__file__).with_name("results")
 WORK = Path(tempfile.gettempdir()) / "bard-vl-study"
@@ -103,6 +103,18 @@ class Study:
             "answer_length": round(sum(len(answer(sample)) for sample in self.held_out) / len(self.held_out), 1),
             "scores": scores,
         }
+
+    def publish(self, cell: Cell, output: Path) -> None:
+        """Write a cell's checkpoint without code, which loads wherever this package is installed."""
+        self.trained(cell.stages)
+        output.mkdir(parents=True)
+        for folder in (self.start(), self.stage_folder(cell.stages)):
+            for path in folder.glob("*.json"):
+                settings = json.loads(path.read_text("utf-8"))
+                settings.pop("auto_map", None)
+                write_json(output / path.name, settings)
+        (output / "how.json").unlink()
+        shutil.copyfile(self.stage_folder(cell.stages) / "model.safetensors", output / "model.safetensors")
 
     # --- Data and parent ----------------------------------------------------------------------------------------------
 
@@ -277,6 +289,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--work", type=Path, default=WORK, help="folder for what can be made again; default: %(default)s"
     )
     parser.add_argument("--results", type=Path, help="folder of the JSON files; the full study's are the package's own")
+    parser.add_argument(
+        "--publish", type=Path, metavar="FOLDER", help="write the checkpoint of the one cell of --cells"
+    )
     parser.add_argument("--report", action="store_true", help="only write the report from the JSON files")
     return parser.parse_args(arguments)
 
@@ -290,6 +305,11 @@ def main(arguments: list[str] | None = None) -> None:
     results = given.results or (RESULTS if scale is FULL else given.work / scale.name / "results")
     names = given.cells or scale.cells
     cells = [cell for cell in CELLS if names is None or cell.name in names]
+    if given.publish is not None:
+        if len(cells) != 1:
+            raise SystemExit(f"error: --publish writes one cell's checkpoint, --cells names {len(cells)}")
+        Study(scale, given.seeds[0], given.work).publish(cells[0], given.publish)
+        return
     if not given.report:
         run_cells(cells, given.seeds, scale, given.work, results)
     output = Path(__file__).parent if results == RESULTS else results.parent
