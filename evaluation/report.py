@@ -17,15 +17,15 @@ WAYS = {
     "ar-distilled": "warm + AR distillation",
     "swd": "warm + SWD",
 }
+BUDGETS = ("long-", "")  # prefixes of names
 MARGIN = 2.0  # points below block size 1 that count as equal
 SPEED = 3.0  # tokens per forward claimed at equal accuracy
 CONTROLS = {
     "Cross entropy or distillation, equal steps": ("warm-32", "swd-32", "swd+ce-32"),
-    "The teacher: trained for one unit, for as many steps as the student, or larger": (
-        "swd-32",
-        "swd-long-anchor-32",
-        "large-teacher-32",
+    "The teacher: an anchor of one unit, of ten units, a larger one; and what the anchors themselves reach": (
+        *("swd-32", "swd-long-anchor-32", "large-teacher-32", "anchor-4", "long-anchor-4"),
     ),
+    "A larger budget": ("long-direct-32", "long-warm-32", "long-swd-32"),
     "The reference's mask (clean tokens see noisy ones) or the right one": ("faulty-mask-8", "right-mask-8"),
     "The autoregressive parent, as it is and trained on": ("parent", "ar-continued"),
 }
@@ -137,7 +137,7 @@ def threshold_table(runs: dict[str, list[Run]]) -> str:
 
 def thresholds(group: Sequence[Run]) -> list[float]:
     """Thresholds that a cell was decoded at without revision."""
-    scores = [score for score in group[0]["scores"] if score["revision"] is None]
+    scores = [score for score in group[0]["scores"] if score["revision"] is None] if group else []
     return [score["threshold"] for score in scores if score["threshold"] is not None]
 
 
@@ -178,11 +178,12 @@ def missing(runs: dict[str, list[Run]]) -> str:
 
 def claims(runs: dict[str, list[Run]]) -> str:
     """What the figures say of each claim of the method."""
-    largest = max(SIZES)
     verdicts = [
-        compare(runs, f"warm-{largest}", f"direct-{largest}", f"At block {largest}, merging beats direct training"),
-        compare(runs, f"swd-{largest}", f"warm-{largest}", "Distillation from the anchor adds to it"),
-        compare(runs, f"ar-distilled-{largest}", f"warm-{largest}", "Distillation from the parent adds to it"),
+        compare(runs, "warm-32", "direct-32", "At block 32, merging beats direct training"),
+        compare(runs, "long-warm-32", "long-direct-32", "The same with the larger budget"),
+        compare(runs, "swd-32", "warm-32", "Distillation from the anchor adds to merging"),
+        compare(runs, "long-swd-32", "long-warm-32", "The same with the larger budget and a well-trained anchor"),
+        compare(runs, "ar-distilled-32", "warm-32", "Distillation from the autoregressive parent adds to merging"),
         compare(runs, "right-mask-8", "faulty-mask-8", "The right mask beats the reference's"),
         speed_claim(runs),
     ]
@@ -272,20 +273,21 @@ def plot_block_sizes(runs: dict[str, list[Run]], path: Path) -> Path | None:
 
 def plot_trade_off(runs: dict[str, list[Run]], path: Path) -> Path | None:
     """Exact answers against tokens per forward, a line over thresholds for each cell."""
-    names = [f"{way}-{size}" for size in (16, 32) for way in WAYS if f"{way}-{size}" in runs]
+    named = {f"{prefix}{way}-{size}": way for prefix in BUDGETS for way in WAYS for size in (16, 32)}
+    names = [name for name in named if len(thresholds(runs.get(name, []))) > 1]
 
     def draw(axes: Any) -> None:
         for name in names:
-            way, _, size = name.rpartition("-")
             points = sorted(trade_off(runs[name]), key=lambda point: point["threshold"])
+            steps = runs[name][0]["steps"]
             axes.plot(
                 [point["tokens_per_forward"] for point in points],
                 [point["exact"] for point in points],
                 marker="o",
                 markersize=4,
-                linestyle="-" if size == "32" else "--",
-                color=COLOURS[way],
-                label=f"{WAYS[way]}, block {size}",
+                linestyle="-" if name.startswith("long") else "--" if name.endswith("32") else ":",
+                color=COLOURS[named[name]],
+                label=f"{WAYS[named[name]]}, block {runs[name][0]['block_size']}, {steps:,} steps",
             )
         if "block-1" in runs:
             reference = mean([exact(run) for run in runs["block-1"]])

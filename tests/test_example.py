@@ -2,6 +2,7 @@
 
 import fcntl
 import importlib.util
+import json
 import os
 import pty
 import random
@@ -17,11 +18,15 @@ from typing import Any
 
 import pytest
 import torch
+from bard_vl.evaluation.scenes import scene
+from bard_vl.evaluation.score_checkpoint import score
 from fresh import ROOT, convert
+from PIL import Image, ImageChops, ImageStat
 from tiny import IDS, draw_scene, write_qwen3vl
 
 HEIGHT = 4
 GREY = "\033[90m"
+PICTURES_SEED = 2  # of the pictures in examples/images; the study's scenes have 0, the score's 1
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +104,43 @@ def test_describes_a_picture(
     output = capsys.readouterr().out
     assert re.search(r"denoising steps of each block: \d, \d\n\d+ forwards, \d+\.\d\d tokens per forward\n$", output)
     assert "\033" not in output, "no drafts where nobody looks"
+
+
+# Checkpoint and pictures beside the script ---------------------------------------------------------------------------
+
+
+def test_describes_its_own_picture(
+    describe: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["describe.py"])
+    describe.main()
+    told, steps, cost = capsys.readouterr().out.splitlines()
+    assert told == scene(True, PICTURES_SEED, int(describe.PICTURE.stem)).caption()
+    assert re.fullmatch(r"denoising steps of each block: \d+, \d+", steps)
+    num_forwards, speed = re.fullmatch(r"(\d+) forwards, (.*) tokens per forward", cost).groups()
+    assert sum(map(int, re.findall(r"\d+", steps))) == int(num_forwards)
+    assert float(speed) > 3
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "images").iterdir()), ids=lambda path: path.name)
+def test_pictures_are_scenes_that_no_training_sees(path: Path) -> None:
+    shown = scene(True, PICTURES_SEED, int(path.stem))
+    assert shown.held_out
+    difference = ImageChops.difference(Image.open(path).convert("RGB"), shown.draw())
+    assert max(ImageStat.Stat(difference).mean) < 1  # fonts differ a little between versions of Pillow
+
+
+def test_the_checkpoint_answers_unseen_scenes() -> None:
+    found = score(ROOT / "examples" / "checkpoint", None, num_scenes=48, threshold=None)
+    assert found["shortest_answer"] > 16
+    assert found["checkpoint"]["exact"] >= 85  # of 96 answers; what all of them give stands in checkpoint_score.json
+    assert found["checkpoint"]["tokens_per_forward"] >= 10
+
+
+def test_the_score_that_is_told() -> None:
+    told = json.loads((ROOT / "examples" / "checkpoint_score.json").read_text())
+    assert told["scenes"] >= 500
+    assert told["checkpoint"]["exact"] >= 90
 
 
 # Drafts --------------------------------------------------------------------------------------------------------------
