@@ -249,21 +249,25 @@ class BardVLGenerationMixin:
         Args:
             num_rows: prompts of a batch, times `num_return_sequences`.
             prompt_length: tokens of the longest prompt.
-            settings: `max_new_tokens`, `block_size`, `mask_token_id`, `check_interval` of the calls to come, as far as
-                they differ from the model's own. Calls whose columns round up to the same multiple of 256 share it.
+            settings: those of the calls to come that a step depends on: `max_new_tokens`, `block_size`,
+                `mask_token_id`, `check_interval`, `remasking_strategy`, `revision`, and whether a `temperature` is set;
+                as far as they differ from the model's own. Calls whose columns round up to the same multiple of 256
+                share it.
         """
         size = resolve_block_size(settings.get("block_size"), self.config)
         mask_token_id = resolve_mask_token_id(settings.get("mask_token_id"), self.config)
-        self.generate(
-            torch.full((num_rows, prompt_length), int(mask_token_id == 0), device=self.lm_head.weight.device),
-            cache_implementation="static",
-            remasking_strategy="low_confidence_static",
-            denoising_steps=min(2, size),
-            eos_token_id=[],
+        slowly: dict[str, Any] = {
+            "cache_implementation": "static",
+            "denoising_steps": min(2, size),
+            "confidence_threshold": 1.0,
+            "entropy_bound": 0.0,
+            "factor": 1e-6,
+            "eos_token_id": [],
             # Two blocks run every width.
-            stopping_criteria=[lambda ids, _: torch.full((len(ids),), ids.shape[1] > prompt_length + size)],
-            **settings,
-        )
+            "stopping_criteria": [lambda ids, _: torch.full((len(ids),), ids.shape[1] > prompt_length + size)],
+        }
+        prompts = torch.full((num_rows, prompt_length), int(mask_token_id == 0), device=self.lm_head.weight.device)
+        self.generate(prompts, **{**settings, **slowly})
 
     @torch.no_grad()
     def score(

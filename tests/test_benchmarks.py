@@ -1,5 +1,6 @@
 """The benchmark compares like with like: its plain decoder is the reference's, every rung gives the engine's tokens."""
 
+import copy
 import json
 import runpy
 import sys
@@ -11,12 +12,19 @@ from typing import Any
 import pytest
 import torch
 from bard_vl import BardVLConfig, BardVLForConditionalGeneration
+from bard_vl.remasking_bard_vl import REMASKING_RULES, choose_tokens
+from convert_cases import convert, write_source
+from golden_models import last_block_logits
+from ragged import MASK, NO_ID, Row, collate
+from ragged import load as load_ragged
 from test_golden import VISUAL, cases_of, load, tensors_of
+from tiny import draw_scene
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import decoding  # noqa: E402
+import speculation  # noqa: E402
 from contenders import EngineContender, contenders  # noqa: E402
 from decoding import make_prompts  # noqa: E402
 from measuring import Result, measure  # noqa: E402
@@ -211,3 +219,92 @@ def test_wrong_arguments_are_named(wrong: str, message: str, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         decoding.main(wrong.split())
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rule", ["low_confidence_static", "low_confidence_dynamic", "factor", "entropy_bounded"])
+def test_speculation_counts_what_real_forwards_accept(rule: str) -> None:
+    """Every draft is decided again by a forward of its own state, which takes the place of the recorded one."""
+    model, row, size = copy.deepcopy(load_ragged()), Row().add_text(11, 2), 8
+    for layer in model.model.language_model.layers:
+        layer.self_attn.o_proj.weight.data *= 0.3  # the less a token sees of the others, the more drafts are right
+    bounds = {"confidence_threshold": 0.1, "factor": 1.5, "entropy_bound": 3.0}
+    settings = {"block_size": size, "denoising_steps": 6, "remasking_strategy": rule, "max_new_tokens": 24, **bounds}
+    states, decision = speculation.record(model, collate([row]), eos_token_id=NO_ID, **settings)
+    plain = model.generate(**collate([row]), eos_token_id=NO_ID, return_dict_in_generate=True, **settings)
+    assert len(states) == sum(plain.num_forwards.values())
+    for state in states:
+        assert torch.equal(next(speculation.drafts(state, decision, 1)), state.after)
+    count = speculation.speculate(states, decision, 1)
+    assert (count.forwards, count.tokens) == (len(states), (len(states) + 2) * size)
+    response, saved = plain.sequences[0, len(row.ids) :], []
+    for depth in (2, 3, 8):
+        count = speculation.speculate(states, decision, depth)
+        assert count.forwards == forwards_by_redeciding(model, row, response, states, decision, depth)
+        assert count.tokens >= count.forwards * size
+        saved.append(len(states) - count.forwards)
+    assert saved == sorted(saved)
+    assert 0 < saved[-1] < len(states) - 3  # some drafts are right, and some are not
+
+
+def forwards_by_redeciding(
+    model: BardVLForConditionalGeneration,
+    row: Row,
+    response: torch.Tensor,
+    states: list[Any],
+    decision: speculation.Decision,
+    depth: int,
+) -> int:
+    """Forwards of draft-and-verify, each draft's successor decided on a forward of the draft without a cache."""
+    size, forwards, place = len(states[0].ids), 1, 0
+    while place < len(states) - 1:
+        origin = states[place]
+        prefix = response[: origin.block * size].tolist()
+        chain = list(speculation.drafts(origin, decision, depth))
+        accepted = 1
+        for number in range(1, len(chain)):
+            before = chain[number - 1]
+            logits = last_block_logits(model, row, prefix + before.tolist(), size)[None]
+            ids, confidence = choose_tokens(logits, MASK)
+            measure = REMASKING_RULES[decision.rule].measure(logits, confidence)
+            right = decision.after(before, origin.step + number, ids[0], measure[0])
+            if not torch.equal(right, chain[number]):
+                break
+            accepted += 1
+        forwards, place = forwards + 1, place + accepted
+    return forwards
+
+
+def test_speculation_by_hand() -> None:
+    """Two tokens a step; the second step takes what the first predicts in the first block, and not in the second."""
+    decision = speculation.Decision("low_confidence_static", 0.0, torch.tensor([2, 2]), MASK)
+
+    def state(block: int, step: int, ids: list[int], after: list[int], predicted: list[int]) -> speculation.State:
+        return speculation.State(block, step, *map(torch.tensor, (ids, after, predicted, [0.9, 0.8, 0.2, 0.1])))
+
+    open_block, half = [MASK] * 4, [1, 2, MASK, MASK]
+    states = [
+        state(0, 0, open_block, half, [1, 2, 3, 4]),
+        state(0, 1, half, [1, 2, 3, 4], [1, 2, 3, 4]),
+        state(1, 0, open_block, half, [1, 2, 3, 4]),
+        state(1, 1, half, [1, 2, 5, 5], [1, 2, 5, 5]),
+    ]
+    # Plain: four forwards, the third two blocks wide.
+    assert speculation.speculate(states, decision, 1) == speculation.Count(4, 20)
+    # The second forward holds the first block's next state and its end with the next block, both right; the third the
+    # second block's next state, right and the last one that needs a forward, and a wrong end.
+    assert speculation.speculate(states, decision, 2) == speculation.Count(3, 4 + (4 + 8) + (4 + 8))
+
+
+def test_speculation_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = convert(write_source(tmp_path / "qwen"), tmp_path / "bard", block_size=4)
+    draw_scene(tmp_path / "scene.png")
+    numbers = tmp_path / "counts.json"
+    command = [str(path), "--image", str(tmp_path / "scene.png"), "--ask", "What?", "How many?", "--depth", "2", "4"]
+    speculation.main([*command, "--block-size", "4", "--new-tokens", "12", "--bound", "0.1", "--json", str(numbers)])
+    counts = json.loads(numbers.read_text())["counts"]
+    assert set(counts) == {"1", "2", "4"}
+    assert counts["4"]["forwards"] <= counts["2"]["forwards"] <= counts["1"]["forwards"]
+    assert f"| 1 | {counts['1']['forwards']} | 1.00 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        speculation.main([*command, "--depth", "0"])
+    assert "--depth must be at least 1, got 0" in capsys.readouterr().err

@@ -1,16 +1,21 @@
 """Compiled steps: the same tokens, one compilation a shape, and a fall-back that says so once."""
 
 import gc
+import logging
 import os
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from bard_vl import BardVLForConditionalGeneration, BardVLGenerationOutput
-from bard_vl.compilation_bard_vl import compiled_step
+from bard_vl.compilation_bard_vl import NUM_IDLE_BUFFERS, compiled_step, lent_buffers
+from bard_vl.remasking_bard_vl import REMASKING_RULES, Chooser
 from ragged import MASK, NO_ID, Row, collate
 from torch._dynamo.utils import counters
 
@@ -18,10 +23,18 @@ SETTINGS = {"block_size": 4, "confidence_threshold": 0.1, "eos_token_id": NO_ID,
 BATCH = [Row().add_text(3 + 5 * seed, seed) for seed in range(5)]
 
 
+GOLDEN = Path(__file__).parent / "golden" / "untied"
+
+
+def load(**arguments: object) -> BardVLForConditionalGeneration:
+    return BardVLForConditionalGeneration.from_pretrained(
+        GOLDEN, dtype=torch.float32, mask_token_id=MASK, **arguments
+    ).eval()
+
+
 @pytest.fixture(scope="module")
 def model() -> BardVLForConditionalGeneration:
-    path = Path(__file__).parent / "golden" / "untied"
-    return BardVLForConditionalGeneration.from_pretrained(path, dtype=torch.float32, mask_token_id=MASK)
+    return load()
 
 
 def run(model: BardVLForConditionalGeneration, batch: list[Row], **arguments: object) -> BardVLGenerationOutput:
@@ -47,14 +60,122 @@ def test_one_compilation_a_shape_and_the_same_tokens(model: BardVLForConditional
         assert counters["stats"]["unique_graphs"] == 2
 
 
-def test_steps_do_not_keep_a_model_alive() -> None:
-    model = torch.nn.Linear(2, 2)
-    compiled_step(model, (1, 4, 256, 4))
+def test_threads_share_a_compiled_step_and_no_buffer(model: BardVLForConditionalGeneration) -> None:
+    batches = [[Row().add_text(4 + seed, seed)] for seed in range(12)]
+    expected = [run(model, batch).sequences.tolist() for batch in batches]
+    with ThreadPoolExecutor(3) as pool:
+        outputs = list(pool.map(lambda batch: run(model, batch, cache_implementation="static"), batches))
+    assert [output.sequences.tolist() for output in outputs] == expected
+
+
+@pytest.mark.parametrize("rule", REMASKING_RULES)
+def test_every_rules_choice_is_one_graph(rule: str) -> None:
+    chooser = Chooser(MASK, 0.0, 0, 1.0, REMASKING_RULES[rule].measure, keeps_present=True)
+    generator = torch.Generator().manual_seed(0)
+    logits, held = torch.randn(2, 4, 512, generator=generator), torch.randint(512, (2, 4), generator=generator)
+    compiled = torch.compile(lambda *args: chooser.choose(*args), fullgraph=True, backend="aot_eager")
+    for mine, expected in zip(compiled(logits, held), chooser.choose(logits, held), strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+@contextmanager
+def addresses_in_steps(model: BardVLForConditionalGeneration) -> Iterator[list[int]]:
+    """Where the keys of the last layer lie before each forward on a static cache; it runs eagerly to be looked at."""
+    seen: list[int] = []
+
+    def look(_module: object, _args: tuple, kwargs: dict) -> None:
+        if (layer := kwargs["past_key_values"].layers[-1]).is_lent:
+            seen.append(layer.keys.data_ptr())
+
+    hook = model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield seen
+    finally:
+        hook.remove()
+
+
+def test_steps_of_later_calls_find_the_same_buffers() -> None:
+    model = load()
+    static = {"cache_implementation": "static"}
+    with addresses_in_steps(model) as seen:
+        for batch in (BATCH, BATCH[::-1], BATCH[1:] + BATCH[:1]):
+            run(model, batch, **static)
+        assert len(seen) > 30
+        assert len(set(seen)) == 1
+        seen.clear()
+        for interval, rule in ((1, "margin"), (3, "entropy_bounded")):
+            run(model, [BATCH[0]], **static, check_interval=interval, remasking_strategy=rule)
+        run(model, [BATCH[0]], **static, temperature=1.0)
+        assert len(set(seen)) == 1
+
+
+def test_a_returned_cache_owns_its_memory() -> None:
+    model, row = load(), Row().add_text(16, 1)
+    static = {"cache_implementation": "static"}
+    with addresses_in_steps(model) as seen:
+        first = run(model, [row], **static)
+        assert not any(layer.is_lent or layer.keys.data_ptr() in seen for layer in first.past_key_values.layers)
+        kept = [layer.keys.clone() for layer in first.past_key_values.layers]
+        run(model, [Row().add_text(40, 2)], **static)  # in the same buffers
+        assert len(set(seen)) == 1
+        for layer, keys in zip(first.past_key_values.layers, kept, strict=True):
+            assert layer.keys.shape[2] == sum(map(len, first.past_key_values.contents)) < 64
+            assert torch.equal(layer.keys, keys)
+        second = row.then(first.sequences[0, 16:].tolist()).add_text(5, 3)
+        output = run(model, [second], past_key_values=first.past_key_values, **static)
+    assert torch.equal(output.sequences, run(model, [second]).sequences)
+    assert output.num_encoded_tokens.item() < len(second.ids) - 16
+
+
+def test_buffers_in_use_are_not_lent_again_and_few_wait() -> None:
+    model, made = torch.nn.Linear(2, 2), []
+    with lent_buffers(model, (1, 256)) as first, lent_buffers(model, (1, 256)) as second:
+        first.append("first")
+        second.append("second")
+        assert first != second
+    with pytest.raises(KeyboardInterrupt), lent_buffers(model, (1, 256)):
+        raise KeyboardInterrupt
+    with lent_buffers(model, (1, 256)) as third, lent_buffers(model, (1, 256)) as fourth:
+        assert sorted(third + fourth) == ["first", "second"]
+    for columns in range(NUM_IDLE_BUFFERS):
+        with lent_buffers(model, (1, columns)) as buffers:
+            made.append(buffers)
+    with lent_buffers(model, (1, 256)) as again, lent_buffers(model, (1, 0)) as kept:
+        assert again == []
+        assert kept is made[0]
+
+
+def test_neither_steps_nor_buffers_keep_a_model_alive() -> None:
+    model = load()
     assert compiled_step(model, (1, 4, 256, 4)) is compiled_step(model, (1, 4, 256, 4))
+    with addresses_in_steps(model):
+        run(model, BATCH[:1], cache_implementation="static")
     reference = weakref.ref(model)
     del model
     gc.collect()
     assert reference() is None
+
+
+@pytest.mark.parametrize("last_layer", ["cpu", "disk"])
+def test_beside_a_device_map_the_step_compiles_or_says_why_not(
+    last_layer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, model: BardVLForConditionalGeneration
+) -> None:
+    parts = ("model.visual", "lm_head", *(f"model.language_model.{part}" for part in ("embed_tokens", "norm")))
+    layers = {f"model.language_model.layers.{number}": "cpu" for number in range(2)}
+    mapped = load(
+        device_map={**dict.fromkeys(parts, "cpu"), **layers, "model.language_model.layers.2": last_layer},
+        offload_folder=tmp_path,
+    )
+    before = counters["stats"]["unique_graphs"]
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            output = run(mapped, BATCH[:1], cache_implementation="static", check_interval=2)
+    assert torch.equal(output.sequences, run(model, BATCH[:1]).sequences)
+    assert counters["stats"]["unique_graphs"] - before == (last_layer == "cpu")
+    warnings = [record.getMessage() for record in caplog.records if "compile" in record.getMessage()]
+    assert len(warnings) == (last_layer == "disk")
+    assert all("spread over cpu, disk" in warning for warning in warnings)
 
 
 FALL_BACK = """
