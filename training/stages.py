@@ -418,10 +418,9 @@ def finish(trainer: BlockDiffusionTrainer, run: Run, stage: Stage) -> None:
     if run.args.should_save:
         partial = stage.output.with_name(f".{stage.output.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        config = trainer.bare_model.config
         if run.model.use_lora:
             state = trainer.accelerator.unwrap_model(trainer.model_wrapped).merge_and_unload().state_dict()
-        write_checkpoint(config, state, trainer.processing_class, run, stage, partial)
+        write_checkpoint(trainer.mask_token_id, state, trainer.processing_class, run, stage, partial)
         trainer.state.save_to_json(str(partial / "trainer_state.json"))
         os.sync()
         partial.rename(stage.output)
@@ -431,11 +430,14 @@ def finish(trainer: BlockDiffusionTrainer, run: Run, stage: Stage) -> None:
 
 
 def write_checkpoint(
-    config: BardVLConfig, state: dict[str, torch.Tensor], processor: Any, run: Run, stage: Stage, folder: Path
+    mask_token_id: int, state: dict[str, torch.Tensor], processor: Any, run: Run, stage: Stage, folder: Path
 ) -> None:
     """Weights, config with the block size, processor, code, licence and card."""
     source = json.loads((stage.source / "config.json").read_text("utf-8"))
     name = run.model.save_dtype or source.get("dtype") or source["text_config"].get("dtype") or "bfloat16"
+    # The source's settings: transformers' trainer aligns the model's with the tokenizer's, and switches its cache off.
+    config = BardVLConfig.from_pretrained(stage.source)
+    config.block_size, config.mask_token_id = stage.block_size, mask_token_id
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     dtype = DTYPES.get(name, torch.bfloat16)
@@ -445,9 +447,8 @@ def write_checkpoint(
         shell = BardVLForConditionalGeneration(config)
     shell.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)
-    # The source's settings: transformers' trainer aligns the model's with the tokenizer's, and switches its cache off.
     saved = json.loads((folder / "config.json").read_text("utf-8"))
-    stated = {**source, "block_size": stage.block_size, "mask_token_id": saved["mask_token_id"]}
+    stated = {**source, "block_size": stage.block_size, "mask_token_id": mask_token_id}
     stated |= {key: saved[key] for key in ("auto_map", "architectures")}
     stated.pop("torch_dtype", None)
     for part in (stated, stated["text_config"]):
