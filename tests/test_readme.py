@@ -17,8 +17,14 @@ REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 CI = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")
 PUBLISHED = "fudan-generative-ai/Bard-VL-B16-Mask-4B-Distil-Instruct"
+TRAINED = "fudan-generative-ai/Bard-VL-B4-Mask-2B-Instruct"  # where the recipe of the manual starts
 PINNED = "0123456789abcdef0123456789abcdef01234567"
+TRAINING = "python -m bard_vl.training.merge_blocks"
 SETUP = ("pip install", "pytest")  # what CI itself runs
+CHAT = [
+    {"role": "user", "content": [{"type": "image", "image": "photo.jpg"}, {"type": "text", "text": "What is it?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A red circle."}]},
+]
 # Replaces the uploader, and the uploader alone, in the processes of the commands.
 STUB_UPLOADER = """
 import os, huggingface_hub
@@ -70,11 +76,15 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkout.mkdir()
     for path in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*.json"), REPOSITORY / "LICENSE"]:
         shutil.copy(path, checkout)
-    shutil.copytree(REPOSITORY / "examples", checkout / "examples")
+    for folder in ("examples", "training"):
+        shutil.copytree(REPOSITORY / folder, checkout / folder)
     draw_scene(checkout / "photo.jpg")
+    (checkout / "chats.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
     qwen = write_qwen3vl(root / "qwen", tokenizer="qwen")
     add_to_hub_cache(cache, "Qwen/Qwen3-VL-4B-Instruct", qwen, "a" * 40)
-    add_to_hub_cache(cache, PUBLISHED, make_published(qwen, root / "published"), "b" * 40)
+    published = make_published(qwen, root / "published")
+    for name in (PUBLISHED, TRAINED):
+        add_to_hub_cache(cache, name, published, "b" * 40)
     (root / "stub").mkdir()
     (root / "stub" / "sitecustomize.py").write_text(STUB_UPLOADER)
     for command in commands():
@@ -104,12 +114,22 @@ def run(checkout: Path, *arguments: str, script: str | None = None) -> str:
 
 def test_every_command_is_run_here_or_by_ci() -> None:
     for command in commands():
-        known = command.startswith(("python convert", "python examples/", "hf upload", *SETUP))
+        known = command.startswith(("python convert", "python examples/", "bard-vl run", TRAINING, "hf upload", *SETUP))
         assert known, f"no test runs: {command}"
-        if command.startswith(SETUP):
+        if command.startswith("pip install") and "[" in command:  # CI installs the tests' extra, which has the others
+            assert f"{command[command.index('[') + 1 : command.index(']')]}" in extras_of_tests()
+        elif command.startswith(SETUP):
             assert f"\n{command}\n" in CI
     languages = set(re.findall(r"^```(\w+)", README, flags=re.MULTILINE))
     assert languages == {"bash", "python", "bibtex"}
+
+
+def extras_of_tests() -> set[str]:
+    """Extras of the package that its tests install."""
+    project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    others = re.search(r'^test = .*"bard-vl\[([\w,]+)\]"', project, flags=re.MULTILINE)
+    assert others
+    return {"test", *others[1].split(",")}
 
 
 def test_tables_name_every_setting_and_every_file() -> None:
@@ -141,10 +161,25 @@ def test_converted_folders_are_what_the_manual_says(checkout: Path) -> None:
     assert json.loads((checkout / "Bard-VL-B16" / "config.json").read_text())["block_size"] == 16
 
 
-def test_example_describes_a_picture(checkout: Path) -> None:
+def test_example_describes_its_own_picture(checkout: Path) -> None:
     (command,) = [command for command in commands() if command.startswith("python examples/describe.py")]
-    output = run(checkout, *shlex.split(command)[1:], "--max-new-tokens", "20")
+    output = run(checkout, *shlex.split(command)[1:])
+    assert output.startswith("There are ")
     assert re.search(r"\d+ forwards, \d+\.\d\d tokens per forward\n$", output)
+
+
+def test_command_line_describes_a_picture(checkout: Path) -> None:
+    (command,) = [command for command in commands() if command.startswith("bard-vl run")]
+    output = run(checkout, "-m", "bard_vl.cli", *shlex.split(command)[1:], "--max-new-tokens", "20", "--json")
+    answer = json.loads(output)
+    assert answer["model"] == PUBLISHED
+    assert answer["num_tokens"] <= 20
+
+
+def test_training_leaves_a_checkpoint(checkout: Path) -> None:
+    (command,) = [command for command in commands() if command.startswith(TRAINING)]
+    run(checkout, *shlex.split(command)[1:], "--use_cpu", "true", "--max_steps", "1")
+    assert json.loads((checkout / "finetuned" / "block-4" / "config.json").read_text())["block_size"] == 4
 
 
 def test_snippets_run_in_order(checkout: Path) -> None:
