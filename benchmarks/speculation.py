@@ -161,27 +161,51 @@ def table(counts: dict[int, Count], num_tokens: int, size: int) -> str:
     return "\n".join(lines)
 
 
-def conversations(chosen: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """One for every picture and question."""
-    for image in chosen.image or [None]:
-        for text in chosen.ask:
-            picture = [{"type": "image", "image": str(image)}] if image else []
-            yield [{"role": "user", "content": [*picture, {"type": "text", "text": text}]}]
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to decode, and how."""
     add = parser.add_argument
     add("model", help="folder or Hub id of a trained checkpoint")
     add("--image", nargs="+", type=Path, help="pictures to ask about (default: none)")
     add("--ask", nargs="+", default=["Describe the picture."], help="questions; each is asked of every picture")
-    add("--depth", nargs="+", type=int, default=[2, 3, 4, 8], help="states in a row per forward")
     add("--block-size", type=int, help="default: the checkpoint's")
     add("--steps", type=int, help="denoising steps per block at most (default: block size)")
     add("--rule", default="low_confidence_dynamic", choices=REMASKING_RULES)
     add("--bound", type=float, default=0.9, help="the rule's threshold, entropy or factor (default: 0.9)")
     add("--new-tokens", type=int, default=128, help="response tokens at most (default: 128)")
+
+
+def decoding_settings(chosen: argparse.Namespace, model: BardVLForConditionalGeneration) -> dict[str, Any]:
+    """The arguments of `generate` that the command line asks for."""
+    size = chosen.block_size or model.config.block_size
+    return {
+        "block_size": size,
+        "denoising_steps": chosen.steps or size,
+        "remasking_strategy": chosen.rule,
+        REMASKING_RULES[chosen.rule].bound: chosen.bound,
+        "max_new_tokens": chosen.new_tokens,
+    }
+
+
+def encoded_conversations(chosen: argparse.Namespace, processor: BardVLProcessor) -> Iterator[Mapping[str, Any]]:
+    """The processor's output for every picture and question."""
+    for image in chosen.image or [None]:
+        for text in chosen.ask:
+            picture = [{"type": "image", "image": str(image)}] if image else []
+            yield processor.apply_chat_template(
+                [{"role": "user", "content": [*picture, {"type": "text", "text": text}]}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_decoding_arguments(parser)
+    add = parser.add_argument
+    add("--depth", nargs="+", type=int, default=[2, 3, 4, 8], help="states in a row per forward (default: 2 3 4 8)")
     add("--json", type=Path, metavar="FILE", help="write the counts")
     chosen = parser.parse_args(arguments)
     if min(chosen.depth) < 1:
@@ -193,21 +217,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Decode, count, print."""
     chosen = parse_arguments(arguments)
     model = BardVLForConditionalGeneration.from_pretrained(chosen.model, dtype=torch.float32).eval()
-    processor = BardVLProcessor.from_pretrained(chosen.model)
-    size = chosen.block_size or model.config.block_size
-    settings = {
-        "block_size": size,
-        "denoising_steps": chosen.steps or size,
-        "remasking_strategy": chosen.rule,
-        REMASKING_RULES[chosen.rule].bound: chosen.bound,
-        "max_new_tokens": chosen.new_tokens,
-    }
+    settings = decoding_settings(chosen, model)
     counts = {depth: Count() for depth in (1, *chosen.depth)}
-    num_tokens = 0
-    for conversation in conversations(chosen):
-        inputs = processor.apply_chat_template(
-            conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+    num_tokens, size = 0, settings["block_size"]
+    for inputs in encoded_conversations(chosen, BardVLProcessor.from_pretrained(chosen.model)):
         states, decision = record(model, inputs, **settings)
         num_tokens += size * len({state.block for state in states})
         for depth, count in counts.items():

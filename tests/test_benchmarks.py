@@ -23,6 +23,7 @@ from tiny import draw_scene
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import batches  # noqa: E402
 import decoding  # noqa: E402
 import speculation  # noqa: E402
 from contenders import EngineContender, contenders  # noqa: E402
@@ -305,6 +306,46 @@ def test_speculation_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert set(counts) == {"1", "2", "4"}
     assert counts["4"]["forwards"] <= counts["2"]["forwards"] <= counts["1"]["forwards"]
     assert f"| 1 | {counts['1']['forwards']} | 1.00 |" in capsys.readouterr().out
+    batches.main([*command[:-3], "--block-size", "4", "--new-tokens", "12", "--bound", "0.1", "--batch", "2", "9"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [
+        ["| 2", way] for way in ("lock step", "padded cursors", "cursors")
+    ]
     with pytest.raises(SystemExit):
         speculation.main([*command, "--depth", "0"])
     assert "--depth must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_cursors_are_counted_as_the_engine_runs_them() -> None:
+    model, size = load_ragged(), 4
+    batch = [Row().add_text(3 + seed, seed) for seed in range(5)]
+    calls: list[int] = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _, __, kwargs: calls.append(kwargs["inputs_embeds"][..., 0].numel()), with_kwargs=True
+    )
+    try:
+        output = model.generate(
+            **collate(batch),
+            block_size=size,
+            confidence_threshold=0.1,
+            max_new_tokens=24,
+            eos_token_id=list(range(0, 500, 12)),
+            return_dict_in_generate=True,
+        )
+    finally:
+        hook.remove()
+    ways = batches.compare(output.block_step_counts, size)
+    assert ways.cursors.forwards == len(calls) == sum(output.num_forwards.values())
+    assert ways.cursors.tokens == sum(calls) - sum(len(row.ids) for row in batch)
+    assert ways.cursors.tokens < ways.padded_cursors.tokens
+    assert ways.cursors.forwards < ways.lock_step.forwards
+
+
+def test_lock_step_and_cursors_by_hand() -> None:
+    """Two rows of two blocks, one and three steps, then three and one; a third row ends with its first block."""
+    ways = batches.compare(torch.tensor([[1, 3], [3, 1], [2, 0]]), 4)
+    # Three steps for each block: three rows, then two, whose finished blocks run along once.
+    assert ways.lock_step == speculation.Count(6, 4 * (3 * 3 + 2 * 3 + 2))
+    # Three, three (the first row's finished block along), two, two (the second row's along).
+    assert ways.cursors == speculation.Count(4, 4 * (3 + 4 + 2 + 3))
+    assert ways.padded_cursors == speculation.Count(4, 4 * (3 + 6 + 2 + 4))
