@@ -151,7 +151,9 @@ SCORES = {
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face home that holds the manual's checkpoints, tiny ones, and two rows of each data set."""
     home = tmp_path_factory.mktemp("home")
-    published = make_published(tiny.write_qwen3vl(home / "qwen", tokenizer="qwen"), home / "published")
+    published = make_published(tiny.write_qwen3vl(home / "qwen"), home / "published")
+    config = json.loads((published / "config.json").read_text())
+    (published / "config.json").write_text(json.dumps({**config, "mask_token_id": 447}))
     for size in (16, 32):
         fresh.add_to_hub_cache(home, PUBLISHED.format(size), published)
     tasks.write_data_sets(home / "datasets", tiny.draw((128, 96)))
