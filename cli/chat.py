@@ -117,7 +117,7 @@ def chat(
             report(error)
 
 
-chat.epilog = """\
+EXAMPLES = """\
 [bold]In the conversation[/bold]
 
 /image PATH, /video PATH: show it with the next message. /reset: forget the conversation. /quit: leave.

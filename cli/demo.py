@@ -51,7 +51,7 @@ def demo(
     serve(build_page(session), host, port)
 
 
-demo.epilog = """\
+EXAMPLES = """\
 [bold]Example[/bold]
 
 bard-vl demo --model Bard-VL-4B --port 8000

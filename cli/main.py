@@ -8,12 +8,10 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from . import chat, demo, run
 from .bench import bench
-from .chat import chat
 from .convert import convert
-from .demo import demo
 from .errors import FAILURE, INTERRUPTED, USAGE, report
-from .run import run
 from .session import quieten
 
 EPILOG = (
@@ -27,13 +25,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 RAW = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-for command in (run, chat, demo):
+for command, examples in ((run.run, run.EXAMPLES), (chat.chat, chat.EXAMPLES), (demo.demo, demo.EXAMPLES)):
     # Line breaks of the source are none of the help's.
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
     folded = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
-    app.command(help=folded, epilog=command.epilog)(command)
-for command in (convert, bench):
-    app.command(context_settings=RAW, add_help_option=False)(command)
+    app.command(help=folded, epilog=examples)(command)
+for front in (convert, bench):
+    app.command(context_settings=RAW, add_help_option=False)(front)
 
 
 @app.callback(invoke_without_command=True, epilog=EPILOG)

@@ -30,6 +30,7 @@ def read(place: str, processor: Any) -> dict[str, Any]:
 
 def read_picture(place: str) -> Image.Image:
     """Open a picture at a path or URL, upright and in RGB; `ValueError` if there is none."""
+    check_place(place, "picture")
     try:
         return load_image(place)
     except Exception as error:  # what an HTTP client raises depends on the version of transformers
@@ -44,6 +45,7 @@ def read_video(place: str, video_processor: Any) -> tuple[Any, dict[str, Any]]:
     Raises:
         ValueError: nothing that can be read, or nothing here can read it.
     """
+    check_place(place, "video")
     try:
         if Path(place).is_dir() or place.lower().endswith(".gif"):
             frames, rate = frames_of_folder(Path(place)) if Path(place).is_dir() else frames_of_gif(place)
@@ -58,6 +60,12 @@ def read_video(place: str, video_processor: Any) -> tuple[Any, dict[str, Any]]:
         return frames, {name: metadata[name] for name in ("fps", "frames_indices", "total_num_frames")}
     except Exception as error:  # every reader has its own
         raise ValueError(f"{place} cannot be read as a video: {one_line(error)}") from error
+
+
+def check_place(place: str, kind: str) -> None:
+    """Raise `ValueError` if neither an address nor anything that exists is meant."""
+    if not place.startswith(("http://", "https://", "data:")) and not Path(place).exists():
+        raise ValueError(f"{place} cannot be read as a {kind}: no such file")
 
 
 def frames_of_folder(folder: Path) -> tuple[list[Image.Image], float]:

@@ -108,7 +108,7 @@ def run(
         write_pictures(session, answer, question, content, html, gif, png)
 
 
-run.epilog = """\
+EXAMPLES = """\
 [bold]Examples[/bold]
 
 bard-vl run photo.jpg

@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging
 
 from ..configuration_bard_vl import BardVLConfig
-from ..generation_bard_vl import BardVLGenerationOutput
 from ..generation_config_bard_vl import BardVLGenerationConfig, setting, token_ids
 from ..memory_bard_vl import MemoryEstimate, check_fits, estimate_memory, free_memory, read_prompt
 from ..modeling_bard_vl import BardVLForConditionalGeneration
@@ -31,14 +30,14 @@ class Answer:
 
     Attributes:
         text: the response without special tokens.
-        output: what `generate` returned.
+        output: the `BardVLGenerationOutput`.
         prompt_length: prompt tokens, `visual_tokens` of them of pictures and videos.
         seconds: spent in `generate`.
         finish_reason: `eos`, `length`, or `stop` for a stop string or a time limit.
     """
 
     text: str
-    output: BardVLGenerationOutput
+    output: Any
     prompt_length: int
     visual_tokens: int
     seconds: float
@@ -120,7 +119,7 @@ class Session:
     @property
     def title(self) -> str:
         """The checkpoint's name without what stands before it."""
-        return self.name.rstrip("/").rpartition("/")[2]
+        return "Bard-VL, the small example" if self.name == str(EMBEDDED) else self.name.rstrip("/").rpartition("/")[2]
 
     @property
     def model(self) -> BardVLForConditionalGeneration:
@@ -170,7 +169,7 @@ class Session:
         )
         seconds = time.perf_counter() - start
         response = output.sequences[0, length:].tolist()
-        merged = {**model.generation_config.explicit(), **self.settings.explicit(), **arguments}
+        merged = {**stored_settings(model), **self.settings.explicit(), **arguments}
         limit = setting(BardVLGenerationConfig(max_new_tokens=merged.get("max_new_tokens")), "max_new_tokens")
         eos = token_ids(merged.get("eos_token_id", self.processor.tokenizer.eos_token_id))
         reason = "eos" if response[-1] in eos else "length" if len(response) == limit else "stop"
@@ -185,6 +184,11 @@ class Session:
             seconds=seconds,
             finish_reason=reason,
         )
+
+
+def stored_settings(model: BardVLForConditionalGeneration) -> dict[str, Any]:
+    """The settings that come with a checkpoint."""
+    return model.generation_config.explicit() if model.generation_config else {}
 
 
 def quieten() -> None:

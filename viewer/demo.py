@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 import torch
 
+from ..cli.session import Session, stored_settings
 from ..generation_config_bard_vl import DEFAULTS
 from ..remasking_bard_vl import REMASKING_RULES
 from .page import html_of
@@ -68,9 +69,9 @@ class QueueStreamer:
         return state
 
 
-def build_page(session: Any) -> gr.Blocks:
-    """The page; `session` is a `cli.session.Session`."""
-    stored = {**session.model.generation_config.explicit(), **session.settings.explicit()}
+def build_page(session: Session) -> gr.Blocks:
+    """The page for a checkpoint."""
+    stored = {**stored_settings(session.model), **session.settings.explicit()}
     block_size = stored.get("block_size") or session.config.block_size
     with gr.Blocks(title=f"Bard-VL: {session.title}", analytics_enabled=False) as page:
         gr.Markdown(f"## {session.title}\nBlocks of {block_size} tokens are written at a time: grey is still a draft.")
@@ -139,12 +140,15 @@ def serve(page: gr.Blocks, host: str, port: int, wait: bool = True) -> str:
     )
     print(f"serving on {url}", flush=True)
     if wait:
-        page.block_thread()
+        try:
+            threading.Event().wait()
+        finally:
+            page.close(verbose=False)
     return url
 
 
 def answer_in_steps(
-    session: Any,
+    session: Session,
     picture: Any,
     prompt: str,
     rule: str,
@@ -166,7 +170,8 @@ def answer_in_steps(
     if not prompt.strip():
         yield framed("", error="Ask something."), ""
         return
-    streamer, outcome = QueueStreamer(), []
+    streamer = QueueStreamer()
+    outcome: list[Any] = []
 
     def work() -> None:
         try:

@@ -1,5 +1,6 @@
 """A recording as a picture, shaded by the step that decided each token, and as an animation of its steps."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ PAPER, INK, SOFT, RULE, OPEN, RING, REVISED = (
     "#a3207c",
 )
 EARLY, LATE = (226, 238, 252), (112, 166, 232)  # shades of the first and the last step
-EXACT, NEAR = (PAPER, INK, OPEN, RING), 6  # colours that a palette keeps, and how far off it may have found them
+EXACT = (PAPER, INK, OPEN, RING)  # colours that a palette keeps
 # Tried in this order where the built-in font, which is Latin, lacks a character.
 FALLBACK_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf", "PingFang.ttc", "msyh.ttc")
 STEP_TIME, END_TIME = 400, 3000  # milliseconds
@@ -57,9 +58,9 @@ def shared_palette(frames: list[Image.Image]) -> Image.Image:
     palette = stacked.quantize(256)
     colours = palette.getpalette() or []
     for exact in map(ImageColor.getrgb, EXACT):
-        for start in range(0, len(colours), 3):
-            if max(abs(a - b) for a, b in zip(exact, colours[start : start + 3], strict=True)) <= NEAR:
-                colours[start : start + 3] = exact
+        distances = [math.dist(exact, colours[start : start + 3]) for start in range(0, len(colours), 3)]
+        nearest = 3 * distances.index(min(distances))
+        colours[nearest : nearest + 3] = exact
     palette.putpalette(colours)
     return palette
 
@@ -135,6 +136,8 @@ class Drawing:
         top = self.top
         for image in self.images:
             canvas.paste(image, (MARGIN * scale, top * scale))
+            corner = (MARGIN * scale + image.width - 1, top * scale + image.height - 1)
+            pen.rectangle((MARGIN * scale, top * scale, *corner), outline=RULE, width=scale)
             top += image.height // scale + 12
         for index in {step.block: i for i, step in enumerate(self.recording.steps[:count])}.values():
             self.draw_block(pen, index, is_last=index == count - 1 < len(self.recording.steps) - 1)
