@@ -173,7 +173,9 @@ def test_commands_of_the_manual(command: str, home: Path, tmp_path: Path) -> Non
         **{"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
     }
     quickly = ["--gen_kwargs", "max_new_tokens=16"]
-    done = subprocess.run([program, *arguments, *quickly], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [program, *arguments, *quickly], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = list((tmp_path / "results").rglob("*_results.json"))
     assert len(found) == 1, done.stdout + done.stderr
