@@ -101,7 +101,8 @@ class BardVLGenerationConfig(GenerationConfig):
         prefill_chunk_size (`int`): tokens of a prompt that are encoded together, cut to whole blocks; bounds the
             memory that a long prompt takes, and costs a forward a chunk.
         cache_implementation (`"dynamic"` or `"static"`): a static cache has fixed shapes, and its steps are compiled,
-            once a shape: rows, block size, and columns in multiples of 256. Ended rows stay until all have ended.
+            once a shape: rows, block size, columns in multiples of 256, and what the rule ranks by. Ended rows stay
+            until all have ended.
         mask_token_id, eos_token_id, pad_token_id, bos_token_id: token ids; default to the model config's.
         return_dict_in_generate, return_step_stats, output_history (`bool`): what `generate` returns.
 

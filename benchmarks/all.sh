@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Everything that RESULTS.md holds, on an otherwise idle machine; under an hour on two cores. Raw numbers and the plot go
+# to results/, the tables are printed in the order in which they stand there.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+decoding="python benchmarks/decoding.py --shape 100m --device cpu --block-size 16 --quiet"
+results=benchmarks/results
+single="--prompt-length 1024 --new-tokens 256"
+
+$decoding $single --steps 4 2 --repetitions 3 --only plain engine qwen --compile \
+    --json $results/cpu-100m.json --plot $results/cpu-100m.png
+$decoding $single --steps 4 --repetitions 3 --only plain ladder engine --json $results/cpu-100m-ladder.json
+$decoding --batch 8 --ragged 64 256 --new-tokens 128 --steps 4 --repetitions 3 --only engine \
+    --json $results/cpu-100m-batch8.json
+
+# Counts, which hold on any machine, of the small trained checkpoint.
+questions=(--image examples/images/*.png --ask "Describe the picture." "What is in row 2?")
+for bound in 0.9 0.5; do
+    python benchmarks/speculation.py examples/checkpoint "${questions[@]}" --bound $bound \
+        --json $results/speculation-$bound.json
+    python benchmarks/batches.py examples/checkpoint "${questions[@]}" --bound $bound --batch 4 8
+done
