@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +12,8 @@ from ..modeling_bard_vl import BardVLForConditionalGeneration
 from ..training.arguments import BlockDiffusionArguments, DistillArguments
 from ..training.chats import ChatEncoder, ChatLimits
 from ..training.data import PackingCollator
-from ..training.packing import Layout, PackedRows, Sample, dense_mask
-from ..training.trainer import BlockDiffusionTrainer, NoisyRows, Teacher
+from ..training.packing import Layout, Sample, dense_mask
+from ..training.trainer import BlockDiffusionTrainer, Teacher
 from .cells import Decoding, Stage
 from .scenes import Scene
 from .tiny_model import PAD_TOKEN_ID, autoregressive_batch
@@ -45,30 +44,7 @@ def encode(processor: Any, config: Any, chats: Iterable[tuple[Scene, str, str]])
     return samples
 
 
-class StudyTrainer(BlockDiffusionTrainer):
-    """The package's trainer, which here learns nothing from a teacher behind the teacher's last block of an answer.
-
-    A teacher of block size 4 has never seen padding further behind an answer's end than 3 tokens. What it says there is
-    noise, and at block size 32 it would be most of the loss.
-    """
-
-    def corrupt(self, rows: PackedRows, seed: int, step: int) -> tuple[NoisyRows, float]:
-        """Noise for packed rows, and the number of positions that are learnt."""
-        batch, normaliser = super().corrupt(rows, seed, step)
-        if self.teacher is None:
-            return batch, normaliser
-        behind = behind_answers(rows, self.teacher.block_size)
-        weights = batch.weights.masked_fill(behind, 0.0)
-        return replace(batch, weights=weights), weights.sum(dtype=torch.float64).item()
-
-
-def behind_answers(rows: PackedRows, block_size: int) -> torch.Tensor:
-    """Noisy padding (rows, length) in blocks of `block_size` that hold nothing of an answer."""
-    columns = torch.arange(rows.place.shape[1]) - (rows.place - rows.origin) % block_size
-    return rows.noisy & rows.is_response_padding.gather(1, columns.clamp(min=0))
-
-
-class FaultyMaskTrainer(StudyTrainer):
+class FaultyMaskTrainer(BlockDiffusionTrainer):
     """The reference's fault as a control: clean queries see noisy keys of their own and of earlier blocks."""
 
     def attention_mask(self, layout: Layout) -> torch.Tensor:
@@ -111,7 +87,7 @@ def train_stage(
     )
     model.config.block_size = stage.block_size
     encoder = ChatEncoder(processor, model.config, ChatLimits(stage.block_size, ROW_LENGTH))
-    trainer = (FaultyMaskTrainer if stage.faulty_mask else StudyTrainer)(
+    trainer = (FaultyMaskTrainer if stage.faulty_mask else BlockDiffusionTrainer)(
         model,
         arguments,
         stage.block_size,

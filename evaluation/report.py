@@ -311,13 +311,13 @@ def figure_file(path: Path, draw: Callable[[Any], None], wanted: bool) -> Path |
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    chart, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    chart, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
     draw(axes)
     axes.set_ylabel("exact answers (%)")
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
     chart.savefig(path, dpi=120)
     pyplot.close(chart)
     return path
