@@ -123,7 +123,7 @@ def draw_shape(canvas: ImageDraw.ImageDraw, shape: str, centre: tuple[float, flo
     if shape == "circle":
         canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
         return
-    outlines = {
+    outlines: dict[str, list[tuple[float, float]]] = {
         "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
         "triangle": [(0, -1), (1, 0.8), (-1, 0.8)],
         "diamond": [(0, -1), (0.7, 0), (0, 1), (-0.7, 0)],
