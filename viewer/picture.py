@@ -22,7 +22,7 @@ PAPER, INK, SOFT, RULE, OPEN, RING, REVISED = (
     "#a3207c",
 )
 EARLY, LATE = (226, 238, 252), (112, 166, 232)  # shades of the first and the last step
-EXACT = (PAPER, INK, OPEN, RING)  # colours that a palette keeps
+EXACT, NEAR = (PAPER, INK, OPEN, RING), 10  # colours that a palette keeps, and how far off their neighbours are
 # Tried in this order where the built-in font, which is Latin, lacks a character.
 FALLBACK_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf", "PingFang.ttc", "msyh.ttc")
 STEP_TIME, END_TIME = 400, 3000  # milliseconds
@@ -59,8 +59,9 @@ def shared_palette(frames: list[Image.Image]) -> Image.Image:
     colours = palette.getpalette() or []
     for exact in map(ImageColor.getrgb, EXACT):
         distances = [math.dist(exact, colours[start : start + 3]) for start in range(0, len(colours), 3)]
-        nearest = 3 * distances.index(min(distances))
-        colours[nearest : nearest + 3] = exact
+        for entry, distance in enumerate(distances):
+            if distance <= max(NEAR, min(distances)):  # Pillow looks colours up in steps, and would take a neighbour
+                colours[3 * entry : 3 * entry + 3] = exact
     palette.putpalette(colours)
     return palette
 
