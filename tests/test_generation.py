@@ -311,8 +311,9 @@ def test_samples_come_from_the_most_probable_tokens(narrow: dict[str, Any]) -> N
 def test_several_responses_share_one_prompt_pass() -> None:
     with calls_of(load().model.language_model) as calls, calls_of(load().model.visual) as images:
         output = run([IMAGE, TEXT], num_return_sequences=3, temperature=1.0, seed=2)
-    assert calls[0][0] == 2
-    assert {shape[0] for shape in calls[1:]} >= {6}
+    # Each prompt once, with one first block behind it, end to end; then every response.
+    assert calls[0][:2] == (1, len(IMAGE.ids) + len(TEXT.ids) + 2 * SETTINGS["block_size"])
+    assert calls[1][:2] == (6, SETTINGS["block_size"])
     assert len(images) == 1
     width = len(IMAGE.ids)
     assert output.sequences.shape == (6, width + 20)
