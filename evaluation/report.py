@@ -17,6 +17,7 @@ WAYS = {
     "ar-distilled": "warm + AR distillation",
     "swd": "warm + SWD",
 }
+FINDINGS = Path(__file__).with_name("findings.md")  # what a reader sees in the full study's figures
 BUDGETS = ("long-", "")  # prefixes of names
 MARGIN = 2.0  # points below block size 1 that count as equal
 SPEED = 3.0  # tokens per forward claimed at equal accuracy
@@ -42,17 +43,18 @@ def read_runs(results: Path) -> dict[str, list[Run]]:
     return dict(runs)
 
 
-def write_report(results: Path, output: Path, findings: str = "") -> Path:
+def write_report(results: Path, output: Path) -> Path:
     """Write `SMALL_STUDY.md` and its plots into a folder; returns the path of the text."""
     runs = read_runs(results)
-    output.mkdir(parents=True, exist_ok=True)
-    plots = [plot_block_sizes(runs, output / "block_sizes.png"), plot_trade_off(runs, output / "trade_off.png")]
+    folder = output / "plots"
+    folder.mkdir(parents=True, exist_ok=True)
+    plots = [plot_block_sizes(runs, folder / "block_sizes.png"), plot_trade_off(runs, folder / "trade_off.png")]
     sections = [
         heading(runs),
-        findings,
         claims(runs),
+        FINDINGS.read_text("utf-8").strip() if output == FINDINGS.parent else "",
         "## By block size\n\n" + block_size_table(runs),
-        "\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in plots if path),
+        "\n".join(f"![{path.stem.replace('_', ' ')}](plots/{path.name})" for path in plots if path),
         "## Over thresholds\n\n" + threshold_table(runs),
         "## Controls\n\n" + "\n\n".join(control_table(runs, *control) for control in CONTROLS.items()),
         "## Noise and revision\n\n" + noise_table(runs),
@@ -231,8 +233,9 @@ def speed_claim(runs: dict[str, list[Run]]) -> str:
     best, name = max(equal, key=lambda point: point[0]["tokens_per_forward"])
     verdict = "yes" if best["tokens_per_forward"] >= SPEED else "no"
     return (
-        f"{claim}: **{verdict}**; `{name}` at threshold {best['threshold']} writes {best['tokens_per_forward']:.2f} "
-        f"with {best['exact']:.1f} percent exact, block size 1 has {reference:.1f}."
+        f"{claim}: **{verdict}**; `{name}` ({runs[name][0]['steps']:,} steps) at threshold {best['threshold']} writes "
+        f"{best['tokens_per_forward']:.2f} with {best['exact']:.1f} percent exact, block size 1 "
+        f"({runs['block-1'][0]['steps']:,} steps) has {reference:.1f}."
     )
 
 

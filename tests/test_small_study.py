@@ -224,7 +224,7 @@ def test_the_report_shows_seeds_and_names_what_is_missing(tmp_path: Path) -> Non
     missing = text.rpartition("## Not run yet")[2]
     assert "`direct-32`" in missing
     assert "`warm-32`" not in missing
-    assert (tmp_path / "block_sizes.png").stat().st_size > 10_000
+    assert (tmp_path / "plots" / "block_sizes.png").stat().st_size > 10_000
 
 
 def test_a_report_of_nothing(tmp_path: Path) -> None:
