@@ -397,7 +397,7 @@ def read_until(master: int, wanted: str, seconds: float = 120) -> str:
 def test_drafts_are_grey_on_a_terminal_and_leave_only_the_text(folder: Path, run: Any) -> None:
     process, master = on_terminal(folder, "run", "photo.png", "-m", "bard", "--max-new-tokens", "16", "-q")
     output = read_until(master, "nothing")
-    assert process.wait() == 0
+    assert process.wait(timeout=300) == 0
     os.close(master)
     assert GREY in output
     text = run("run photo.png -m bard --max-new-tokens 16 -q")[1]
@@ -413,7 +413,7 @@ def test_an_interrupt_ends_the_program_with_130(folder: Path) -> None:
     )
     assert process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert err.splitlines()[-1] == "error: interrupted"
 
@@ -426,7 +426,7 @@ def test_a_reader_that_leaves_ends_the_program_quietly(folder: Path) -> None:
     assert process.stdout.read(1)
     process.stdout.close()
     err = process.stderr.read()
-    assert process.wait() == 1
+    assert process.wait(timeout=300) == 1
     assert not re.search("^(error|Traceback)", err, flags=re.MULTILINE)
 
 
@@ -442,7 +442,7 @@ def test_an_interrupt_stops_an_answer_and_not_the_conversation(folder: Path) -> 
     assert "stopped" in read_until(master, "\n> ")
     os.write(master, b"/quit\n")
     read_until(master, "nothing")
-    assert process.wait() == 0
+    assert process.wait(timeout=300) == 0
     os.close(master)
 
 

@@ -78,7 +78,7 @@ def serve_and_interrupt(checkout: Path) -> None:
         if line.startswith("serving on http://127.0.0.1:"):
             break
     process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
+    assert process.wait(timeout=300) == 130
 
 
 def test_snippets_run(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
