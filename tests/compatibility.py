@@ -10,6 +10,7 @@ forked from one that has imported transformers and nothing of this package.
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -132,8 +133,9 @@ def generate_frames(room: Path) -> None:
     responses(*load(room), [user(clip, text("What moves?"))], video_metadata=[metadata], do_sample_frames=False)
 
 
-@feature("video files by path in a chat (transformers reads them by torchcodec)")
+@feature("video files by their paths in a chat, which transformers reads by torchcodec")
 def generate_video_file(room: Path) -> None:
+    assert importlib.util.find_spec("torchcodec"), "not tried: torchcodec, which needs FFmpeg, was not installed"
     clip = {"type": "video", "video": str(room / "clip.mp4")}
     responses(*load(room), [user(clip, text("What moves?"))])
 
