@@ -31,7 +31,14 @@ CONTROLS = {
     "The autoregressive parent, as it is and trained on": ("parent", "ar-continued"),
 }
 NOISES = ("mask-noise-8", "uniform-noise-8", "mixed-noise-8")
-COLOURS = {"direct": "#b0413e", "warm": "#e0a030", "ar-distilled": "#7a8ca0", "swd": "#1f6f8b", "block-1": "#303030"}
+COLOURS = {
+    "direct": "#b0413e",
+    "warm": "#e0a030",
+    "ar-distilled": "#7a8ca0",
+    "swd": "#1f6f8b",
+    "anchor": "#5a8f3c",
+    "block-1": "#303030",
+}
 
 
 def read_runs(results: Path) -> dict[str, list[Run]]:
@@ -276,7 +283,8 @@ def plot_block_sizes(runs: dict[str, list[Run]], path: Path) -> Path | None:
 
 def plot_trade_off(runs: dict[str, list[Run]], path: Path) -> Path | None:
     """Exact answers against tokens per forward, a line over thresholds for each cell."""
-    named = {f"{prefix}{way}-{size}": way for prefix in BUDGETS for way in WAYS for size in (16, 32)}
+    labels = {**WAYS, "anchor": "anchor"}
+    named = {f"{prefix}{way}-{size}": way for prefix in BUDGETS for way in labels for size in (4, 16, 32)}
     names = [name for name in named if len(thresholds(runs.get(name, []))) > 1]
 
     def draw(axes: Any) -> None:
@@ -290,7 +298,7 @@ def plot_trade_off(runs: dict[str, list[Run]], path: Path) -> Path | None:
                 markersize=4,
                 linestyle="-" if name.startswith("long") else "--" if name.endswith("32") else ":",
                 color=COLOURS[named[name]],
-                label=f"{WAYS[named[name]]}, block {runs[name][0]['block_size']}, {steps:,} steps",
+                label=f"{labels[named[name]]}, block {runs[name][0]['block_size']}, {steps:,} steps",
             )
         if "block-1" in runs:
             reference = mean([exact(run) for run in runs["block-1"]])
