@@ -71,7 +71,7 @@ def test_commands_run(line: str, checkout: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def serve_and_interrupt(checkout: Path) -> None:
-    command = [sys.executable, "-m", "bard_vl.cli", "demo"]
+    command = [sys.executable, "-m", "bard_vl.cli", "demo", "--port", "0"]  # its own port may be taken
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     process = subprocess.Popen(command, cwd=checkout, env=environment(), **pipes)
     for line in process.stdout:
