@@ -260,7 +260,7 @@ def trade_off(group: Sequence[Run]) -> list[Score]:
 
 
 def plot_block_sizes(runs: dict[str, list[Run]], path: Path) -> Path | None:
-    """Exact answers over block sizes, a line for each way, a bar for the range of seeds."""
+    """Exact answers over block sizes where several were measured; a line for each way, a bar for the range of seeds."""
 
     def draw(axes: Any) -> None:
         for way, label in WAYS.items():
@@ -278,7 +278,8 @@ def plot_block_sizes(runs: dict[str, list[Run]], path: Path) -> Path | None:
         axes.set_xlabel("block size")
         axes.set_title("Exact answers by block size, equal steps for each size")
 
-    return figure_file(path, draw, bool(runs.keys() & {f"{way}-{size}" for way in WAYS for size in SIZES}))
+    measured = [size for size in SIZES if runs.keys() & {f"{way}-{size}" for way in WAYS}]
+    return figure_file(path, draw, len(measured) > 1)
 
 
 def plot_trade_off(runs: dict[str, list[Run]], path: Path) -> Path | None:

@@ -219,6 +219,7 @@ def test_the_report_shows_seeds_and_names_what_is_missing(tmp_path: Path) -> Non
     results.mkdir()
     for seed, exact in enumerate((80.0, 90.0)):
         (results / f"warm-32-seed-{seed}.json").write_text(json.dumps(run_of("warm-32", exact, 5.0, seed)))
+    (results / "warm-16-seed-0.json").write_text(json.dumps(run_of("warm-16", 95.0, 4.0)))
     text = report.write_report(results, tmp_path).read_text()
     assert "85.0 (80.0-90.0)" in text
     missing = text.rpartition("## Not run yet")[2]
