@@ -39,6 +39,7 @@ SHARED = ("torch", "torchvision", "accelerate", "peft", "torchao", "av", "datase
 
 Check = Callable[[Path], None]
 FEATURES: dict[str, tuple[str, Check]] = {}  # by the function's name: what the table calls it, and the function
+NOT_TRIED = "not tried: "  # begins the reason where something to try it with is missing
 LONGEST_REASON = 200  # characters
 LAST = "load_what_lines_saved"  # wants all lines to have saved
 
@@ -135,7 +136,7 @@ def generate_frames(room: Path) -> None:
 
 @feature("video files by their paths in a chat, which transformers reads by torchcodec")
 def generate_video_file(room: Path) -> None:
-    assert importlib.util.find_spec("torchcodec"), "not tried: torchcodec, which needs FFmpeg, was not installed"
+    assert importlib.util.find_spec("torchcodec"), f"{NOT_TRIED}torchcodec, which needs FFmpeg, was not installed"
     clip = {"type": "video", "video": str(room / "clip.mp4")}
     responses(*load(room), [user(clip, text("What moves?"))])
 
@@ -500,7 +501,7 @@ HEAD = """\
 Made by `tests/compatibility.py`, which tries every feature below on each line of transformers, in a process of its own,
 on tiny checkpoints. *yes* means that it ran and gave what it should; a number leads to the reason why it did not.
 
-On {system}, Python {python}, CPU alone, torch {torch}{others}.
+On {system}, Python {python}, CPU alone, with torch {torch}{others}.
 """
 TAIL = """
 ## Made again
@@ -524,18 +525,25 @@ def write_page(results: list[dict[str, Any]]) -> str:
     newest = versions[-1]
     others = "".join(f", {name} {newest[name]}" for name in SHARED if name not in ("torch", "datasets"))
     system, python = platform.system(), platform.python_version()
-    page = [HEAD.format(system=system, python=python, torch=newest["torch"], others=others)]
-    page += [row("", *(line["transformers"] for line in versions)), row("---", *["---"] * len(results))]
-    reasons: list[str] = []
+    where = HEAD.format(system=system, python=python, torch=newest["torch"], others=others)
+    page = [where, row("", *(line["transformers"] for line in versions)), row("---", *["---"] * len(results))]
+    cells = {name: [result["features"][name] for result in results] for name in FEATURES}
+    reasons = [*dict.fromkeys(reason for found in cells.values() for reason in found if reason)]
     for name, (title, _) in FEATURES.items():
-        found = [result["features"][name] for result in results]
-        reasons += [reason for reason in found if reason and reason not in reasons]
-        page.append(row(title, *("yes" if reason is None else f"no ({reasons.index(reason) + 1})" for reason in found)))
+        words = (verdict(reason, reasons) for reason in cells[name])
+        page.append(row(title, *words))
     for name in ("huggingface-hub", "tokenizers", "datasets"):
         page.append(row(f"tried with {name}", *(line[name] for line in versions)))
     if reasons:
         page += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))]
     return "\n".join(page) + "\n" + TAIL
+
+
+def verdict(reason: str | None, reasons: list[str]) -> str:
+    """What a cell says, with the number of the reason among all."""
+    if reason is None:
+        return "yes"
+    return f"{'not tried' if reason.startswith(NOT_TRIED) else 'no'} ({reasons.index(reason) + 1})"
 
 
 def row(*cells: str) -> str:
