@@ -14,9 +14,12 @@ $decoding --batch 8 --ragged 64 256 --new-tokens 128 --steps 4 --repetitions 3 -
     --json $results/cpu-100m-batch8.json
 
 # Counts, which hold on any machine, of the small trained checkpoint.
-questions=(--image examples/images/*.png --ask "Describe the picture." "What is in row 2?")
-for bound in 0.9 0.5; do
-    python benchmarks/speculation.py examples/checkpoint "${questions[@]}" --bound $bound \
-        --json $results/speculation-$bound.json
-    python benchmarks/batches.py examples/checkpoint "${questions[@]}" --bound $bound --batch 4 8
+ask=("Describe the picture." "What is in row "{1,2,3}"?" "What is at "{b3,a1}"?" "Which word is written?")
+counted=(examples/checkpoint --image examples/images/*.png --ask "${ask[@]}")
+for bound in 0.9 0.99; do
+    python benchmarks/batches.py "${counted[@]}" --bound $bound
+    python benchmarks/speculation.py "${counted[@]}" --bound $bound
+done
+for steps in 8 32; do
+    python benchmarks/speculation.py "${counted[@]}" --rule low_confidence_static --steps $steps
 done
