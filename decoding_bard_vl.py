@@ -110,7 +110,7 @@ class BlockDecoder:
             hidden = hidden.repeat_interleave(copies, dim=0)
         if buffers is not None:
             self.cache.move_to(buffers, self.table.num_columns)
-        self.choice = self._choose(self.model.lm_head(hidden))
+        self.choice = self._choose(hidden)
 
     def step(self) -> None:
         """Decide on the last forward's logits, let rows end or move on, and encode the next forward's windows."""
@@ -125,8 +125,24 @@ class BlockDecoder:
         elif self.rows:
             self._encode_unread_windows()
 
-    def _choose(self, logits: torch.Tensor) -> Choice:
-        """Choose a token for every position of each row's block, and measure how sure the model is."""
+    def _choose(self, hidden: torch.Tensor) -> Choice:
+        """Choose tokens by (n, block size, hidden) states of each row's block, and measure how sure the model is.
+
+        A CPU, which need not wait to count them, projects undecided positions alone, where nobody looks at the others:
+        those have zeros then.
+        """
+        settings, hooks = self.settings, self.hooks
+        all_matter = settings.revision or settings.temperature or hooks.processors or hooks.keep_history
+        if all_matter or hidden.device.type != "cpu":
+            return self._choose_by(self.model.lm_head(hidden))
+        held = self.table.ids[self._cell()]
+        undecided = held == settings.mask_token_id
+        choice = self.chooser.choose(self.model.lm_head(hidden[undecided])[None], held[undecided][None])
+        spread = [part.new_zeros(held.shape).masked_scatter(undecided, part) for part in choice[:3]]
+        return Choice(*spread, present=None)
+
+    def _choose_by(self, logits: torch.Tensor) -> Choice:
+        """The same by logits of every position."""
         logits = logits.to(self.device)
         if self.hooks.processors:
             logits = self._process_logits(logits)
@@ -266,7 +282,7 @@ class BlockDecoder:
         hidden = self.encoder.encode(
             self.slots, starts, [size + more for more in carried], size, num_carried=carried[0] if alike else None
         )
-        self.choice = self._choose(self.model.lm_head(hidden))
+        self.choice = self._choose(hidden)
 
     def _encode_unread_windows(self) -> None:
         """The same between two readings of the host: every window is two blocks wide."""
@@ -280,7 +296,7 @@ class BlockDecoder:
         end = max(self.starts[row] for row in self.rows) + (self.num_unread + 2) * size
         first, end = self.block_start[slots] - carried, min(end, self.table.num_columns)
         hidden = self.encoder.encode_unread(slots, first, 2 * size, end, carried, size)
-        self.choice = self._choose(self.model.lm_head(hidden))
+        self.choice = self._choose(hidden)
 
     def _static_choice(self, width: int) -> Choice:
         """The choice by the compiled step; samples and processed logits are chosen from outside of it."""
@@ -294,7 +310,7 @@ class BlockDecoder:
                 self.model.model.language_model, self.model.lm_head, self.cache, table, columns, carried, size,
                 encoder.attention, chooser,
             )  # fmt: skip
-        return self._choose(found) if chooser is None else found
+        return self._choose_by(found) if chooser is None else found
 
     def responses(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Response ids (rows, longest) padded on the right, and the confidence of each token, 0 for padding."""

@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import Image
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode adds no folder for tiny.py
@@ -59,12 +59,6 @@ def positions_of(encoder: ChatEncoder, sample: Sample) -> torch.Tensor:
     """By a whole model."""
     grids = [sample.visual_inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")]
     return model_of(encoder).get_position_ids(sample.input_ids[None], None, *grids)[1:, 0]
-
-
-@pytest.fixture(autouse=True)
-def strict_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow refuses half a picture, until lmms-eval, which other tests import, tells it otherwise."""
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 @pytest.fixture(autouse=True)

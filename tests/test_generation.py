@@ -206,10 +206,18 @@ def test_tokens_per_forward_stops_at_the_end_of_sequence() -> None:
 
 
 def test_prompt_logits_are_never_computed() -> None:
+    batch = [PROMPTS["several images"], PROMPTS["mixture"]]
     with calls_of(load().lm_head) as calls:
-        output = run([PROMPTS["several images"], PROMPTS["mixture"]], max_new_tokens=16)
+        output = run(batch, max_new_tokens=16, output_history=True)
     assert len(calls) == sum(output.num_forwards.values())
     assert {shape[1] for shape in calls} == {8}
+    with calls_of(load().lm_head) as calls:
+        same = run(batch, max_new_tokens=16)
+    assert torch.equal(same.sequences, output.sequences)
+    # On a CPU not even those of decided positions, unless the history shows them.
+    undecided = [(step.committed | (step.ids == MASK)).sum().item() for row in output.history for step in row]
+    assert sum(shape[0] for shape in calls) == sum(undecided) < 8 * len(undecided)
+    assert len(calls) == sum(output.num_forwards.values())
     with calls_of(load().lm_head) as calls:
         load().score(collate([PROMPTS["mixture"]]), torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, -100, -100]]), 4)
     assert [shape[:2] for shape in calls] == [(2, 5)]

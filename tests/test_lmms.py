@@ -14,12 +14,15 @@ import lmms_tasks as tasks
 import pytest
 import tiny
 import torch
+from bard_vl.evaluation.scenes import conversations
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 from PIL import Image
 from qwen_vl_utils import process_vision_info
 from test_readme import make_published
 
+EMBEDDED = fresh.ROOT / "examples" / "checkpoint"
+SCENES_SEED = 3  # neither the study's nor the score's
 SETTINGS = {"max_new_tokens": 13, "confidence_threshold": 0.02}
 ARGUMENTS = "dtype=float32,min_pixels=4096,max_pixels=65536,max_num_frames=4,confidence_threshold=0.02"
 QUESTIONS = (
@@ -77,10 +80,10 @@ def prompt(content: list[dict[str, Any]], processor: Any) -> Any:
     return processor(text=[text], images=images, videos=videos, do_resize=False, return_tensors="pt")
 
 
-def evaluate(room: Path, folder: Path, *names: str, arguments: str = ARGUMENTS, **options: Any) -> dict[str, Any]:
+def evaluate(checkpoint: Path, folder: Path, *names: str, arguments: str = ARGUMENTS, **options: Any) -> dict[str, Any]:
     manager = TaskManager("ERROR", include_path=str(folder), model_name="bard_vl")
     options = {"batch_size": 3, "device": "cpu", "bootstrap_iters": 0, **options}
-    arguments = f"pretrained={room / 'bard'},{arguments}"
+    arguments = f"pretrained={checkpoint},{arguments}"
     return simple_evaluate("bard_vl", arguments, tasks=list(names), task_manager=manager, **options)
 
 
@@ -90,7 +93,7 @@ def test_batches_answer_as_generate_does_alone(
 ) -> None:
     expected = rows(room, parts)
     tasks.write_task(tmp_path, "shapes", expected, tasks.PICTURES + tasks.GENERATION, max_new_tokens=13, num_beams=1)
-    results = evaluate(room, tmp_path, "shapes", force_simple=simple)
+    results = evaluate(room / "bard", tmp_path, "shapes", force_simple=simple)
     samples = {sample["doc_id"]: sample for sample in results["samples"]["shapes"]}
     assert [samples[index]["filtered_resps"][0].strip() for index in range(5)] == [row["answer"] for row in expected]
     assert results["results"]["shapes"]["same,none"] == 1.0
@@ -110,7 +113,7 @@ def test_clips_and_stop_strings(room: Path, parts: tuple[Any, Any], tmp_path: Pa
     cut = [{**row, "answer": row["answer"].partition("e")[0].strip()} for row in rows(room, parts)]
     assert any(row["answer"] != whole["answer"] for row, whole in zip(cut, rows(room, parts), strict=True))
     tasks.write_task(tmp_path, "cut", cut, tasks.PICTURES + tasks.GENERATION, max_new_tokens=13, until=["\n\n", "e"])
-    results = evaluate(room, tmp_path, "clips", "cut")
+    results = evaluate(room / "bard", tmp_path, "clips", "cut")
     assert results["results"]["clips"]["same,none"] == results["results"]["cut"]["same,none"] == 1.0
 
 
@@ -124,11 +127,30 @@ def test_choices_are_scored(room: Path, parts: tuple[Any, Any], tmp_path: Path) 
         made.append({**row, "choices": choices, "answer": losses.index(min(losses)), "losses": losses})
     assert len({row["answer"] for row in made}) > 1
     tasks.write_task(tmp_path, "choices", made, tasks.PICTURES + tasks.CHOICES)
-    results = evaluate(room, tmp_path, "choices", force_simple=True)
+    results = evaluate(room / "bard", tmp_path, "choices", force_simple=True)
     assert results["results"]["choices"]["acc,none"] == 1.0
     for sample in results["samples"]["choices"]:
         found = [pair[0] for pair in sample["filtered_resps"]]
         assert found == pytest.approx(made[sample["doc_id"]]["losses"], abs=1e-4)
+
+
+def test_the_embedded_checkpoint_reads_unseen_pictures(tmp_path: Path) -> None:
+    made = []
+    for number, (scene, asked, answer) in enumerate(conversations(True, SCENES_SEED, 12)):
+        path = tmp_path / f"{number}.png"
+        scene.draw().save(path)
+        made.append({"question": asked, "pictures": [str(path)], "answer": answer})
+    tasks.write_task(tmp_path / "task", "scenes", made, tasks.PICTURES + tasks.GENERATION, max_new_tokens=96)
+    results = evaluate(EMBEDDED, tmp_path / "task", "scenes", arguments="dtype=float32", batch_size=8)
+    assert results["results"]["scenes"]["same,none"] >= 0.8
+    assert results["throughput"]["avg_tokens_per_forward"] >= 10
+    model = bard_vl.BardVLForConditionalGeneration.from_pretrained(EMBEDDED)
+    processor = bard_vl.BardVLProcessor.from_pretrained(EMBEDDED)
+    for sample in results["samples"]["scenes"]:
+        row = made[sample["doc_id"]]
+        content = [{"type": "image", "image": row["pictures"][0]}, {"type": "text", "text": row["question"]}]
+        response = model.generate(prompt(content, processor), max_new_tokens=96)
+        assert sample["filtered_resps"][0] == processor.decode(response[0], skip_special_tokens=True)
 
 
 # --- the manual ------------------------------------------------------------------------------------------------------
