@@ -279,7 +279,7 @@ def readable(size: int) -> str:
     value, units = float(size), ["B", "kB", "MB", "GB", "TB"]
     while value >= 999.5 and len(units) > 1:
         value, units = value / 1000, units[1:]
-    return f"{value:.0f} {units[0]}" if value >= 100 or units[0] == "B" else f"{value:.2g} {units[0]}"
+    return f"{value:.0f} {units[0]}" if value >= 99.5 or units[0] == "B" else f"{value:.2g} {units[0]}"
 
 
 __all__ = ["MemoryEstimate", "check_fits", "check_memory", "estimate_memory", "free_memory", "read_prompt", "readable"]

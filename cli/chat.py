@@ -59,7 +59,8 @@ class Conversation:
         """
         messages = [*self.messages, {"role": "user", "content": [*self.attached, {"type": "text", "text": text}]}]
         inputs = self.session.encode(messages)
-        self.session.check_memory(inputs)
+        if self.cache is None:  # later `generate` itself knows what the cache spares
+            self.session.check_memory(inputs)
         streamer = DraftStreamer(self.session.processor)
         try:
             answer = self.session.ask(messages, inputs, streamer=streamer, past_key_values=self.cache)

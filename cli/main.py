@@ -48,6 +48,7 @@ def start(
         raise typer.Exit()
     if context.invoked_subcommand is None:
         print(context.get_help())
+        print("error: no command", file=sys.stderr)
         raise typer.Exit(USAGE)
 
 

@@ -1,8 +1,10 @@
 """Pictures and videos from paths and addresses."""
 
 import importlib.util
+import io
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 from PIL import Image
 from transformers.image_utils import load_image
@@ -18,7 +20,22 @@ READERS = {"torchcodec": "torchcodec", "pyav": "av", "opencv": "cv2"}  # of tran
 
 def is_video(place: str) -> bool:
     """Whether a path or address is meant as a video: by its suffix, or a folder of frames."""
-    return place.split("?")[0].lower().endswith(VIDEO_SUFFIXES) or Path(place).is_dir()
+    return without_query(place).endswith(VIDEO_SUFFIXES) or is_folder(place)
+
+
+def is_address(place: str) -> bool:
+    """Whether it is an address, not a path."""
+    return place.startswith(("http://", "https://", "data:"))
+
+
+def is_folder(place: str) -> bool:
+    """Whether it is the path of a folder."""
+    return not is_address(place) and Path(place).is_dir()
+
+
+def without_query(place: str) -> str:
+    """A path, or an address without what follows the name of a file, in lower case."""
+    return place.partition("?")[0].lower()
 
 
 def read(place: str, processor: Any) -> dict[str, Any]:
@@ -47,8 +64,8 @@ def read_video(place: str, video_processor: Any) -> tuple[Any, dict[str, Any]]:
     """
     check_place(place, "video")
     try:
-        if Path(place).is_dir() or place.lower().endswith(".gif"):
-            frames, rate = frames_of_folder(Path(place)) if Path(place).is_dir() else frames_of_gif(place)
+        if is_folder(place) or without_query(place).endswith(".gif"):
+            frames, rate = frames_of_folder(Path(place)) if is_folder(place) else frames_of_gif(place)
             count = len(frames)
             return frames, {"fps": rate, "frames_indices": list(range(count)), "total_num_frames": count}
         reader = next((name for name, module in READERS.items() if importlib.util.find_spec(module)), None)
@@ -64,7 +81,7 @@ def read_video(place: str, video_processor: Any) -> tuple[Any, dict[str, Any]]:
 
 def check_place(place: str, kind: str) -> None:
     """Raise `ValueError` if neither an address nor anything that exists is meant."""
-    if not place.startswith(("http://", "https://", "data:")) and not Path(place).exists():
+    if not is_address(place) and not Path(place).exists():
         raise ValueError(f"{place} cannot be read as a {kind}: no such file")
 
 
@@ -78,7 +95,7 @@ def frames_of_folder(folder: Path) -> tuple[list[Image.Image], float]:
 
 def frames_of_gif(place: str) -> tuple[list[Image.Image], float]:
     """Every frame of a GIF and their rate, at most what the processor would sample of a video."""
-    with Image.open(place) as gif:
+    with Image.open(io.BytesIO(urlopen(place, timeout=60).read()) if is_address(place) else place) as gif:
         count = getattr(gif, "n_frames", 1)
         seconds = 0.0
         frames = []

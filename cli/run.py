@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from transformers.image_transforms import to_pil_image
 
 from ..memory_bard_vl import MemoryEstimate, free_memory, readable
 from .errors import UsageError
@@ -180,7 +181,7 @@ def write_pictures(
     from ..viewer import Recording, write_gif, write_html, write_png
 
     images = [item["image"] for item in content if item["type"] == "image"]
-    images += [frame for item in content if item["type"] == "video" for frame in item["video"][0][:1]]
+    images += [to_pil_image(item["video"][0][0]) for item in content if item["type"] == "video"]
     recording = Recording.of(answer.output, session.processor, images=images, prompt=question, title=session.title)
     for path, write in ((html, write_html), (gif, write_gif), (png, write_png)):
         if path is not None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging
 
 from ..configuration_bard_vl import BardVLConfig
-from ..generation_config_bard_vl import BardVLGenerationConfig, setting, token_ids
+from ..generation_config_bard_vl import FIELDS, BardVLGenerationConfig, DecodingSettings
 from ..memory_bard_vl import MemoryEstimate, check_fits, estimate_memory, free_memory, read_prompt
 from ..modeling_bard_vl import BardVLForConditionalGeneration
 from ..processing_bard_vl import BardVLProcessor
@@ -169,10 +169,10 @@ class Session:
         )
         seconds = time.perf_counter() - start
         response = output.sequences[0, length:].tolist()
-        merged = {**stored_settings(model), **self.settings.explicit(), **arguments}
-        limit = setting(BardVLGenerationConfig(max_new_tokens=merged.get("max_new_tokens")), "max_new_tokens")
-        eos = token_ids(merged.get("eos_token_id", self.processor.tokenizer.eos_token_id))
-        reason = "eos" if response[-1] in eos else "length" if len(response) == limit else "stop"
+        named = {name: value for name, value in arguments.items() if name in FIELDS}
+        settings = DecodingSettings.resolve(model._generation_settings(self.settings, named, {}), self.config, length)
+        is_longest = len(response) == settings.max_new_tokens
+        reason = "eos" if response[-1] in settings.eos_token_ids else "length" if is_longest else "stop"
         visual = torch.isin(
             inputs["input_ids"].cpu(), torch.tensor([self.config.image_token_id, self.config.video_token_id])
         )

@@ -1,6 +1,7 @@
 """Tables and plots of the study, from the JSON files of its cells alone."""
 
 import json
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -207,8 +208,12 @@ def compare(runs: dict[str, list[Run]], better: str, worse: str, claim: str) -> 
     pairs = [(run, others[run["seed"]]) for run in runs[better] if run["seed"] in others]
     scores = [(exact(first), exact(second)) for first, second in pairs]
     gains = [first - second for first, second in scores]
-    gain, error = mean(gains), mean([standard_error(a, b, pairs[0][0]["answers"]) for a, b in scores])
-    error /= len(gains) ** 0.5
+    if not gains:
+        return f"{claim}: not run yet with a common seed."
+    # The larger of what the choice of scenes and, with several seeds, what training makes uncertain.
+    errors = [mean([standard_error(a, b, pairs[0][0]["answers"]) for a, b in scores])]
+    errors += [statistics.stdev(gains)] if len(gains) > 1 else []
+    gain, error = mean(gains), max(errors) / len(gains) ** 0.5
     verdict = "yes" if gain > 2 * error else "no" if gain < -2 * error else "undecided"
     values = " and ".join(f"{mean(column):.1f}" for column in zip(*scores, strict=True))
     seeds = f"{len(gains)} seed{'s' * (len(gains) > 1)}"

@@ -271,7 +271,9 @@ def run_cells(cells: list[Cell], seeds: list[int], scale: Scale, work: Path, res
                     print(f"{cell.name}, seed {seed}", flush=True)
                     text = json.dumps(study.run(cell), indent=1)
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_text(text + "\n", encoding="utf-8")
+                    partial = path.with_suffix(".partial")
+                    partial.write_text(text + "\n", encoding="utf-8")
+                    partial.rename(path)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

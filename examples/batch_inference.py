@@ -12,19 +12,22 @@ there, with any number of processes. Several machines need a file system in comm
 
 import argparse
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import bard_vl
 import torch
 from accelerate import Accelerator
-from PIL import Image
+from accelerate.utils import InitProcessGroupKwargs
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.image_utils import load_image
 
 Record = dict[str, Any]
 
@@ -41,7 +44,7 @@ class Answerer:
         """One answer a request; what cannot be answered says why, and leaves the others alone."""
         try:
             return self.generate(requests)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever a request can be wrong in; of a full memory a smaller batch takes less
             if len(requests) == 1:
                 return [{"id": requests[0]["id"], "error": " ".join(str(error).split()) or type(error).__name__}]
         return [answer for request in requests for answer in self.answer([request])]
@@ -73,7 +76,7 @@ class Answerer:
             return request["messages"]
         if "prompt" not in request:
             raise ValueError("the request has neither `prompt` nor `messages`")
-        pictures = [Image.open(self.folder / path).convert("RGB") for path in request.get("images", [])]
+        pictures = [load_image(str(self.folder / path)) for path in request.get("images", [])]
         content = [{"type": "image", "image": picture} for picture in pictures]
         return [{"role": "user", "content": [*content, {"type": "text", "text": request["prompt"]}]}]
 
@@ -94,7 +97,7 @@ class Progress:
             raise ValueError(f"another run is writing {self.output}") from None
         begun = self.parts / "run.json"
         if begun.exists() and json.loads(begun.read_text()) != run:
-            raise ValueError(f"{self.parts} was begun with other settings: {begun.read_text().strip()}")
+            raise ValueError(f"{self.parts} was begun with other settings or requests: {begun.read_text().strip()}")
         write_whole(begun, json.dumps(run) + "\n")
         write_lines(self.parts / "done.jsonl", self.answers().values())
         for path in self.parts.glob("process-*.jsonl"):
@@ -117,7 +120,10 @@ class Progress:
         answers = self.answers()
         ordered = [answers[request_id] for request_id in ids]
         write_lines(self.output, ordered)
-        shutil.rmtree(self.parts)
+        leavings = self.parts.with_name(f"{self.parts.name}.done")
+        shutil.rmtree(leavings, ignore_errors=True)
+        self.parts.rename(leavings)  # at once: a part of the parts would be taken for an unfinished run
+        shutil.rmtree(leavings)
         return ordered
 
 
@@ -190,11 +196,14 @@ def main() -> None:
     ):
         raise ValueError(f"{arguments.model} states no block size: give --block-size, the number after B in its name")
     requests = read_requests(arguments.input)
-    accelerator, progress = Accelerator(), Progress(arguments.output)
+    # A process that is done waits for the others, however long they take.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
+    accelerator, progress = Accelerator(kwargs_handlers=[patience]), Progress(arguments.output)
     if accelerator.is_main_process:
         if arguments.output.exists() and not progress.parts.exists():
             raise ValueError(f"{arguments.output} exists: a run that ended has written it")
-        progress.begin({"model": arguments.model, **settings})
+        asked = hashlib.sha256(json.dumps(requests).encode()).hexdigest()
+        progress.begin({"model": arguments.model, **settings, "requests": asked})
     accelerator.wait_for_everyone()
 
     finished = {record["id"] for record in whole_lines(progress.parts / "done.jsonl")}

@@ -17,6 +17,7 @@ import fresh
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 SCRIPT = fresh.ROOT / "examples" / "batch_inference.py"
 MANUAL = (fresh.ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -24,6 +25,8 @@ PRINTED = (
     "accelerate launch examples/batch_inference.py --model Bard-VL-4B --input questions.jsonl --output answers.jsonl"
 )
 NUM_REQUESTS = 24
+ORIENTATION = 0x0112  # of EXIF; 6 is what a telephone held upright writes
+WRONG = {"question 5": "missing.png", "question 8": "NoneType", 9: ""}  # and what their errors say
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,14 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"id": f"question {index}", "prompt": f"What is it?{' Why?' * (index % 5)}", "images": pictures}
         )
     requests[5]["images"] = ["pictures/missing.png"]
+    tiny.draw_scene(room / "pictures" / "turned.jpg", (128, 64), seed=4)
+    with Image.open(room / "pictures" / "turned.jpg") as picture:
+        exif = picture.getexif()
+        exif[ORIENTATION] = 6
+        picture.save(room / "pictures" / "turned.jpg", exif=exif)
+    requests[4]["images"] = ["pictures/turned.jpg"]
+    requests[8]["images"] = None
+    requests[9] = {"id": 9, "messages": "What is it?"}
     requests[7] = {"id": 7, "messages": [{"role": "user", "content": "A line\u2028separator?"}]}
     (room / "questions.jsonl").write_text(
         "".join(json.dumps(request, ensure_ascii=False) + "\n" for request in requests)
@@ -65,8 +76,8 @@ def expected(room: Path, batch: ModuleType) -> list[dict[str, Any]]:
     processor = bard_vl.BardVLProcessor.from_pretrained(room / "bard")
     answers = []
     for request in batch.read_requests(room / "questions.jsonl"):
-        if request["id"] == "question 5":
-            answers.append({"id": request["id"], "error": "missing.png"})
+        if request["id"] in WRONG:
+            answers.append({"id": request["id"], "error": WRONG[request["id"]]})
             continue
         pictures = [{"type": "image", "image": str(room / path)} for path in request.get("images", [])]
         chat = [{"role": "user", "content": [*pictures, {"type": "text", "text": request.get("prompt", "")}]}]
@@ -130,7 +141,7 @@ def test_killed_twice_and_finished_by_two_processes(
         assert finished < NUM_REQUESTS
         assert not output.exists()
     said = start(command(room, output, processes=2), room).communicate()[0]
-    assert f"{NUM_REQUESTS} answers in {output}, {finished} from earlier runs, 1 errors" in said
+    assert f"{NUM_REQUESTS} answers in {output}, {finished} from earlier runs, {len(WRONG)} errors" in said
     check(output, expected, batch)
     again = start(command(room, output), room).communicate()[0]
     assert again.splitlines()[-1] == f"error: {output} exists: a run that ended has written it"
@@ -173,8 +184,30 @@ def test_runs_that_would_mix_are_refused(batch: ModuleType, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="another run is writing"):
         second.begin({"model": "bard"})
     first.lock.close()
-    with pytest.raises(ValueError, match="begun with other settings"):
+    with pytest.raises(ValueError, match="begun with other settings or requests"):
         second.begin({"model": "another"})
+
+
+def test_other_requests_are_another_run(batch: ModuleType, room: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """An id may be the number of a line, which another question may have by now."""
+    questions = tmp_path / "questions.jsonl"
+    line = [
+        str(SCRIPT),
+        "--model",
+        str(room / "bard"),
+        "--input",
+        str(questions),
+        "--output",
+        str(tmp_path / "a.jsonl"),
+    ]
+    monkeypatch.setattr(sys, "argv", [*line, "--max-new-tokens", "4"])
+    monkeypatch.setattr(batch.Progress, "finish", lambda *_: pytest.fail("the machine went down"))
+    questions.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    with pytest.raises(pytest.fail.Exception):
+        batch.main()
+    questions.write_text('{"prompt": "b"}\n')
+    with pytest.raises(ValueError, match="begun with other settings or requests"):
+        batch.main()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """`bard-vl`: every command answers as `generate` does; mistakes end it with one line and the right exit code."""
 
+import base64
+import functools
 import importlib.metadata
 import io
 import json
@@ -10,7 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +152,9 @@ def test_the_reason_of_an_end(run: Any, folder: Path) -> None:
     assert (ended["finish_reason"], ended["num_tokens"] <= 3) == ("eos", True)
     stopped = json.loads(run("run photo.png -m bard --json --max-new-tokens 8 --set max_time=0")[1])
     assert (stopped["finish_reason"], stopped["num_tokens"]) == ("stop", 4)
+    longest = output.sequences.shape[1] - 2
+    cut = json.loads(run(f"run photo.png -m bard --json --set max_length={longest}")[1])
+    assert (cut["finish_reason"], cut["num_tokens"]) == ("length", 6)
 
 
 def test_a_seed_repeats_a_sample(run: Any) -> None:
@@ -179,6 +186,32 @@ def test_a_folder_of_frames_is_the_video_that_the_processor_knows(run: Any, fold
         assert run(f"run {file} -m bard --max-new-tokens 8 -q")[1] == f"{text}\n"
 
 
+def test_addresses_are_fetched(run: Any, folder: Path) -> None:
+    handler = functools.partial(QuietHandler, directory=str(folder))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        where = f"http://127.0.0.1:{server.server_port}"
+        for file in ("photo.png", "clip.gif"):
+            local, fetched = (
+                run(f"run {place} -m bard --max-new-tokens 8 -q") for place in (file, f"{where}/{file}?a=b")
+            )
+            assert fetched == local
+            assert local[0] == 0
+    finally:
+        server.shutdown()
+        server.server_close()
+    data = base64.b64encode((folder / "photo.png").read_bytes() + bytes(8000)).decode()
+    assert run(f"run data:image/png;base64,{data} -m bard --max-new-tokens 8 -q") == run(
+        "run photo.png -m bard --max-new-tokens 8 -q"
+    )
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        """Nobody reads it."""
+
+
 def test_pixels_are_bounded(run: Any) -> None:
     counts = [
         json.loads(run(f"run photo.png -m bard --max-new-tokens 4 --json {options}")[1])["visual_tokens"]
@@ -199,12 +232,13 @@ def test_a_dry_run_reads_no_weights(run: Any) -> None:
     assert whole["weights"] - sum(p.numel() * 4 for p in weights) in range(10_000)  # buffers
 
 
-def test_pictures_of_the_denoising_are_written(run: Any, folder: Path) -> None:
-    code, out, _ = run("run photo.png -m bard --max-new-tokens 8 --html a.html --gif a.gif --png a.png")
+@pytest.mark.parametrize(("file", "kind"), [("photo.png", "picture"), ("clip.mp4", "video"), ("frames", "video")])
+def test_pictures_of_the_denoising_are_written(run: Any, folder: Path, file: str, kind: str) -> None:
+    code, out, _ = run(f"run {file} -m bard --max-new-tokens 8 --html a.html --gif a.gif --png a.png")
     assert code == 0
     assert out.strip()
     page = (folder / "a.html").read_text()
-    assert "Describe the picture." in page
+    assert f"Describe the {kind}." in page
     assert "data:image/" in page
     with Image.open(folder / "a.gif") as gif, Image.open(folder / "a.png") as png:
         assert gif.n_frames > 2
@@ -217,7 +251,7 @@ def test_pictures_of_the_denoising_are_written(run: Any, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "code", "message"),
     [
-        ("", 2, None),
+        ("", 2, "no command"),
         ("nonsense", 2, "No such command 'nonsense'"),
         ("run --nonsense", 2, "No such option: --nonsense"),
         ("run photo.png --block-size x", 2, "Invalid value for '--block-size'"),
@@ -248,17 +282,14 @@ def test_pictures_of_the_denoising_are_written(run: Any, folder: Path) -> None:
         ("bench --shape huge", 2, "argument --shape: invalid choice: 'huge'"),
     ],
 )
-def test_mistakes_end_in_one_line_before_weights_are_read(run: Any, line: str, code: int, message: str | None) -> None:
+def test_mistakes_end_in_one_line_before_weights_are_read(run: Any, line: str, code: int, message: str) -> None:
     found, out, err = run(line)
     assert found == code
-    if message is None:
-        assert "Usage: bard-vl" in out
-        return
-    assert out == ""
+    assert ("Usage: bard-vl" in out) if not line else (out == "")
     last = err.splitlines()[-1]
     assert "error: " in last
     assert message in last
-    if line.split()[0] not in ("convert", "bench"):  # whose parsers print the usage first
+    if not line.startswith(("convert", "bench")):  # whose parsers print the usage first
         assert err == f"{last}\n"
         assert last.startswith("error: ")
 
@@ -327,6 +358,13 @@ def test_a_conversation_encodes_only_what_is_new(run: Any, folder: Path) -> None
     assert encoded[0] == encoded[3] == 0, "a first turn is encoded whole, and so it is after a reset"
     assert encoded[1] == lengths[1] - lengths[0] // 4 * 4, "from the block boundary before the first prompt's end"
     assert encoded[2] == lengths[2] - lengths[1] // 4 * 4
+
+
+def test_only_what_is_new_must_fit(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    monkeypatch.setattr("bard_vl.cli.session.check_fits", lambda *_: counts.append(1))
+    assert run("chat photo.png --model bard --max-new-tokens 4", "What is it?\nAnd this?\n/reset\nWho?\n")[0] == 0
+    assert len(counts) == 2, "a later turn has a cache, with which `generate` reckons"
 
 
 @pytest.mark.parametrize(

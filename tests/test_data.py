@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import pickle
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -565,6 +566,16 @@ def test_measuring_is_shared_among_processes_and_kept(
     fewer_pixels = ChatEncoder(limit_pixels(encoder.processor, None, 4096), CONFIG, LIMITS, tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     assert sum(ChatSamples(open_chats(source), fewer_pixels).lengths) < sum(first.lengths)
+
+
+def test_a_file_that_came_since_is_found(encoder: ChatEncoder, tmp_path: Path) -> None:
+    chats = [*written_chats(tmp_path), chat(user(image("late.png")), assistant("b"))]
+    source = as_jsonl(tmp_path, chats)
+    assert ChatSamples(open_chats(source), encoder).skipped.counts == {"missing image": 1}
+    shutil.copy(tmp_path / next(path.name for path in tmp_path.glob("*.png")), tmp_path / "late.png")
+    found = ChatSamples(open_chats(source), encoder)
+    assert (len(found), found.skipped.counts) == (NUM_CHATS + 1, {})
+    assert isinstance(found[NUM_CHATS], Sample)
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

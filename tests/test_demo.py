@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import pytest
 import torch
 from bard_vl.cli.session import Session, build_settings
@@ -115,6 +116,19 @@ def test_settings_are_used(session: Session, photo: Path) -> None:
     wanted = {"remasking_strategy": "margin", "confidence_threshold": 0.2, "denoising_steps": 3, "max_new_tokens": 20}
     assert html.escape(text_of_generate(session, photo, "What?", **wanted)) in answer
     assert "iframe" in player
+
+
+@pytest.mark.parametrize(
+    "stated", [{"block_size": 1}, {"max_new_tokens": 2048}, {"max_new_tokens": 2, "denoising_steps": 1}]
+)
+def test_stated_settings_are_within_the_controls(session: Session, stated: dict[str, int]) -> None:
+    page = build_page(Session(session.name, build_settings(stated)))
+    sliders = [block for block in page.blocks.values() if isinstance(block, gr.Slider)]
+    assert len(sliders) == 4
+    for slider in sliders:
+        assert slider.minimum < slider.maximum
+        assert slider.preprocess(slider.value) == slider.value
+    assert set(stated.values()) - {1} <= {slider.value for slider in sliders}
 
 
 def test_what_goes_wrong_is_said(page: Any, session: Session) -> None:

@@ -143,7 +143,15 @@ def test_free_memory_is_the_systems() -> None:
 
 @pytest.mark.parametrize(
     ("size", "text"),
-    [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (123e6, "123 MB"), (999.6e6, "1 GB"), (8.8e9, "8.8 GB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1500, "1.5 kB"),
+        (123e6, "123 MB"),
+        (99.7e6, "100 MB"),
+        (999.6e6, "1 GB"),
+        (8.8e9, "8.8 GB"),
+    ],
 )
 def test_readable_sizes(size: float, text: str) -> None:
     assert readable(int(size)) == text

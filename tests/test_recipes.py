@@ -109,7 +109,12 @@ BAD_MERGES = {
         "`steps_per_stage` has 1 numbers for 2 stages",
     ),
     "stream without steps": ({"streaming": True, "max_steps": None}, "`streaming` needs `max_steps`"),
-    "warmup": ({"warmup_steps": 50}, "`warmup_steps` 50 leaves none of the `max_steps` 4"),
+    "warmup": ({"warmup_steps": 50}, "`warmup_steps` 50 leaves none of the 4 steps"),
+    "warmup in epochs": (
+        {"warmup_steps": 50, "max_steps": None, "num_train_epochs": 2},
+        "`warmup_steps` 50 leaves none of the 6 steps",
+    ),
+    "compilation": ({"torch_compile": True}, "`torch_compile` is not supported"),
     "model": ({"model_name_or_path": "/nowhere/model"}, "/nowhere/model"),
     "no model": ({"model_name_or_path": None}, "`model_name_or_path` is missing"),
     "no data": ({"train_data": None}, "`train_data` is missing"),

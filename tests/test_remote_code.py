@@ -83,6 +83,10 @@ def load_as_remote_code(folder: str) -> tuple[Any, Any]:
     return model, auto("AutoProcessor").from_pretrained(folder, trust_remote_code=True)
 
 
+def answer_as_remote_code(folder: str) -> list[int]:
+    return generate(load_as_remote_code(folder)[0])
+
+
 def code_file(instance: Any) -> str:
     return sys.modules[type(instance).__module__].__file__ or ""
 

@@ -202,6 +202,19 @@ def test_claims_follow_the_figures(warm: float, direct: float, verdict: str) -> 
 def test_claims_without_their_cells_are_open() -> None:
     assert report.compare({}, "warm-32", "direct-32", "Warm beats direct") == "Warm beats direct: not run yet."
     assert report.speed_claim({}).endswith("not run yet.")
+    apart = {"warm-32": [run_of("warm-32", 90.0, 5, 0)], "direct-32": [run_of("direct-32", 80.0, 6, 1)]}
+    assert report.compare(apart, "warm-32", "direct-32", "Warm beats direct").endswith(
+        "not run yet with a common seed."
+    )
+
+
+def test_seeds_that_disagree_leave_a_claim_open() -> None:
+    runs = {
+        "warm-32": [run_of("warm-32", exact, 5, seed) for seed, exact in enumerate((95.0, 80.0, 90.0))],
+        "direct-32": [run_of("direct-32", exact, 6, seed) for seed, exact in enumerate((80.0, 85.0, 84.0))],
+    }
+    line = report.compare(runs, "warm-32", "direct-32", "Warm beats direct")
+    assert "**undecided**; 88.3 and 83.0 percent exact, +5.3 ± 5.8 points (3 seeds)" in line
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import bard_vl
+import fresh
 import pytest
+import test_remote_code
 import torch
 from bard_vl import BardVLForConditionalGeneration, BardVLProcessor
 from bard_vl.training import distill, merge_blocks
@@ -224,6 +226,19 @@ def test_an_interrupted_run_repeats_the_losses_of_a_whole_one(tmp_path, changes)
         assert torch.equal(value, after[name]), name
 
 
+def test_a_stream_takes_no_step_behind_the_last_one(tmp_path):
+    shape = {"streaming": True, "shuffle_buffer": 5, "min_learning_rate": 0.001}
+    whole = trainer_for(tmp_path, **shape)
+    whole.train()
+    resumed = trainer_for(tmp_path, **shape)  # the stage was interrupted before its weights were written
+    (*_, checkpoint) = complete_checkpoints(tmp_path)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == whole.state.global_step == 4
+    after = dict(resumed.model.named_parameters())
+    for name, value in whole.model.named_parameters():
+        assert torch.equal(value, after[name]), name
+
+
 def test_a_killed_schedule_goes_on_and_ends_the_same(tmp_path):
     shape = {"model_name_or_path": str(qwen_folder()), "mask_token_id": MASK, "block_sizes": [4, 8], "max_steps": 12}
     whole = train(tmp_path / "whole", "whole", **shape)
@@ -301,6 +316,39 @@ def test_other_settings_do_not_go_on_with_a_run(tmp_path, capsys):
     assert "begun with `learning_rate` 0.003, now it is 0.1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("is_finished", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.1}, "begun with `learning_rate` 0.003, now it is 0.1"),
+        ({"train_data": "more"}, "begun with `train_data`"),
+        ({"eval_data": "more", "measuring_processes": 2}, None),
+    ],
+)
+def test_settings_that_decide_are_those_it_was_begun_with(tmp_path, capsys, changes, message, is_finished):
+    run = train(tmp_path / "run", max_steps=1)
+    if not is_finished:
+        shutil.rmtree(run / "block-4")
+    changes = {key: str(chats_file(13)) if value == "more" else value for key, value in changes.items()}
+    recipe = write_recipe(tmp_path / "other.yaml", settings(run, max_steps=1, **changes))
+    assert merge_blocks.main([str(recipe)]) == (0 if message is None else 1)
+    assert message is None or message in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_other_chats(tmp_path, capsys):
+    folder = shutil.copytree(chats_file().parent, tmp_path / "chats")
+    data = {"train_data": str(folder / "chats.jsonl"), "max_steps": None, "num_train_epochs": 1}
+    run = train(tmp_path / "run", **data)
+    shutil.rmtree(run / "block-4")
+    lines = (folder / "chats.jsonl").read_text().splitlines()
+    (folder / "chats.jsonl").write_text("\n".join([*lines, *lines[:4]]) + "\n")
+    assert merge_blocks.main([str(write_recipe(tmp_path / "again.yaml", settings(run, **data)))]) == 1
+    assert "begun with `optimizer steps` 3, now it is 4" in capsys.readouterr().err
+    (folder / "chats.jsonl").write_text("\n".join([*lines[:-1], lines[1]]) + "\n")
+    assert merge_blocks.main([str(tmp_path / "again.yaml")]) == 1
+    assert "begun with `usable chats` '12, " in capsys.readouterr().err
+
+
 def test_every_pass_sees_every_sample():
     order = list(EveryEpoch(5, 17, seed=1))
     assert len(order) == len(EveryEpoch(5, 17, seed=1)) == 17
@@ -326,6 +374,8 @@ def test_a_finished_stage_is_a_checkpoint_with_code(tmp_path):
     assert processor.mask_token_id == MASK
     code = {path.name for path in Path(bard_vl.__file__).parent.glob("*_bard_vl.py")} - {"convert_qwen3vl_to_bard.py"}
     assert code <= {path.name for path in folder.iterdir()}
+    answer = fresh.call("test_remote_code.answer_as_remote_code", folder, home=tmp_path / "home")
+    assert answer == test_remote_code.generate(model)
 
 
 def test_save_dtype(tmp_path):
@@ -491,6 +541,23 @@ def test_a_teacher_is_not_asked_about_blocks_of_padding(tmp_path, size):
 
 
 # --- Data and cost ----------------------------------------------------------------------------------------------------
+
+
+def test_what_the_tokenizer_flags_as_special_replaces_nothing(tmp_path):
+    """The example's tokenizer names end and padding alone; the tokens of chats and pictures have a flag."""
+    processor = BardVLProcessor.from_pretrained(Path(bard_vl.__file__).parent / "examples" / "checkpoint")
+    trainer = trainer_for(tmp_path)
+    again = BlockDiffusionTrainer(
+        model=trainer.model,
+        args=trainer.args,
+        block_size=4,
+        processing_class=processor,
+        train_dataset=trainer.train_dataset,
+        data_collator=trainer.data_collator,
+    )
+    special = {processor.image_token_id, processor.video_token_id, processor.vision_start_token_id}
+    assert not special <= set(processor.tokenizer.all_special_ids)
+    assert not special & set(again.replacements.tolist())
 
 
 def test_broken_chats_are_counted_and_passed_over(tmp_path):

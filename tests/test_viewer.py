@@ -12,7 +12,7 @@ from bard_vl.viewer import RecordedStep, Recording, html_of, write_gif, write_ht
 from bard_vl.viewer.picture import EARLY, LATE, OPEN, RING, WIDTH, Drawing, load_font, mixed, words
 from bard_vl.viewer.recording import spell
 from browser import chromium
-from PIL import Image, ImageColor, ImageFont
+from PIL import Image, ImageChops, ImageColor, ImageFont, ImageStat
 from tiny import IDS, draw, fill_weights, qwen3vl_config, write_processor_files
 
 SIZE, MASK = 6, IDS["small"].mask_token_id
@@ -362,6 +362,24 @@ def test_the_animation_has_a_frame_a_step(recording: Recording, tmp_path: Path) 
     assert durations == [400] * 5 + [3000]
     assert second[0] == second[1] == ImageColor.getrgb(OPEN)
     assert len(set(second)) == 3
+
+
+def test_a_long_animation_leaves_steps_out(
+    recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = len(recording.steps)
+    monkeypatch.setattr("bard_vl.viewer.picture.MOST_FRAMES", last // 2)
+    write_gif(recording, tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames <= last // 2 + 1
+        gif.seek(gif.n_frames - 1)
+        final = gif.convert("RGB")
+    monkeypatch.undo()
+    write_gif(recording, tmp_path / "b.gif")
+    with Image.open(tmp_path / "b.gif") as whole:
+        whole.seek(whole.n_frames - 1)
+        difference = ImageChops.difference(whole.convert("RGB"), final)
+    assert max(ImageStat.Stat(difference).mean) < 2
 
 
 def test_nothing_overlaps_and_nothing_leaves_the_paper(output: Any, processor: Any) -> None:

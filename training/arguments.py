@@ -26,6 +26,7 @@ UNUSED = {
     "load_best_model_at_end": "a stage ends with its last step",
     "use_liger_kernel": "the loss is computed in chunks already",
     "neftune_noise_alpha": "the noise is that of block diffusion",
+    "torch_compile": "attention is compiled already, and no stage of a compiled model was ever written",
 }
 
 
@@ -130,6 +131,7 @@ class BlockDiffusionArguments(TrainingArguments):
     lr_scheduler_type: str = option("cosine", "schedule of the learning rates, by transformers' names")
     remove_unused_columns: bool = option(False, "chats have no columns to remove")
     save_total_limit: int | None = option(2, "checkpoints kept of a stage that is under way")
+    ddp_timeout: int = option(86_400, "seconds that processes wait for each other; the first one measures all chats")
 
     noise: Literal["mixed", "mask", "uniform"] = option("mixed", "corruption of the noisy copies")
     time_sampling: Literal["sample", "block", "stratified"] = option("sample", "one time a sample, or one a block")
@@ -182,10 +184,7 @@ class BlockDiffusionArguments(TrainingArguments):
             self.min_learning_rate is None or self.scheduler == "cosine",
             f"`min_learning_rate` is the floor of `lr_scheduler_type: cosine`, got {self.scheduler!r}",
         )
-        require(
-            self.max_steps <= 0 or self.get_warmup_steps(self.max_steps) < self.max_steps,
-            f"`warmup_steps` {self.warmup_steps:g} leaves none of the `max_steps` {self.max_steps}",
-        )
+        self.check_warmup()
         require(self.n_gpu <= 1, f"{self.n_gpu} GPUs in one process: start with `accelerate launch`, a process per GPU")
         require(
             self.mask_form != "flex" or self.device.type == "cuda",
@@ -197,6 +196,13 @@ class BlockDiffusionArguments(TrainingArguments):
             f"`padding_weight` must be at least 0, got {self.padding_weight}",
         )
         require(self.decode_samples >= 0, f"`decode_samples` must be at least 0, got {self.decode_samples}")
+
+    def check_warmup(self) -> None:
+        """Raise `RecipeError` if the number of steps is known, and the rate would never reach its peak in them."""
+        require(
+            self.max_steps <= 0 or self.get_warmup_steps(self.max_steps) < self.max_steps,
+            f"`warmup_steps` {self.warmup_steps:g} leaves none of the {self.max_steps} steps",
+        )
 
     @property
     def scheduler(self) -> str:

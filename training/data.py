@@ -21,12 +21,14 @@ import datasets
 import torch
 from datasets.fingerprint import Hasher
 
+from .. import __version__
 from .chats import MEASURED_FEATURES, Broken, ChatEncoder, Measured
 from .messages import BrokenChat
 from .packing import PackedRows, Sample, pack
 
 logger = logging.getLogger(__name__)
 
+FAULTS_OF_FILES = ("missing", "broken")  # how reasons begin that another try may find gone
 NUM_NAMED = 5
 PROBE_SIZE = 16
 MEASURED_AT_ONCE = 10_000  # rows read together, which is much faster than one by one
@@ -151,7 +153,8 @@ class ChatSamples(torch.utils.data.Dataset):
     """The usable chats of a mapped data set, as samples.
 
     Measuring shows a progress bar, runs in `num_proc` processes and is kept in the cache of `datasets` for data sets
-    that lie on the disk; pixel limits, tokenizer, template and data are its key, the files that paths name are not.
+    that lie on the disk; pixel limits, tokenizer, template and data are its key, the files that paths name are not, but
+    what was missing or broken is looked at again.
     Under several processes let the first one measure before the others.
 
     Attributes:
@@ -175,6 +178,8 @@ class ChatSamples(torch.utils.data.Dataset):
         self.skipped = SkippedChats()
         batches = self._measured(num_proc).with_format("arrow").iter(MEASURED_AT_ONCE)
         for index, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+            if str(row["reason"]).startswith(FAULTS_OF_FILES):  # the cache cannot know of files that came since
+                row = encoder.measure(self.chats[index])
             found = judge(row, index, encoder)
             if isinstance(found, Broken):
                 self.skipped.add([found])
@@ -212,7 +217,7 @@ def measuring_key(encoder: ChatEncoder) -> str:
     processor = encoder.processor
     settings = [part.to_dict() for part in (processor.image_processor, processor.video_processor) if part is not None]
     vocabulary = sorted(encoder.tokenizer.get_vocab().items())
-    known = [settings, processor.chat_template, vocabulary, str(encoder.media_folder.absolute())]
+    known = [__version__, settings, processor.chat_template, vocabulary, str(encoder.media_folder.absolute())]
     return json.dumps(known, sort_keys=True, default=str)
 
 

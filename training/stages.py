@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from datasets.fingerprint import Hasher
 from transformers import set_seed
 from transformers.integrations import deepspeed as deepspeed_integration
 
@@ -61,6 +62,8 @@ DECISIVE = (
     ),
     *("replace_with_special_tokens", "loss_form", "padding_weight"),
 )
+# Settings about data that decide nothing about the weights.
+INDECISIVE = ("measuring_processes", "eval_data", "eval_split", "max_eval_samples")
 
 
 @dataclass(frozen=True)
@@ -212,12 +215,16 @@ def run_stage(run: Run, stage: Stage) -> Path:
     Returns:
         The folder of the finished checkpoint.
     """
-    if is_finished(stage):
-        return stage.output
-    args = run.args.changed(output_dir=str(stage.run_folder), seed=run.args.seed + stage.number)
     settings = decisive_settings(run, stage)
+    if is_finished(stage):
+        settings.pop("source")  # of a first stage that was converted, it has been removed since
+        check_settings(stage, settings)
+        return stage.output
     check_settings(stage, settings)
+    args = run.args.changed(output_dir=str(stage.run_folder), seed=run.args.seed + stage.number)
     trainer = build_trainer(run, stage, args)
+    settings |= decisive_data(trainer)
+    check_settings(stage, settings)
     if run.args.should_save:
         print(Cost.of(trainer).table(f"{stage.output.name}: from {stage.source}"), flush=True)
         prepare_folder(stage, settings)
@@ -242,6 +249,7 @@ def build_trainer(run: Run, stage: Stage, args: BlockDiffusionArguments) -> Bloc
         train, held_out, encoder = load_data(run, stage, processor, config, args)
     trains_vision = any(p.requires_grad for name, p in model.named_parameters() if group_of(name) != "language")
     args.max_steps = args.steps(None if run.data.streaming else len(train)) if stage.steps is None else stage.steps
+    args.check_warmup()
     return BlockDiffusionTrainer(
         model=model,
         args=args,
@@ -382,14 +390,25 @@ def decisive_settings(run: Run, stage: Stage) -> dict[str, Any]:
     settings = {name: getattr(run.args, name) for name in DECISIVE}
     settings |= {"global_batch_size": run.args.global_batch_size, "steps": stage.steps}
     settings |= asdict(run.model) | asdict(run.data)
+    if run.data.streaming:  # the workers share a stream, and so have a part in its order
+        settings["dataloader_num_workers"] = run.args.dataloader_num_workers
     if stage.distillation is not None:
         settings |= asdict(stage.distillation) | {"teacher": str(stage.teacher)}
     settings |= {"source": str(stage.source), "block_size": stage.block_size}
-    return json.loads(json.dumps(settings, default=str))
+    return json.loads(json.dumps({k: v for k, v in settings.items() if k not in INDECISIVE}, default=str))
+
+
+def decisive_data(trainer: BlockDiffusionTrainer) -> dict[str, Any]:
+    """What a stage's result depends on and its data say: how many steps, and which chats of which lengths."""
+    chats = trainer.train_dataset
+    found = {"optimizer steps": trainer.args.max_steps}
+    if isinstance(chats, ChatSamples):
+        found["usable chats"] = f"{len(chats)}, {Hasher.hash([chats.indices, chats.lengths])}"
+    return found
 
 
 def check_settings(stage: Stage, settings: dict[str, Any]) -> None:
-    """Refuse to go on with a stage that was begun with other settings."""
+    """Refuse to go on with a stage, or to take a finished one, that was begun with other settings."""
     path = stage.run_folder / "settings.json"
     before = json.loads(path.read_text("utf-8")) if path.is_file() else settings
     for name, value in settings.items():
@@ -445,6 +464,9 @@ def write_checkpoint(
     # FSDP gives a trained model another class, of another file: transformers would publish that one's name and code.
     with torch.device("meta"):
         shell = BardVLForConditionalGeneration(config)
+    names = shell.state_dict().keys() - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    if differing := sorted(names ^ state.keys()):
+        raise RuntimeError(f"the trained weights are not those of the model: {', '.join(differing[:5])}, ...")
     shell.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)
     saved = json.loads((folder / "config.json").read_text("utf-8"))

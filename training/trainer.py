@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from ..attention_bard_vl import ATTENTION_NAME
 from .arguments import BlockDiffusionArguments, DistillArguments, RecipeError
@@ -123,14 +124,14 @@ class EveryEpoch(Sampler[int]):
 
 
 class Repeated(torch.utils.data.IterableDataset):
-    """A stream that begins again at its end, in another order."""
+    """A stream that begins again at its end, in another order, unless nothing more is wanted of it (`is_over`)."""
 
     def __init__(self, stream: Any):
-        self.stream = stream
+        self.stream, self.is_over = stream, False
 
     def __iter__(self) -> Iterator[Any]:
         """Go through the stream, for ever."""
-        for epoch in itertools.count():
+        for epoch in () if self.is_over else itertools.count():
             self.stream.set_epoch(epoch)
             item = None
             for item in self.stream:
@@ -191,8 +192,11 @@ class BlockDiffusionTrainer(Trainer):
             teacher.model.to(args.device)
         tokenizer = processing_class.tokenizer
         self.mask_token_id = self.bare_model.config.mask_token_id
+        # Not all that a tokenizer flags as special has a name in `all_special_ids`.
+        flagged = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
+        special_ids = {*tokenizer.all_special_ids, *flagged}
         self.replacements = replacement_ids(
-            len(tokenizer), self.mask_token_id, tokenizer.all_special_ids, args.replace_with_special_tokens
+            len(tokenizer), self.mask_token_id, special_ids, args.replace_with_special_tokens
         )
         self.num_language_parameters = sum(
             getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves empty parameters behind
@@ -367,6 +371,13 @@ class BlockDiffusionTrainer(Trainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """Train as transformers does, which would take one more step of a stream behind the last step's checkpoint."""
+        if resume_from_checkpoint is not None and isinstance(self.train_dataset, Repeated):
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+            self.train_dataset.is_over = state.global_step >= self.args.max_steps
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
     # --- Checkpoints --------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
@@ -382,6 +393,7 @@ class BlockDiffusionTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            os.sync()
             (folder / COMPLETE).write_text(json.dumps({"global_step": self.state.global_step}) + "\n")
             kept = complete_checkpoints(Path(self.args.output_dir))
             for old in kept[: -limit if limit else 0]:

@@ -73,6 +73,7 @@ def build_page(session: Session) -> gr.Blocks:
     """The page for a checkpoint."""
     stored = {**stored_settings(session.model), **session.settings.explicit()}
     block_size = stored.get("block_size") or session.config.block_size
+    longest_answer = stored.get("max_new_tokens", DEFAULTS["max_new_tokens"])
     with gr.Blocks(title=f"Bard-VL: {session.title}", analytics_enabled=False) as page:
         gr.Markdown(f"## {session.title}\nBlocks of {block_size} tokens are written at a time: grey is still a draft.")
         with gr.Row():
@@ -97,15 +98,16 @@ def build_page(session: Session) -> gr.Blocks:
                     )
                     steps = gr.Slider(
                         1,
-                        block_size,
+                        max(block_size, 2),
                         value=stored.get("denoising_steps", block_size),
                         step=1,
+                        interactive=block_size > 1,
                         label="Steps a block at most (denoising_steps)",
                     )
                     longest = gr.Slider(
-                        block_size,
-                        1024,
-                        value=stored.get("max_new_tokens", DEFAULTS["max_new_tokens"]),
+                        1,
+                        max(1024, longest_answer),
+                        value=longest_answer,
                         step=1,
                         label="Longest answer in tokens (max_new_tokens)",
                     )

@@ -26,6 +26,7 @@ EXACT, NEAR = (PAPER, INK, OPEN, RING), 10  # colours that a palette keeps, and 
 # Tried in this order where the built-in font, which is Latin, lacks a character.
 FALLBACK_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf", "PingFang.ttc", "msyh.ttc")
 STEP_TIME, END_TIME = 400, 3000  # milliseconds
+MOST_FRAMES = 200  # of an animation, which is as high as the whole response
 
 
 def write_png(recording: Recording, path: str | Path, font: str | None = None) -> None:
@@ -40,11 +41,14 @@ def write_png(recording: Recording, path: str | Path, font: str | None = None) -
 
 
 def write_gif(recording: Recording, path: str | Path, font: str | None = None) -> None:
-    """Write an animation of all steps, one frame each, that stops at the end for a while and begins again."""
-    drawing = Drawing(recording, 1, font)
-    frames = [drawing.draw(count) for count in range(len(recording.steps) + 1)]
-    palette = shared_palette(frames[:: max(len(frames) // 4, 1)] + frames[-1:])
-    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    """Write an animation of all steps, one frame each, that stops at the end for a while and begins again.
+
+    Of a response of more than `MOST_FRAMES` steps it shows every second one, or fewer.
+    """
+    drawing, last = Drawing(recording, 1, font), len(recording.steps)
+    counts = [*range(0, last, -(-last // MOST_FRAMES)), last]
+    palette = shared_palette([drawing.draw(count) for count in [*counts[:: max(len(counts) // 4, 1)], last]])
+    frames = [drawing.draw(count).quantize(palette=palette, dither=Image.Dither.NONE) for count in counts]
     durations = [STEP_TIME] * (len(frames) - 1) + [END_TIME]
     frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
@@ -153,7 +157,9 @@ class Drawing:
         self.write(pen, (MARGIN, MARGIN - 6), recording.title, 16, INK)
         if recording.prompt:
             self.write(pen, (MARGIN, MARGIN + 19), shortened(recording.prompt), 16, SOFT)
-        tokens = sum(len(step.committed) for step in recording.steps[:count])
+        last = {step.block: index for index, step in enumerate(recording.steps[:count])}.values()
+        held = [position for index in last for position, number, _ in recording.decided(index) if number]
+        tokens = sum(position < recording.num_tokens for position in held)
         text = f"{tokens} tokens · {count} steps"
         if count == len(recording.steps):
             text = f"{recording.num_tokens} tokens · {recording.num_forwards} forwards · "
