@@ -22,6 +22,7 @@ import pytest
 import torch
 from bard_vl import BardVLProcessor
 from bard_vl.cli.main import main
+from bard_vl.cli.session import Session, build_settings
 from fresh import ROOT, convert
 from PIL import Image
 from test_example import GREY, Screen
@@ -152,9 +153,10 @@ def test_the_reason_of_an_end(run: Any, folder: Path) -> None:
     assert (ended["finish_reason"], ended["num_tokens"] <= 3) == ("eos", True)
     stopped = json.loads(run("run photo.png -m bard --json --max-new-tokens 8 --set max_time=0")[1])
     assert (stopped["finish_reason"], stopped["num_tokens"]) == ("stop", 4)
-    longest = output.sequences.shape[1] - 2
-    cut = json.loads(run(f"run photo.png -m bard --json --set max_length={longest}")[1])
-    assert (cut["finish_reason"], cut["num_tokens"]) == ("length", 6)
+    session = Session(str(folder / "bard"), build_settings({}, [f"max_length={output.sequences.shape[1] - 2}"]))
+    session.model.generation_config.max_new_tokens = None  # stored, it would come before `max_length`
+    cut = session.ask([user(draw())])
+    assert (cut.finish_reason, cut.num_tokens) == ("length", 6)
 
 
 def test_a_seed_repeats_a_sample(run: Any) -> None:

@@ -55,7 +55,8 @@ def test_shipped_recipes_build_and_take_a_step(tmp_path, name):
     model, data, args, special = parse(module, name, **flags)
     run = Run(model, data, args)
     stages = module.plan(run, special)
-    trainer = build_trainer(run, stages[-1 if module is distill else 0], args.changed(max_steps=1))
+    trainer = build_trainer(run, stages[-1 if module is distill else 0], args)
+    trainer.args.max_steps = 1
     assert trainer.args.learning_rate == recipe["learning_rate"]
     assert trainer.args.bf16
     assert (trainer.teacher is not None) == (module is distill)

@@ -203,10 +203,10 @@ def linear_losses(
     """Sum of weighted losses of hidden states, projected to the vocabulary chunk by chunk.
 
     The loss of a position is `ce_weight * CE + kd_weight * temperature^2 * KL`. Select the positions that have a weight
-    first: `hidden[weights > 0]`. No tensor of more than `chunk_size` positions x vocabulary exists, forward or backward,
-    nor such tensors of two chunks at once: all chunks but the last, which backward begins with, run under activation
-    checkpointing. Logits are computed in the dtype of the hidden states, what follows in float32. No positions give a
-    loss of 0 that is part of the graph.
+    first: `hidden[weights > 0]`. No tensor of more than `chunk_size` positions x vocabulary exists, forward or
+    backward, nor such tensors of two chunks at once: all chunks but the last, which backward begins with, run under
+    activation checkpointing. Logits are computed in the dtype of the hidden states, what follows in float32. No
+    positions give a loss of 0 that is part of the graph.
 
     PyTorch's `linear_cross_entropy` (2.13 and later) projects in chunks too, and takes weights through
     `reduction="none"`, but it returns losses of bfloat16 hidden states in bfloat16, knows no teacher and wants a bare
