@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import pickle
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -572,7 +571,7 @@ def test_a_file_that_came_since_is_found(encoder: ChatEncoder, tmp_path: Path) -
     chats = [*written_chats(tmp_path), chat(user(image("late.png")), assistant("b"))]
     source = as_jsonl(tmp_path, chats)
     assert ChatSamples(open_chats(source), encoder).skipped.counts == {"missing image": 1}
-    shutil.copy(tmp_path / next(path.name for path in tmp_path.glob("*.png")), tmp_path / "late.png")
+    PICTURES[0].save(tmp_path / "late.png")
     found = ChatSamples(open_chats(source), encoder)
     assert (len(found), found.skipped.counts) == (NUM_CHATS + 1, {})
     assert isinstance(found[NUM_CHATS], Sample)

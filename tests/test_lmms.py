@@ -22,6 +22,7 @@ from qwen_vl_utils import process_vision_info
 from test_readme import make_published
 
 EMBEDDED = fresh.ROOT / "examples" / "checkpoint"
+SMALL = "min_pixels=4096,max_pixels=4096"  # as its processor has them
 SCENES_SEED = 3  # neither the study's nor the score's
 SETTINGS = {"max_new_tokens": 13, "confidence_threshold": 0.02}
 ARGUMENTS = "dtype=float32,min_pixels=4096,max_pixels=65536,max_num_frames=4,confidence_threshold=0.02"
@@ -141,14 +142,15 @@ def test_the_embedded_checkpoint_reads_unseen_pictures(tmp_path: Path) -> None:
         scene.draw().save(path)
         made.append({"question": asked, "pictures": [str(path)], "answer": answer})
     tasks.write_task(tmp_path / "task", "scenes", made, tasks.PICTURES + tasks.GENERATION, max_new_tokens=96)
-    results = evaluate(EMBEDDED, tmp_path / "task", "scenes", arguments="dtype=float32", batch_size=8)
+    results = evaluate(EMBEDDED, tmp_path / "task", "scenes", arguments=f"dtype=float32,{SMALL}", batch_size=8)
     assert results["results"]["scenes"]["same,none"] >= 0.8
     assert results["throughput"]["avg_tokens_per_forward"] >= 10
     model = bard_vl.BardVLForConditionalGeneration.from_pretrained(EMBEDDED)
     processor = bard_vl.BardVLProcessor.from_pretrained(EMBEDDED)
     for sample in results["samples"]["scenes"]:
         row = made[sample["doc_id"]]
-        content = [{"type": "image", "image": row["pictures"][0]}, {"type": "text", "text": row["question"]}]
+        picture = {"type": "image", "image": row["pictures"][0], "min_pixels": 4096, "max_pixels": 4096}
+        content = [picture, {"type": "text", "text": row["question"]}]
         response = model.generate(prompt(content, processor), max_new_tokens=96)
         assert sample["filtered_resps"][0] == processor.decode(response[0], skip_special_tokens=True)
 
