@@ -25,6 +25,7 @@ class Stage:
             larger model, or the parent.
         ce_weight: of the cross entropy beside the divergence from the teacher.
         noise: mask, uniform or mixed.
+        visible_weight: in the loss, of tokens that the noise left alone.
         faulty_mask: clean tokens see the noisy ones of their block and of earlier blocks, as in the reference.
         rate: share of the peak learning rate.
         large: the larger model.
@@ -38,6 +39,7 @@ class Stage:
     faulty_mask: bool = False
     rate: float = 1.0
     large: bool = False
+    visible_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ CELLS = (
     Cell("mask-noise-8", merging(8), REVISIONS),
     Cell("mixed-noise-8", merging(8, noise="mixed"), REVISIONS),
     Cell("uniform-noise-8", merging(8, noise="uniform"), REVISIONS),
+    Cell("mixed-noise-visible-8", merging(8, noise="mixed", visible_weight=1.0), REVISIONS),
     Cell("swd+ce-32", (*merging(32), Stage(32, teacher="anchor", ce_weight=1.0, rate=FINISHING_RATE))),
     *ways(8),
     Cell("warm-4", (*merging(4), Stage(4, rate=FINISHING_RATE))),

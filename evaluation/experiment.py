@@ -78,6 +78,7 @@ def train_stage(
         min_learning_rate=rate / 10,
         warmup_steps=min(20, steps // 10),
         noise=stage.noise,
+        visible_weight=stage.visible_weight,
         time_sampling="stratified",
         seed=seed,
         logging_steps=max(steps // 10, 1),

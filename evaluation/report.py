@@ -31,7 +31,7 @@ CONTROLS = {
     "The reference's mask (clean tokens see noisy ones) or the right one": ("faulty-mask-8", "right-mask-8"),
     "The autoregressive parent, as it is and trained on": ("parent", "ar-continued"),
 }
-NOISES = ("mask-noise-8", "uniform-noise-8", "mixed-noise-8")
+NOISES = ("mask-noise-8", "uniform-noise-8", "mixed-noise-8", "mixed-noise-visible-8")
 COLOURS = {
     "direct": "#b0413e",
     "warm": "#e0a030",

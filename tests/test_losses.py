@@ -325,6 +325,20 @@ def test_weights_of_the_references_form() -> None:
     assert normaliser == 2  # samples 0 and 2
 
 
+@pytest.mark.parametrize(
+    ("form", "expected", "normaliser"),
+    [("corrupted_mean", [0, 1, 0.5, 0, 1, 0.125], 2.625), ("inverse_time", [0, 1.25, 0.25, 0, 1.25, 0.0625], 2)],
+)
+def test_tokens_that_the_noise_left_alone_weigh_as_asked(form: str, expected: list[float], normaliser: float) -> None:
+    corrupted, visible = positions(0, 1, 0, 0, 1, 0).bool(), positions(0, 0, 1, 0, 0, 1).bool()
+    padding, sample = positions(0, 0, 0, 0, 0, 1).bool(), positions(-1, 0, 0, -1, 1, 1)
+    arguments = (form, corrupted, torch.full((1, 6), 0.4), corrupted | visible, sample, padding, 0.25)
+    weights, found = position_weights(*arguments, visible=visible, visible_weight=0.5)
+    assert (weights.tolist(), found) == ([expected], normaliser)
+    plain = position_weights(*arguments)[0]
+    assert torch.equal(weights * corrupted, plain)
+
+
 @pytest.mark.parametrize("form", LOSS_FORMS)
 def test_rows_without_noise_weigh_nothing(form: str) -> None:
     nothing = torch.zeros(2, 3, dtype=torch.bool)

@@ -130,6 +130,18 @@ def test_parts_of_the_loss_average_to_the_loss(tmp_path):
     assert min(parts) <= entry["loss"] <= max(parts)
 
 
+def test_visible_tokens_are_learnt_if_asked(tmp_path):
+    entry = history(train(tmp_path / "run", max_steps=1, visible_weight=0.5) / "block-4")[0]
+    assert {"loss_masked", "loss_replaced", "loss_visible"} <= entry.keys()
+    trainer = trainer_for(tmp_path, visible_weight=0.5)
+    rows = [trainer.data_collator([trainer.train_dataset[number] for number in range(4)])]
+    (batch,), normaliser = trainer.get_batch_samples(iter(rows), 1, torch.device("cpu"))
+    corrupted = batch.masked | batch.replaced
+    visible = batch.rows.noisy & ~corrupted
+    assert normaliser == corrupted.sum() + 0.5 * visible.sum()
+    assert batch.weights[visible].unique().tolist() == [0.5]
+
+
 # --- Optimizer --------------------------------------------------------------------------------------------------------
 
 

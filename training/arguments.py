@@ -142,6 +142,10 @@ class BlockDiffusionArguments(TrainingArguments):
         "corrupted_mean", "the paper's mean over corrupted positions, or the reference's weights of 1 / probability"
     )
     padding_weight: float | None = option(None, "weight of the padding behind a response (unset: 1, or 0.5)")
+    visible_weight: float = option(
+        0.0,
+        "weight of response tokens that the noise left alone; above 0 they are learnt too, as `revision` needs",
+    )
     loss_chunk_size: int = option(1024, "positions that are projected to the vocabulary at a time")
     mask_form: Literal["auto", "dense", "flex"] = option("auto", "attention mask: flex on CUDA, dense elsewhere")
     merger_learning_rate: float | None = option(None, "rate of the vision-language mergers (unset: `learning_rate`)")
@@ -195,6 +199,7 @@ class BlockDiffusionArguments(TrainingArguments):
             self.padding_weight is None or self.padding_weight >= 0,
             f"`padding_weight` must be at least 0, got {self.padding_weight}",
         )
+        require(self.visible_weight >= 0, f"`visible_weight` must be at least 0, got {self.visible_weight}")
         require(self.decode_samples >= 0, f"`decode_samples` must be at least 0, got {self.decode_samples}")
 
     def check_warmup(self) -> None:

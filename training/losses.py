@@ -27,12 +27,17 @@ def position_weights(
     sample: torch.Tensor,
     is_response_padding: torch.Tensor,
     padding_weight: float | None = None,
+    visible: torch.Tensor | None = None,
+    visible_weight: float = 0.0,
 ) -> tuple[torch.Tensor, float]:
     """Weights of the positions, and what the weighted sum of losses is to be divided by.
 
     "corrupted_mean" is the paper's: the mean over S_t, the corrupted positions. "inverse_time" is the reference's: a
     corrupted position weighs 1 / P(corrupted at its time), 1 / t_mask for mask noise; the sum of a sample is divided by
     the number of its noisy response tokens, and samples are averaged.
+
+    Neither says anything of tokens that the noise left alone: of what is visible only replaced tokens are learnt, and a
+    model may find that whatever it sees is wrong. `visible_weight` lets it learn what is right too, as revision needs.
 
     Add the normalisers of all rows that make up one optimiser step, on all processes, and divide by
     `max(1, total)`.
@@ -45,6 +50,9 @@ def position_weights(
         sample: number of each position's sample.
         is_response_padding: bool, what fills up a response's last block.
         padding_weight: factor on response padding, default 1 for "corrupted_mean" and 0.5 for "inverse_time".
+        visible: bool, the noisy tokens that are not corrupted and learnt nevertheless; None for none of them.
+        visible_weight: of these, beside 1 for a corrupted position of the paper's form, or for one that is always
+            corrupted of the reference's.
 
     All tensors are (rows, length) or of another common shape.
 
@@ -62,12 +70,14 @@ def position_weights(
         raise ValueError(f"the weight of response padding must not be negative, got {padding_weight}")
     if (corrupted & ~noisy).any():
         raise ValueError("a position outside the noisy responses is marked as corrupted")
-    weights = torch.where(is_response_padding, padding_weight, 1.0).to(torch.float32) * corrupted
+    factor = torch.where(is_response_padding, padding_weight, 1.0).to(torch.float32)
+    kept = torch.zeros_like(factor) if visible is None else factor * visible * visible_weight
+    weights = factor * corrupted + kept
     if form == "corrupted_mean":
         return weights, weights.sum(dtype=torch.float64).item()
     tokens = sample[noisy].bincount()
     counts = tokens[sample.clamp(min=0, max=max(len(tokens) - 1, 0))] if len(tokens) else torch.ones_like(sample)
-    weights = torch.where(corrupted, weights / (probability * counts), 0.0)
+    weights = torch.where(corrupted, weights / (probability * counts), kept / counts)
     return weights.to(torch.float32), float((tokens > 0).sum().item())
 
 

@@ -60,7 +60,7 @@ DECISIVE = (
         "time_low",
         "time_high",
     ),
-    *("replace_with_special_tokens", "loss_form", "padding_weight"),
+    *("replace_with_special_tokens", "loss_form", "padding_weight", "visible_weight"),
 )
 # Settings about data that decide nothing about the weights.
 INDECISIVE = ("measuring_processes", "eval_data", "eval_split", "max_eval_samples")

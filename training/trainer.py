@@ -25,6 +25,7 @@ from .packing import Layout, PackedRows, Sample, dense_mask, flex_mask
 
 COMPLETE = "complete.json"  # in a checkpoint folder: every process has written its part
 NUM_TIMES = 4  # metrics by quarters of t
+NOISES = ("masked", "replaced", "visible")  # what the noise did to a token
 EVALUATION_SEED = 0
 
 
@@ -251,17 +252,19 @@ class BlockDiffusionTrainer(Trainer):
             args.time_low,
             args.time_high,
         )
-        learnt = noise.corrupted
+        learnt = rows.noisy
         if self.teacher is not None:
             learnt = learnt & ~padding_blocks(rows, self.teacher.block_size)
         weights, normaliser = position_weights(
             args.loss_form,
-            learnt,
+            learnt & noise.corrupted,
             torch.stack(corruption_probabilities(args.noise, noise.t)).sum(0),
             rows.noisy,
             rows.sample,
             rows.is_response_padding,
             args.padding_weight,
+            visible=learnt & ~noise.corrupted,
+            visible_weight=args.visible_weight,
         )
         return NoisyRows(rows, noise.ids, noise.masked, noise.replaced, noise.t, weights), normaliser
 
@@ -510,20 +513,21 @@ class LossTally:
     """Sums over positions, to be averaged over an interval and over processes.
 
     Attributes:
-        by_noise: (2 kinds: masked, replaced; `NUM_TIMES` parts of t; cross entropy, positions).
+        by_noise: (3 kinds: masked, replaced, visible; `NUM_TIMES` parts of t; cross entropy, positions).
         totals: cross entropy, divergence, positions, packed tokens, row padding, samples, broken samples.
     """
 
-    by_noise: torch.Tensor = field(default_factory=lambda: torch.zeros(2, NUM_TIMES, 2, dtype=torch.float64))
+    by_noise: torch.Tensor = field(default_factory=lambda: torch.zeros(3, NUM_TIMES, 2, dtype=torch.float64))
     totals: torch.Tensor = field(default_factory=lambda: torch.zeros(7, dtype=torch.float64))
 
     def add(self, batch: NoisyRows, index: torch.Tensor, losses: LinearLosses) -> None:
         """Count the positions `index` (n,) of a micro-batch with their losses, without a wait for the device."""
         entropy, rows = losses.cross_entropy.double(), batch.rows
         part = (batch.t.flatten()[index] * NUM_TIMES).long().clamp(max=NUM_TIMES - 1)
-        slot = part + NUM_TIMES * batch.replaced.flatten()[index]
+        kind = torch.where(batch.masked, 0, torch.where(batch.replaced, 1, 2)).flatten()[index]
+        slot = part + NUM_TIMES * kind
         sums = torch.stack([entropy, torch.ones_like(entropy)], dim=1)
-        counted = torch.zeros(2 * NUM_TIMES, 2, dtype=torch.float64, device=sums.device).index_add_(0, slot, sums)
+        counted = torch.zeros(3 * NUM_TIMES, 2, dtype=torch.float64, device=sums.device).index_add_(0, slot, sums)
         divergence = torch.zeros_like(entropy) if losses.divergence is None else losses.divergence.double()
         sizes = [len(index), rows.sample.numel(), 0, len(rows.sample_ids), len(rows.broken)]
         totals = [entropy.sum(), divergence.sum(), *(torch.tensor(float(size)) for size in sizes)]
@@ -533,7 +537,7 @@ class LossTally:
 
     def metrics(self, distils: bool) -> dict[str, float]:
         """Averages by name, without those that nothing was counted for."""
-        parts = {"loss_masked": self.by_noise[0].sum(0), "loss_replaced": self.by_noise[1].sum(0)}
+        parts = {f"loss_{name}": self.by_noise[kind].sum(0) for kind, name in enumerate(NOISES)}
         for part in range(NUM_TIMES):
             parts[f"loss_t{part / NUM_TIMES:g}-{(part + 1) / NUM_TIMES:g}"] = self.by_noise[:, part].sum(0)
         found = {name: (total / count).item() for name, (total, count) in parts.items() if count > 0}
