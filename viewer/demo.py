@@ -18,7 +18,7 @@ from .recording import Recording
 CSS = """
 .answer { font-size: 1.15rem; line-height: 1.7; min-height: 9rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .answer .draft { color: var(--body-text-color-subdued); }
-.answer .took { display: block; margin-top: 0.8rem; font-size: 0.9rem; color: var(--body-text-color-subdued); }
+.answer .took { display: block; margin-top: 0.8rem; font-size: 0.9rem; opacity: 0.7; }
 .answer .error { color: var(--error-text-color); }
 .player iframe { width: 100%; height: 660px; border: 1px solid var(--border-color-primary); border-radius: 12px; }
 """
