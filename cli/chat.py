@@ -97,6 +97,8 @@ def chat(
     """
     settings = settings_of(block_size, threshold, steps, max_new_tokens, temperature, others)
     conversation = Conversation(Session(model, settings, revision, device, dtype, max_pixels, min_pixels))
+    if conversation.session.notice and not quiet:
+        print(conversation.session.notice, file=sys.stderr)
     for place in files or []:
         conversation.attach(place)
     is_live = sys.stdin.isatty()

@@ -98,6 +98,8 @@ def run(
         print_estimate(session.estimate(inputs), session, as_json)
         return
     session.check_memory(inputs)
+    if session.notice and not (as_json or quiet):
+        print(session.notice, file=sys.stderr)
     shown = any((html, gif, png))
     streamer = None if as_json else DraftStreamer(session.processor)
     answer = session.ask(messages, inputs, streamer=streamer, seed=seed, output_history=shown)

@@ -54,7 +54,9 @@ class Answer:
         return sum(self.output.num_forwards.values())
 
     def summary(self) -> str:
-        """What it took, in a line."""
+        """What it took, in a line; also if nothing was said."""
+        if not self.text.strip():
+            return f"an empty answer, of {self.num_tokens} tokens; prompt of {self.prompt_length} tokens"
         encoded = int(self.output.num_encoded_tokens[0])
         reused = f", {encoded} of them encoded" if encoded < self.prompt_length else ""
         return (
@@ -109,7 +111,7 @@ class Session:
         self.name, self.where = find_checkpoint(name), {"revision": revision} if revision else {}
         self.settings = settings or BardVLGenerationConfig()
         self.device = find_device(device)
-        self.config = AutoConfig.from_pretrained(self.name, **self.where)
+        self.config = read_config(self.name, **self.where)
         check_config(self.name, self.config, self.settings)
         self.dtype = find_dtype(dtype, self.config)
         self.processor = BardVLProcessor.from_pretrained(self.name, **self.where)
@@ -120,6 +122,13 @@ class Session:
     def title(self) -> str:
         """The checkpoint's name without what stands before it."""
         return "Bard-VL, the small example" if self.name == str(EMBEDDED) else self.name.rstrip("/").rpartition("/")[2]
+
+    @property
+    def notice(self) -> str:
+        """What one should know about the checkpoint before its answer is taken for more than it is; "" for most."""
+        if self.name != str(EMBEDDED):
+            return ""
+        return "the small example answers: it knows pictures like examples/images alone; --model names another"
 
     @property
     def model(self) -> BardVLForConditionalGeneration:
@@ -227,6 +236,18 @@ def find_checkpoint(name: str | None) -> str:
     if not (EMBEDDED / "config.json").is_file():
         raise UsageError("no model: give --model, a folder or Hub id of a Bard-VL checkpoint")
     return str(EMBEDDED)
+
+
+def read_config(name: str, **where: Any) -> Any:
+    """The config of a folder or Hub id; `UsageError` if the folder is no checkpoint, `OSError` if there is none."""
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UsageError(f"{name} is no checkpoint: it has no config.json")
+    try:
+        return AutoConfig.from_pretrained(name, **where)
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        raise OSError(f"{name} is no folder here, and cannot be had from the Hub: {one_line(error)}") from error
 
 
 def check_config(name: str, config: Any, settings: BardVLGenerationConfig) -> None:

@@ -189,8 +189,11 @@ def missing(runs: dict[str, list[Run]]) -> str:
 def claims(runs: dict[str, list[Run]]) -> str:
     """What the figures say of each claim of the method."""
     verdicts = [
-        compare(runs, "warm-32", "direct-32", "At block 32, merging beats direct training"),
-        compare(runs, "long-warm-32", "long-direct-32", "The same with the larger budget"),
+        *(
+            compare(runs, f"warm-{size}", f"direct-{size}", f"At block {size}, merging beats direct training")
+            for size in SIZES[1:]
+        ),
+        compare(runs, "long-warm-32", "long-direct-32", "At block 32 with the larger budget"),
         compare(runs, "swd-32", "warm-32", "Distillation from the anchor adds to merging"),
         compare(runs, "long-swd-32", "long-warm-32", "The same with the larger budget and a well-trained anchor"),
         compare(runs, "ar-distilled-32", "warm-32", "Distillation from the autoregressive parent adds to merging"),

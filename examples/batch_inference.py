@@ -26,8 +26,8 @@ import bard_vl
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from bard_vl.cli.media import read_picture
 from transformers import AutoConfig, AutoModelForImageTextToText
-from transformers.image_utils import load_image
 
 Record = dict[str, Any]
 
@@ -76,7 +76,7 @@ class Answerer:
             return request["messages"]
         if "prompt" not in request:
             raise ValueError("the request has neither `prompt` nor `messages`")
-        pictures = [load_image(str(self.folder / path)) for path in request.get("images", [])]
+        pictures = [read_picture(str(self.folder / path)) for path in request.get("images", [])]
         content = [{"type": "image", "image": picture} for picture in pictures]
         return [{"role": "user", "content": [*content, {"type": "text", "text": request["prompt"]}]}]
 

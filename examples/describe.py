@@ -4,8 +4,9 @@ r"""Describe a picture, and watch the blocks being written.
     python examples/describe.py photo.jpg --block-size 16 \
         --model fudan-generative-ai/Bard-VL-B16-Mask-4B-Distil-Instruct
 
-Without --model a small checkpoint beside this script answers. It knows coloured shapes on a grid and a few words:
-"Describe the picture.", "What is at b3?", "What is in row 2?", "Which word is written?".
+Without --model a small checkpoint beside this script answers. It knows coloured shapes on a grid of 4 x 4, a few words,
+and four questions, word for word, about what is there: "Describe the picture.", "What is at b4?", "What is in row 4?",
+"Which word is written?" (of a picture that shows one).
 """
 
 import argparse

@@ -23,6 +23,7 @@ import torch
 from bard_vl import BardVLProcessor
 from bard_vl.cli.main import main
 from bard_vl.cli.session import Session, build_settings
+from bard_vl.evaluation.scenes import scene
 from fresh import ROOT, convert
 from PIL import Image
 from test_example import GREY, Screen
@@ -146,6 +147,17 @@ def test_json_tells_what_generate_tells(run: Any, folder: Path) -> None:
     }
 
 
+def test_an_empty_answer_is_told(run: Any, folder: Path) -> None:
+    _, output = expected(folder, [user(draw())], max_new_tokens=4)
+    first = int(output.sequences[0, -4])
+    processor = BardVLProcessor.from_pretrained(folder / "bard")
+    special = processor.tokenizer.eos_token_id
+    bias = json.dumps([[[special], 100.0]])
+    code, out, err = run(f"run photo.png -m bard --max-new-tokens 4 --set sequence_bias={bias}")
+    assert (code, out.strip(), first != special) == (0, "", True)
+    assert err.startswith("an empty answer, of 1 tokens; prompt of ")
+
+
 def test_the_reason_of_an_end(run: Any, folder: Path) -> None:
     _, output = expected(folder, [user(draw())], max_new_tokens=8)
     third = int(output.sequences[0, -6])
@@ -157,6 +169,18 @@ def test_the_reason_of_an_end(run: Any, folder: Path) -> None:
     session.model.generation_config.max_new_tokens = None  # stored, it would come before `max_length`
     cut = session.ask([user(draw())])
     assert (cut.finish_reason, cut.num_tokens) == ("length", 6)
+
+
+def test_the_small_example_says_that_it_answers(run: Any, folder: Path) -> None:
+    picture = ROOT / "examples" / "images" / "1.png"
+    code, out, err = run(f"run {picture}")
+    assert (code, out) == (0, f"{scene(True, 2, 1).caption()}\n")
+    notice, took = err.splitlines()
+    assert notice.startswith("the small example answers: it knows pictures like examples/images alone")
+    assert took.startswith("44 tokens in ")
+    assert run(f"run {picture} --quiet") == (0, out, "")
+    assert notice not in run("run photo.png -m bard --max-new-tokens 4")[2]
+    assert run(f"chat {picture}", "Describe the picture.\n")[2].splitlines()[0] == notice
 
 
 def test_a_seed_repeats_a_sample(run: Any) -> None:
@@ -270,7 +294,8 @@ def test_pictures_of_the_denoising_are_written(run: Any, folder: Path, file: str
         ("run photo.png --model weightless --min-pixels 9 --max-pixels 8", 2, "--min-pixels 9 is more than --max-"),
         ("run photo.png --model weightless --html absent/a.html", 2, "absent/a.html cannot be written: no such folder"),
         ("run photo.png --model weightless --png frames", 2, "frames cannot be written: a folder"),
-        ("run photo.png --model ./nowhere", 1, "nowhere"),
+        ("run photo.png --model ./nowhere", 1, "./nowhere is no folder here, and cannot be had from the Hub: "),
+        ("run photo.png --model frames", 2, "frames is no checkpoint: it has no config.json"),
         ("run absent.png --model weightless", 1, "absent.png cannot be read as a picture: no such file"),
         ("run text.png --model weightless", 1, "text.png cannot be read as a picture: cannot identify image file"),
         ("run empty --model weightless", 1, "empty cannot be read as a video: the folder holds no pictures"),

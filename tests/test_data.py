@@ -530,9 +530,10 @@ def test_broken_chats_are_counted_named_and_skipped(
     assert samples.indices == [0, *range(8, 13), 14]
     assert str(samples.skipped) == "7 no assistant turn, 1 missing image"
     lines = [record.getMessage() for record in caplog.records if record.name == data.__name__]
-    assert lines[:2] == [f"skipped chat {index}: no assistant turn (the roles are ['user'])" for index in (1, 2)]
+    why = "no assistant turn (the roles are ['user'])"
+    assert lines[:2] == [f"skipped chat {index} (of 0, 1, ...): {why}" for index in (1, 2)]
     assert len(lines) == data.NUM_NAMED + 2
-    assert lines[-2] == f"skipped chat 13: missing image ({tmp_path / 'missing.png'})"
+    assert lines[-2] == f"skipped chat 13 (of 0, 1, ...): missing image ({tmp_path / 'missing.png'})"
     assert lines[-1] == "skipped 8 of 15 chats: 7 no assistant turn, 1 missing image"
     late = samples[6]
     assert isinstance(late, Broken)

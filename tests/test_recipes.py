@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,17 @@ def test_commands_of_the_manual_parse(command):
         assert (RECIPES.parents[1] / launcher[launcher.index("--config_file") + 1]).is_file()
     parsed = parse_recipe(module.RECIPE, [str(RECIPES.parents[1] / recipe), *flags, "--use_cpu", "true"])
     assert parsed[1].train_data == flags[flags.index("--train_data") + 1]
+
+
+def test_the_command_to_try_first_trains_the_small_checkpoint(tmp_path, monkeypatch):
+    folder = RECIPES.parents[1]
+    (command,) = [command for command in documented_commands() if "examples/checkpoint" in command]
+    monkeypatch.chdir(tmp_path)
+    for name in ("examples", "training"):
+        (tmp_path / name).symlink_to(folder / name)
+    shutil.copytree(chats_file().parent, tmp_path, dirs_exist_ok=True)
+    assert merge_blocks.main(command[command.index("-m") + 2 :]) == 0
+    assert json.loads((tmp_path / "tried/block-32/config.json").read_text())["block_size"] == 32
 
 
 def test_the_chat_of_the_manual_is_one(tmp_path):

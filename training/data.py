@@ -141,7 +141,7 @@ class SkippedChats:
         for each in broken:
             self.counts[each.reason] += 1
             if self.counts[each.reason] <= NUM_NAMED:
-                where = "" if each.sample_id is None else f" {each.sample_id}"
+                where = "" if each.sample_id is None else f" {each.sample_id} (of 0, 1, ...)"
                 logger.warning("skipped chat%s: %s (%s)", where, each.reason, each.detail)
 
     def __str__(self) -> str:
