@@ -138,8 +138,8 @@ class BlockDecoder:
         held = self.table.ids[self._cell()]
         undecided = held == settings.mask_token_id
         choice = self.chooser.choose(self.model.lm_head(hidden[undecided])[None], held[undecided][None])
-        spread = [part.new_zeros(held.shape).masked_scatter(undecided, part) for part in choice[:3]]
-        return Choice(*spread, present=None)
+        ids, confidence, measure = (part.new_zeros(held.shape).masked_scatter(undecided, part) for part in choice[:3])
+        return Choice(ids, confidence, measure, present=None)
 
     def _choose_by(self, logits: torch.Tensor) -> Choice:
         """The same by logits of every position."""
