@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that RESULTS.md holds, on an otherwise idle machine; under an hour on two cores. Raw numbers and the plot go
+# Everything that RESULTS.md holds, on an otherwise idle machine; half an hour on two cores. Raw numbers and the plot go
 # to results/, the tables are printed in the order in which they stand there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
