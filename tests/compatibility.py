@@ -35,7 +35,8 @@ MASK = tiny.IDS["small"].mask_token_id
 SETTINGS = {"max_new_tokens": 12, "confidence_threshold": 0.02}
 TOKENIZED = {"tokenize": True, "add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
 OWN = ("transformers", "huggingface-hub", "tokenizers")  # packages that each line has in a version of its own
-SHARED = ("torch", "torchvision", "accelerate", "peft", "torchao", "av", "datasets", "lmms-eval", "qwen-vl-utils")
+MEDIA = ("torchvision", "av", "torchcodec", "qwen-vl-utils")
+SHARED = ("torch", *MEDIA, "accelerate", "peft", "torchao", "datasets", "lmms-eval")
 
 Check = Callable[[Path], None]
 FEATURES: dict[str, tuple[str, Check]] = {}  # by the function's name: what the table calls it, and the function
