@@ -516,7 +516,8 @@ BARD_VL_TRANSFORMERS_DIRS=4.57.6:5.0.0 python tests/compatibility.py docs/compat
 ```
 
 `datasets` 5 asks for a newer huggingface_hub than the older lines have: there `datasets4` stands behind the line's
-folder on the path. pip takes the right one by itself where such a line is the installed one.
+folder on the path. pip takes the right one by itself where such a line is the installed one. Video files in a chat are
+tried where torchcodec and FFmpeg are installed.
 """
 
 
