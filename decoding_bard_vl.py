@@ -133,11 +133,12 @@ class BlockDecoder:
         """
         settings, hooks = self.settings, self.hooks
         all_matter = settings.revision or settings.temperature or hooks.processors or hooks.keep_history
-        if all_matter or hidden.device.type != "cpu":
+        if all_matter or {hidden.device.type, self.device.type} != {"cpu"}:
             return self._choose_by(self.model.lm_head(hidden))
         held = self.table.ids[self._cell()]
         undecided = held == settings.mask_token_id
-        choice = self.chooser.choose(self.model.lm_head(hidden[undecided])[None], held[undecided][None])
+        logits = self.model.lm_head(hidden[undecided]).to(self.device)  # `device_map` may have the head elsewhere
+        choice = self.chooser.choose(logits[None], held[undecided][None])
         ids, confidence, measure = (part.new_zeros(held.shape).masked_scatter(undecided, part) for part in choice[:3])
         return Choice(ids, confidence, measure, present=None)
 

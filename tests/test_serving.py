@@ -230,7 +230,7 @@ def test_simultaneous_requests_get_their_own_answers(server: Server) -> None:
         assert list(pool.map(ask, jobs * 2)) == expected * 2
 
 
-def test_a_client_that_leaves_stops_its_answer(server: Server) -> None:
+def test_when_a_client_has_left_the_next_one_is_answered(server: Server) -> None:
     stream = server.ask(CHATS["text"], settings={**SETTINGS, "max_new_tokens": 4_000}, stream=True)
     for count, _ in enumerate(stream):
         if count == 100:
@@ -239,8 +239,10 @@ def test_a_client_that_leaves_stops_its_answer(server: Server) -> None:
     assert server.ask(CHATS["text"]).choices[0].message.content == server.expected(CHATS["text"])[0]
 
 
-def test_an_answer_that_is_stopped_costs_no_forward_more(server: Server) -> None:
-    streamer = DirectStreamer(server.processor.tokenizer._tokenizer, asyncio.new_event_loop(), asyncio.Queue())
+def test_an_answer_that_is_stopped_costs_no_forward_more(server: Server, request: pytest.FixtureRequest) -> None:
+    loop = asyncio.new_event_loop()
+    request.addfinalizer(loop.close)
+    streamer = DirectStreamer(server.processor.tokenizer._tokenizer, loop, asyncio.Queue())
 
     def leave(ids: torch.Tensor, _: Any) -> torch.Tensor:
         if ids.shape[1] == 9 + 3 * 4:  # the server does so when its client is gone

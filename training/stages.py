@@ -466,7 +466,7 @@ def write_checkpoint(
         shell = BardVLForConditionalGeneration(config)
     names = shell.state_dict().keys() - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     if differing := sorted(names ^ state.keys()):
-        raise RuntimeError(f"the trained weights are not those of the model: {', '.join(differing[:5])}, ...")
+        raise RuntimeError(f"the trained weights are not those of the model: {', '.join(differing[:5])}")
     shell.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)
     saved = json.loads((folder / "config.json").read_text("utf-8"))
