@@ -438,32 +438,48 @@ def start(folder: Path, *arguments: str, **pipes: Any) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=folder, env=environment(), **pipes)
 
 
-def on_terminal(folder: Path, *arguments: str) -> tuple[subprocess.Popen, int]:
+class Terminal:
     """The program with all its ends on a terminal, and the other end of that."""
-    master, slave = os.openpty()
-    process = start(folder, *arguments, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
-    os.close(slave)
-    return process, master
 
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.end, inner = os.openpty()
+        self.process = start(folder, *arguments, stdin=inner, stdout=inner, stderr=inner, start_new_session=True)
+        os.close(inner)
+        self.unread = ""
 
-def read_until(master: int, wanted: str, seconds: float = 120) -> str:
-    """What the program prints up to a text, or to its end."""
-    output, deadline = "", time.monotonic() + seconds
-    while wanted not in output:
-        assert time.monotonic() < deadline, output
-        if select.select([master], [], [], 1)[0]:
+    def read_until(self, wanted: str, seconds: float = 120) -> str:
+        """What the program prints up to a text, with it; what comes after stays for the next call."""
+        deadline = time.monotonic() + seconds
+        while wanted not in self.unread:
+            assert time.monotonic() < deadline, self.unread
+            assert self._read(), self.unread
+        before, found, self.unread = self.unread.partition(wanted)
+        return before + found
+
+    def _read(self) -> bool:
+        """Take what is there, waiting for a second; whether the program still holds its end."""
+        if select.select([self.end], [], [], 1)[0]:
             try:
-                output += os.read(master, 65536).decode(errors="replace")
+                self.unread += os.read(self.end, 65536).decode(errors="replace")
             except OSError:  # closed
-                break
-    return output
+                return False
+        return True
+
+    def type(self, line: str) -> None:
+        os.write(self.end, f"{line}\n".encode())
+
+    def close(self, seconds: float = 300) -> str:
+        """Wait for the program's end, which must be a good one; the rest of what it prints."""
+        deadline = time.monotonic() + seconds
+        while self._read():
+            assert time.monotonic() < deadline, self.unread
+        os.close(self.end)
+        assert self.process.wait(timeout=seconds) == 0
+        return self.unread
 
 
 def test_drafts_are_grey_on_a_terminal_and_leave_only_the_text(folder: Path, run: Any) -> None:
-    process, master = on_terminal(folder, "run", "photo.png", "-m", "bard", "--max-new-tokens", "16", "-q")
-    output = read_until(master, "nothing")
-    assert process.wait(timeout=300) == 0
-    os.close(master)
+    output = Terminal(folder, "run", "photo.png", "-m", "bard", "--max-new-tokens", "16", "-q").close()
     assert GREY in output
     text = run("run photo.png -m bard --max-new-tokens 16 -q")[1]
     shown = Screen(40).write(output[output.index(GREY) :]).lines()
@@ -497,18 +513,19 @@ def test_a_reader_that_leaves_ends_the_program_quietly(folder: Path) -> None:
 
 def test_an_interrupt_stops_an_answer_and_not_the_conversation(folder: Path) -> None:
     options = ("-m", "bard", "--max-new-tokens", "4000", "--set", "eos_token_id=[]", "--quiet")
-    process, master = on_terminal(folder, "chat", "photo.png", *options)
-    read_until(master, "/quit: leave")
-    os.write(master, b"/image absent.png\n")
-    assert "error: absent.png cannot be read" in read_until(master, "> ")
-    os.write(master, b"Describe it.\n")
-    read_until(master, GREY)
-    os.kill(process.pid, signal.SIGINT)
-    assert "stopped" in read_until(master, "\n> ")
-    os.write(master, b"/quit\n")
-    read_until(master, "nothing")
-    assert process.wait(timeout=300) == 0
-    os.close(master)
+    terminal = Terminal(folder, "chat", "photo.png", *options)
+    terminal.read_until("/quit: leave")
+    terminal.read_until("> ")
+    terminal.type("/image absent.png")
+    terminal.read_until("error: absent.png cannot be read")
+    terminal.read_until("> ")
+    terminal.type("Describe it.")
+    terminal.read_until(GREY)
+    os.kill(terminal.process.pid, signal.SIGINT)
+    terminal.read_until("stopped")
+    terminal.read_until("\n> ")
+    terminal.type("/quit")
+    terminal.close()
 
 
 def test_the_checkout_has_the_page_template_and_the_benchmarks() -> None:
