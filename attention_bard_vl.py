@@ -80,13 +80,18 @@ def attend(
 ) -> torch.Tensor:
     """Grouped-query attention with the heads of a group as further queries of their shared keys.
 
-    So the keys and values are neither repeated nor copied; only a mask is repeated.
+    So the keys and values are neither repeated nor copied, only a mask is; in windows so wide that the repeated mask
+    would be larger, keys and values are repeated.
     """
     batch, heads, queries, size = query.shape
     groups = heads // key.shape[1]
-    query = query.reshape(batch, key.shape[1], groups * queries, size)
     if mask is not None and groups > 1:
-        mask = mask.expand(batch, 1, queries, key.shape[2]).repeat(1, 1, groups, 1)
+        if queries > 2 * key.shape[1] * size:
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+            groups = 1
+        else:
+            mask = mask.expand(batch, 1, queries, key.shape[2]).repeat(1, 1, groups, 1)
+    query = query.reshape(batch, heads // groups, groups * queries, size)
     output = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
     )

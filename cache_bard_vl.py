@@ -91,7 +91,9 @@ class BlockCacheLayer(DynamicLayer):
     def swap_rows(self, first: int, second: int) -> None:
         """Exchange two rows in place."""
         for states in (self.keys, self.values):
-            states[[first, second]] = states[[second, first]]
+            kept = states[first].clone()  # and no list of indices, which a GPU would wait for
+            states[first] = states[second]
+            states[second] = kept
 
 
 class BardVLCache(Cache):

@@ -25,6 +25,7 @@ logger = logging.get_logger(__name__)
 
 Step = Callable[..., Any]
 NUM_IDLE_BUFFERS = 4  # sets that wait for another call; the one that has waited longest goes first
+NUM_WARM_UP_RUNS = 3  # of a step: a CUDA graph's kernels run, are recorded, and are replayed for the first time
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Compiled:
 
 _compiled: weakref.WeakKeyDictionary[torch.nn.Module, Compiled] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
-_first_call = threading.Lock()
+_warming_up = threading.Lock()
 
 
 def block_choice(
@@ -87,10 +88,13 @@ def compiled_step(model: Any, shape: tuple) -> Step:
         model: of which weights and step live equally long.
         shape: whatever the step is specialised on.
     """
+    # Graphs belong to a thread, and before torch 2.15 only the main one can record any: others compile without.
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    shape = (*shape, on_cuda and threading.current_thread() is threading.main_thread())
     with _lock:
         steps = _compiled.setdefault(model, Compiled()).steps
         if shape not in steps:
-            steps[shape] = _step_of(model)
+            steps[shape] = _step_of(model, records_graphs=shape[-1])
         return steps[shape]
 
 
@@ -108,11 +112,19 @@ def lent_buffers(model: Any, shape: tuple) -> Iterator[list[Buffers]]:
         yield buffers
     finally:
         with _lock:
-            idle.append((shape, buffers))
+            if buffers:  # a call that was refused has made none
+                idle.append((shape, buffers))
             del idle[:-NUM_IDLE_BUFFERS]
 
 
-def _step_of(model: torch.nn.Module) -> Step:
+def release_idle_buffers(model: Any) -> None:
+    """Give back the memory of a model's buffers that no call is using."""
+    with _lock:
+        if model in _compiled:
+            _compiled[model].idle.clear()
+
+
+def _step_of(model: torch.nn.Module, records_graphs: bool) -> Step:
     devices = sorted({str(device) for device in getattr(model, "hf_device_map", {}).values()})
     if len(devices) > 1:
         logger.warning_once(
@@ -120,31 +132,41 @@ def _step_of(model: torch.nn.Module) -> Step:
             "runs eagerly"
         )
         return block_choice
-    return _compile_with_fallback(next(model.parameters()).device.type)
+    return compile_with_fallback(block_choice, records_graphs)
 
 
-def _compile_with_fallback(device: str) -> Step:
+def compile_with_fallback(function: Step, records_graphs: bool) -> Step:
+    """The function compiled, as CUDA graphs if asked; itself, after a warning, where one of its first runs fails."""
     # A code object of its own: dynamo counts compilations by code object, and stops at eight.
-    code = block_choice.__code__.replace(co_name="compiled_block_choice")
-    own = types.FunctionType(code, block_choice.__globals__)
-    mode = "reduce-overhead" if device == "cuda" else None
-    state: dict[str, Step] = {"step": torch.compile(own, fullgraph=True, dynamic=False, mode=mode)}
-    tried = threading.Event()
+    own = types.FunctionType(function.__code__.replace(co_name="compiled"), function.__globals__)
+    mode = "reduce-overhead" if records_graphs else None
+    chosen: Step = torch.compile(own, fullgraph=True, dynamic=False, mode=mode)
+    num_runs = 0
 
     def step(*args: Any) -> Any:
-        if tried.is_set():
-            return state["step"](*args)
+        nonlocal chosen, num_runs
+        if num_runs >= NUM_WARM_UP_RUNS:
+            return chosen(*args)
         try:
-            with _first_call:
-                return state["step"](*args)
+            with _warming_up:
+                found = chosen(*args)
+                num_runs += 1
+                return found
+        except torch.OutOfMemoryError:  # says nothing about the compiler
+            raise
         except Exception as error:  # whatever the compiler throws; a fault of the step itself comes again below
             logger.warning_once(f"cannot compile the decoding step, it runs eagerly: {type(error).__name__}: {error}")
-            state["step"] = block_choice
-            return block_choice(*args)
-        finally:
-            tried.set()
+            chosen, num_runs = function, NUM_WARM_UP_RUNS
+            return function(*args)
 
     return step
 
 
-__all__ = ["block_choice", "compiled_step", "lent_buffers"]
+__all__ = [
+    "NUM_WARM_UP_RUNS",
+    "block_choice",
+    "compile_with_fallback",
+    "compiled_step",
+    "lent_buffers",
+    "release_idle_buffers",
+]

@@ -172,7 +172,7 @@ class BlockDecoder:
         self.table.ids[cell] = block
         self.confidences[cell] = torch.where(commit | revised, choice.confidence, self.confidences[cell])
         self.steps[step] += running
-        self._report(block, commit, revised, choice.confidence)
+        self._report(running, block, commit, revised, choice.confidence)
 
         finished = running & (block != settings.mask_token_id).all(-1)
         length, ends = self._response_end(block, offset)
@@ -212,14 +212,16 @@ class BlockDecoder:
                 logits[slot, offset] = self.hooks.processors(left[None], logits[slot, offset][None])[0]
         return logits
 
-    def _report(self, block: torch.Tensor, *decisions: torch.Tensor) -> None:
-        """Hand a draft to the streamer and keep the history, if asked."""
+    def _report(self, running: torch.Tensor, block: torch.Tensor, *decisions: torch.Tensor) -> None:
+        """Hand a draft to the streamer and keep the history of the rows that are `running`, if asked."""
         if hasattr(self.hooks.streamer, "put_draft"):
             self.hooks.streamer.put_draft(value=block.cpu())
         if self.hooks.keep_history:
-            for row, *parts in zip(self.rows, *(part.cpu() for part in (block, *decisions)), strict=True):
-                index = (self.starts[row] - self.lengths[row]) // self.settings.block_size
-                self.history[row].append(DenoisingStep(index, *parts))
+            parts_by_row = zip(self.rows, running.tolist(), *(x.cpu() for x in (block, *decisions)), strict=True)
+            for row, is_running, *parts in parts_by_row:
+                if is_running:
+                    index = (self.starts[row] - self.lengths[row]) // self.settings.block_size
+                    self.history[row].append(DenoisingStep(index, *parts))
 
     def _read(self, finished: torch.Tensor) -> set[int]:
         """Read who has ended and where the others are, run the caller's hooks, and let ended rows leave.
@@ -253,9 +255,9 @@ class BlockDecoder:
                 break
         if self.hooks.streamer is not None:
             self.hooks.streamer.put(self.table.ids[row, start : start + kept].cpu())
-        if stopped:
+        if stopped:  # before the block was encoded clean: the cache ends where it begins
             self.response_length[row] = start - self.lengths[row] + kept
-            self.ended[row] = True
+            self.ended[row], self.carries[row], self.block_start[row] = True, False, start
 
     def _retire(self, ended: list[int]) -> None:
         """Let rows leave the computation; where its shapes are fixed, all of them at once."""

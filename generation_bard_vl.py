@@ -13,7 +13,7 @@ from transformers.generation import GenerationConfig
 from transformers.utils import ModelOutput
 
 from .cache_bard_vl import BardVLCache
-from .compilation_bard_vl import lent_buffers
+from .compilation_bard_vl import NUM_WARM_UP_RUNS, lent_buffers
 from .configuration_bard_vl import check_integer
 from .decoding_bard_vl import BlockDecoder, DenoisingStep
 from .generation_config_bard_vl import (
@@ -41,7 +41,7 @@ from .inputs_bard_vl import (
     check_visual_inputs,
 )
 from .masking_bard_vl import check_attention_implementation
-from .memory_bard_vl import check_memory
+from .memory_bard_vl import cache_columns, check_memory
 from .windows_bard_vl import TokenTable, WindowEncoder
 
 
@@ -201,20 +201,23 @@ class BardVLGenerationMixin:
         contents = prompt.contents(self.config) if track else [prompt.input_ids[:0, 0].cpu()] * len(input_ids)
         scheme = self._cache_scheme(settings.block_size, input_ids.device)
         reused = cache.shared_prefix(contents, scheme)
-        check_memory(self, prompt, settings, reused)
+
+        shape = (len(input_ids) * settings.num_return_sequences, cache_columns(max(prompt.host_lengths), settings))
+        lent: Any = lent_buffers(self, (*shape, *scheme[1:])) if settings.is_static else contextlib.nullcontext()
 
         # 3. and 4. Decode
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
-        decoder = BlockDecoder(self, prompt, settings, cache, hooks)
-        shape = (*decoder.static_shape, *scheme[1:])
-        lent: Any = lent_buffers(self, shape) if settings.is_static else contextlib.nullcontext()
-        with lent as buffers, cache.generation(contents, scheme):
-            decoder.prefill(reused, buffers)
-            while decoder.rows:
-                decoder.step()
-            if track:
-                cache.contents = decoder.encoded_contents(contents)
+        with lent as buffers:
+            held = sum(states.nbytes for layer in buffers or () for states in layer)
+            check_memory(self, prompt, settings, reused, held)
+            if streamer is not None:
+                streamer.put(input_ids.cpu())
+            decoder = BlockDecoder(self, prompt, settings, cache, hooks)
+            with cache.generation(contents, scheme):
+                decoder.prefill(reused, buffers)
+                while decoder.rows:
+                    decoder.step()
+                if track:
+                    cache.contents = decoder.encoded_contents(contents)
         if streamer is not None:
             streamer.end()
 
@@ -263,11 +266,12 @@ class BardVLGenerationMixin:
             "entropy_bound": 0.0,
             "factor": 1e-6,
             "eos_token_id": [],
-            # Two blocks run every width.
+            # Two blocks run every width once.
             "stopping_criteria": [lambda ids, _: torch.full((len(ids),), ids.shape[1] > prompt_length + size)],
         }
         prompts = torch.full((num_rows, prompt_length), int(mask_token_id == 0), device=self.lm_head.weight.device)
-        self.generate(prompts, **{**settings, **slowly})
+        for _ in range(NUM_WARM_UP_RUNS):
+            self.generate(prompts, **{**settings, **slowly})
 
     @torch.no_grad()
     def score(

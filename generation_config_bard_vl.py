@@ -251,6 +251,7 @@ class DecodingSettings:
         temperature = config.temperature
         if config.do_sample is False or (temperature is None and not config.do_sample):
             temperature = 0.0
+        samples = temperature != 0
         chunk = config.prefill_chunk_size
         vocab_size = model_config.get_text_config().vocab_size
         eos = token_ids(config.eos_token_id)
@@ -276,8 +277,8 @@ class DecodingSettings:
             if config.revision_threshold is None
             else config.revision_threshold,
             temperature=1.0 if temperature is None else temperature,
-            top_k=setting(config, "top_k"),
-            top_p=setting(config, "top_p"),
+            top_k=setting(config, "top_k") if samples else DEFAULTS["top_k"],
+            top_p=setting(config, "top_p") if samples else DEFAULTS["top_p"],
             mask_token_id=mask_token_id,
             eos_token_ids=eos,
             pad_token_id=pad,

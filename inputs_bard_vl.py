@@ -153,6 +153,11 @@ class PromptSize:
                 tokens = tokens[count:]
         return cls(tuple(prompt.host_lengths), tuple(prompt.next_position.tolist()), tuple(items), first)
 
+    def row(self, number: int) -> "PromptSize":
+        """The size of one row alone."""
+        items = tuple(replace(item, row=0) for item in self.items if item.row == number)
+        return PromptSize(self.lengths[number : number + 1], self.positions[number : number + 1], items, self.first)
+
     def within(self, max_pixels: int, vision_config: Any) -> "PromptSize":
         """The size under a limit of pixels an item."""
         merge = vision_config.spatial_merge_size

@@ -7,16 +7,23 @@ CPU lie within `TOLERANCE` of the estimate; older lines take less for pictures i
 
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
+from .compilation_bard_vl import release_idle_buffers
 from .generation_config_bard_vl import DecodingSettings
 from .inputs_bard_vl import PromptSize, check_length, check_prompt, check_visual_inputs, pixel_advice
+from .windows_bard_vl import STATIC_COLUMNS
+
+logger = logging.get_logger(__name__)
 
 TOLERANCE = 1.25
-STATIC_MULTIPLE = 256  # columns of a static cache are a multiple of so many
 SUGGESTED_CHUNK = 1024  # tokens
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # version 2
+TABLE_BYTES = 8 + 4 * 8 + 8 + 4  # of a column of a row: id, positions, block, confidence
 
 
 @dataclass(frozen=True)
@@ -117,9 +124,27 @@ def working_bytes(model: Any, size: PromptSize, settings: DecodingSettings) -> i
     return max(stages)
 
 
+def certain_bytes(model: Any, size: PromptSize, settings: DecodingSettings) -> int:
+    """The same if every response ends in its first block: what the call takes in any case.
+
+    A static cache, and one that the host looks at now and then only, have room for full responses from the start.
+    """
+    shortest = settings
+    if not settings.is_static and settings.check_interval == 1:
+        shortest = replace(settings, max_new_tokens=min(settings.max_new_tokens, settings.block_size))
+    further = table_bytes(size, settings) - table_bytes(size, shortest)
+    return working_bytes(model, size, shortest) + further
+
+
 def num_blocks(settings: DecodingSettings) -> int:
     """Blocks of the longest response."""
     return -(-settings.max_new_tokens // settings.block_size)
+
+
+def table_bytes(size: PromptSize, settings: DecodingSettings) -> int:
+    """Tokens, positions, blocks and confidences of prompts and full responses."""
+    rows = len(size.lengths) * settings.num_return_sequences
+    return rows * TABLE_BYTES * (max(size.lengths) + (num_blocks(settings) + 1) * settings.block_size)
 
 
 def cache_columns(longest: int, settings: DecodingSettings) -> int:
@@ -127,7 +152,7 @@ def cache_columns(longest: int, settings: DecodingSettings) -> int:
     block, blocks = settings.block_size, num_blocks(settings)
     most = longest + (blocks + 1) * block
     if settings.is_static:
-        return -(-most // STATIC_MULTIPLE) * STATIC_MULTIPLE
+        return -(-most // STATIC_COLUMNS) * STATIC_COLUMNS
     if settings.check_interval > 1:
         return most
     columns, first, chunk = 0, longest + block, settings.prefill_chunk_size
@@ -161,10 +186,14 @@ def vision_bytes(model: Any, size: PromptSize) -> int:
     copies = 4 * (element < 4)
     positions = 4 * hidden * (element + 4 + copies) + hidden * element  # four neighbours of each, and their weights
     rotation = hidden * (5 * element + 4 * 4 + 2 * copies)
+    attention = 0
+    if vision._attn_implementation == "eager":  # products and softmax; a frame sees itself alone
+        frame = max((item.height * item.width for item in size.items), default=0)
+        attention = vision.num_heads * frame**2 * softmax_bytes(element)
     mlp = (4 * hidden + 2 * vision.intermediate_size) * element
     given = pixels * (4 + (element if copies else 0))
     features = (1 + len(vision.deepstack_visual_indexes)) * vision.out_hidden_size * element
-    return patches * (given + max(positions, rotation, mlp) + features // vision.spatial_merge_size**2)
+    return attention + patches * (given + max(positions, rotation, mlp) + features // vision.spatial_merge_size**2)
 
 
 def prefill_bytes(model: Any, size: PromptSize, settings: DecodingSettings) -> int:
@@ -179,11 +208,29 @@ def prefill_bytes(model: Any, size: PromptSize, settings: DecodingSettings) -> i
 
 def decode_bytes(model: Any, size: PromptSize, settings: DecodingSettings) -> int:
     """The whole cache, and the larger of a window of two blocks and the scores of a block over the vocabulary."""
-    block, vocabulary, element = settings.block_size, model.config.text_config.vocab_size, element_size(model)
+    block, vocabulary = settings.block_size, model.config.text_config.vocab_size
     end = max(size.lengths) + (num_blocks(settings) + 1) * block
-    scores = block * vocabulary * (element + 4 + 4 * (element < 4))
+    scores = block * vocabulary * choice_bytes(settings, element_size(model))
     rows = len(size.lengths) * settings.num_return_sequences
-    return cache_bytes(model, size, settings) + rows * max(scores, window_bytes(model, 2 * block, end))
+    held = cache_bytes(model, size, settings) + table_bytes(size, settings)
+    return held + rows * max(scores, window_bytes(model, 2 * block, end))
+
+
+def choice_bytes(settings: DecodingSettings, element: int) -> int:
+    """Bytes per position and entry of the vocabulary while a token is chosen (`choose_tokens`, the rule's measure)."""
+    needed = softmax_bytes(element)  # the normaliser
+    if settings.temperature:  # logits and those without the mask token; relative to the largest, weights, noise
+        needed = 2 * element + 3 * 4
+        if settings.top_p < 1:  # in order, their places, probabilities, sums, and those less the probabilities
+            needed += 8 + 3 * 4 + 1
+    if settings.remasking_strategy == "entropy_bounded":  # logits, their log-probabilities, the products twice
+        needed = max(needed, element + 3 * 4)
+    return needed
+
+
+def softmax_bytes(element: int) -> int:
+    """Bytes per score of a softmax in float32: the score, its copy in float32 if it is smaller, the result."""
+    return element + 4 * (element < 4) + 4
 
 
 def window_bytes(model: Any, width: int, end: int) -> int:
@@ -195,11 +242,11 @@ def window_bytes(model: Any, width: int, end: int) -> int:
     attention = 2 * heads * text.head_dim * element
     repeated = 2 * heads * text.head_dim * end * element // width  # keys and values, for each head of a group
     if text._attn_implementation == "eager":  # products and softmax
-        attention += heads * end * (element + 4 + 4 * (element < 4)) + repeated
+        attention += heads * end * softmax_bytes(element) + repeated
     elif text._attn_implementation == "sdpa":  # the mask as numbers
         attention += end * (1 + element) + repeated
-    else:  # the mask repeated for each head of a group
-        attention += groups * end * (1 + element)
+    else:  # the mask repeated for each head of a group, or keys and values where that is less
+        attention += min(groups * end * (1 + element), end * (1 + element) + repeated)
     return width * (states + max(mlp, attention))
 
 
@@ -208,20 +255,34 @@ def element_size(model: Any) -> int:
     return model.get_input_embeddings().weight.element_size()
 
 
-def check_memory(model: Any, prompt: Any, settings: DecodingSettings, reused: int = 0) -> None:
-    """Raise `ValueError` if a call surely needs more memory than its device has free, before anything is computed.
+def check_memory(model: Any, prompt: Any, settings: DecodingSettings, reused: int = 0, held: int = 0) -> None:
+    """Raise `ValueError` if a call needs more memory than its device has free, before anything is computed.
 
-    The message names the estimate, and what would fit. A model that is spread over devices is not checked.
+    What is sure is compared: responses may end early. The message names the estimate, and what would fit. A model that
+    is spread over devices is not checked.
 
     Args:
         model: the model, its weights in memory.
         prompt: realigned, on the device.
         settings: resolved.
         reused: columns that a cache holds already.
+        held: bytes of keys and values that are there already, to be used again.
     """
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) <= 1:
-        size = PromptSize.of(model.config, prompt, reused)
-        check_fits(model, size, settings, prompt.input_ids.device, free_memory(prompt.input_ids.device))
+        device = prompt.input_ids.device
+        free, size = free_memory(device), PromptSize.of(model.config, prompt, reused)
+        if free is None:
+            return
+        needed = working_bytes(model, size, settings) - held
+        if needed > free:
+            release_idle_buffers(model)
+            free = free_memory(device) or 0
+        check_fits(model, size, settings, device, free + held)
+        if needed > free:
+            logger.warning_once(
+                f"responses of full length may not fit into the memory of {device}: `max_new_tokens` is "
+                f"{settings.max_new_tokens}, for {len(size.lengths) * settings.num_return_sequences} of them"
+            )
 
 
 def check_fits(
@@ -233,24 +294,28 @@ def check_fits(
     with_weights: bool = False,
 ) -> None:
     """Raise `ValueError` if a call surely needs more than `free` bytes; None is not known, and passes."""
-
-    def needs(size: PromptSize, settings: DecodingSettings = settings) -> int:
-        needed = working_bytes(model, size, settings)
-        return needed + weight_bytes(model) if with_weights else needed
-
-    if free is None or needs(size) <= TOLERANCE * free:
+    weights = weight_bytes(model) if with_weights else 0
+    if free is None or weights + certain_bytes(model, size, settings) <= TOLERANCE * free:
         return
+
+    def fits(size: PromptSize, **changes: Any) -> bool:
+        return weights + certain_bytes(model, size, replace(settings, **changes)) <= free / TOLERANCE
+
     found = estimate(model, size, settings)
-    advice = pixel_advice(size, model.config.vision_config, lambda smaller: needs(smaller) <= TOLERANCE * free)
+    advice = pixel_advice(size, model.config.vision_config, fits)
     chunk = max(SUGGESTED_CHUNK // settings.block_size, 1) * settings.block_size
-    if settings.prefill_chunk_size is None and needs(size, replace(settings, prefill_chunk_size=chunk)) <= free:
+    if settings.prefill_chunk_size is None and fits(size, prefill_chunk_size=chunk):
         advice += f"; or set `prefill_chunk_size` to {chunk}"
-    parts = [f"{readable(found.weights)} of weights"] if with_weights else []
+    if settings.max_new_tokens > settings.block_size and fits(size, max_new_tokens=settings.block_size):
+        advice += f"; or lower `max_new_tokens`, which is {settings.max_new_tokens}"
+    if len(size.lengths) > 1 and all(fits(size.row(number)) for number in range(len(size.lengths))):
+        advice += f"; or give fewer than {len(size.lengths)} prompts at once"
+    parts = [f"{readable(weights)} of weights"] if with_weights else []
     parts += [f"{readable(found.vision)} to encode images and videos"] if size.items else []
     parts += [f"{readable(found.prefill)} to encode the prompt", f"{readable(found.decode)} to write the response"]
     visual = f", {found.visual_tokens} of images and videos" if size.items else ""
     raise ValueError(
-        f"a prompt of {found.prompt_tokens} tokens{visual} needs about {readable(needs(size))} at most "
+        f"a prompt of {found.prompt_tokens} tokens{visual} needs about {readable(weights + found.working)} at most "
         f"({', '.join(parts)}); {device} has {readable(free)} free{advice}"
     )
 
@@ -262,8 +327,14 @@ def free_memory(device: torch.device) -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
         return None
+    known = [size for size in (free_in_system(), free_in_container()) if size is not None]
+    return min(known, default=None)
+
+
+def free_in_system() -> int | None:
+    """Bytes that programs can still get from the machine without swapping; None where it does not say."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as lines:  # Linux: what programs can get without swapping
+        with open("/proc/meminfo", encoding="ascii") as lines:  # Linux
             known = dict(line.split(":", 1) for line in lines)
         return int(known["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
@@ -271,6 +342,16 @@ def free_memory(device: torch.device) -> int | None:
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
+        return None
+
+
+def free_in_container() -> int | None:
+    """Bytes up to the limit of the container that the process runs in; None where there is none."""
+    try:
+        limit, used = ((CONTROL_GROUP / name).read_text("ascii") for name in ("memory.max", "memory.current"))
+        pages = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text("ascii").splitlines())
+        return max(int(limit) - int(used) + int(pages["inactive_file"]), 0)  # which the system would give up
+    except (OSError, KeyError, ValueError):  # no such group, or "max"
         return None
 
 
@@ -282,4 +363,13 @@ def readable(size: int) -> str:
     return f"{value:.0f} {units[0]}" if value >= 99.5 or units[0] == "B" else f"{value:.2g} {units[0]}"
 
 
-__all__ = ["MemoryEstimate", "check_fits", "check_memory", "estimate_memory", "free_memory", "read_prompt", "readable"]
+__all__ = [
+    "MemoryEstimate",
+    "cache_columns",
+    "check_fits",
+    "check_memory",
+    "estimate_memory",
+    "free_memory",
+    "read_prompt",
+    "readable",
+]

@@ -175,14 +175,16 @@ def choose_tokens(
         ids (batch, block) and confidence (batch, block) in float32.
     """
     log_normaliser = torch.logsumexp(logits.float(), dim=-1)
-    scores = logits.index_fill(-1, torch.tensor(mask_token_id, device=logits.device), float("-inf"))
+    scores = logits.clone()
+    scores[..., mask_token_id] = float("-inf")
     if temperature == 0:
         ids = scores.argmax(dim=-1)
     else:
         # Relative to the largest, which then stays finite; a temperature that float32 takes for 0 would make it 0 / 0.
         relative = scores.float() - scores.amax(-1, keepdim=True).float()
         weights = filter_scores(relative / max(temperature, 1e-30), top_k, top_p).softmax(-1)
-        ids = torch.multinomial(weights.flatten(0, 1), 1, generator=generator).view(logits.shape[:2])
+        # What `torch.multinomial` draws, without its checks, for which the host waits.
+        ids = (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(-1)
     chosen = scores.gather(-1, ids[..., None])[..., 0]
     return ids, (chosen.float() - log_normaliser).exp()
 

@@ -226,6 +226,26 @@ def test_cache_goes_on_after_an_end_of_sequence() -> None:
     assert second.num_encoded_tokens.item() < len(second_prompt.ids) - 15
 
 
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+@pytest.mark.parametrize("stopped", ["at a block's end", "inside a block", "by time"])
+def test_cache_of_a_stopped_call_holds_what_was_encoded(stopped: str, mode: str) -> None:
+    prompt = PROMPTS["aligned text"]
+    lengths = {"at a block's end": 24 + 8, "inside a block": 24 + 5, "by time": 16 + 8}
+    stop = (
+        {"max_time": 0.0}
+        if stopped == "by time"
+        else {"stopping_criteria": [lambda ids, _: torch.tensor([ids.shape[1] >= lengths[stopped]])]}
+    )
+    first = run(prompt, cache_implementation=mode, **stop)
+    assert first.sequences.shape[1] == lengths[stopped]
+    assert (
+        first.past_key_values.contents[0].tolist() == first.sequences[0, : 16 if stopped == "by time" else 24].tolist()
+    )
+    second_prompt = next_turn(prompt, first)
+    second = run(second_prompt, past_key_values=first.past_key_values)
+    assert_same(second, run(second_prompt))
+
+
 def test_call_that_fails_leaves_the_cache_usable() -> None:
     prompt = PROMPTS["mixture"]
     first = run(prompt)

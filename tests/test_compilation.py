@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,8 +14,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from bard_vl import BardVLForConditionalGeneration, BardVLGenerationOutput
-from bard_vl.compilation_bard_vl import NUM_IDLE_BUFFERS, compiled_step, lent_buffers
+from bard_vl import (
+    BardVLForConditionalGeneration,
+    BardVLGenerationOutput,
+    compilation_bard_vl,
+    estimate_memory,
+    memory_bard_vl,
+)
+from bard_vl.compilation_bard_vl import (
+    NUM_IDLE_BUFFERS,
+    NUM_WARM_UP_RUNS,
+    Step,
+    compile_with_fallback,
+    compiled_step,
+    lent_buffers,
+)
 from bard_vl.remasking_bard_vl import REMASKING_RULES, Chooser
 from ragged import MASK, NO_ID, Row, collate
 from torch._dynamo.utils import counters
@@ -141,6 +155,7 @@ def test_buffers_in_use_are_not_lent_again_and_few_wait() -> None:
     for columns in range(NUM_IDLE_BUFFERS):
         with lent_buffers(model, (1, columns)) as buffers:
             made.append(buffers)
+            buffers.append(columns)
     with lent_buffers(model, (1, 256)) as again, lent_buffers(model, (1, 0)) as kept:
         assert again == []
         assert kept is made[0]
@@ -189,6 +204,95 @@ for _ in range(2):
     assert torch.equal(load().generate(**batch, cache_implementation="static", **settings), expected)
 print("same tokens")
 """
+
+
+def fail_at_run(number: int, error: Exception) -> Step:
+    """What stands for a compiled function: it doubles, but for the failure of one run."""
+    runs = []
+
+    def run(value: int) -> int:
+        runs.append(value)
+        if len(runs) == number:
+            raise error
+        return 2 * value
+
+    return run
+
+
+def double(value: int) -> int:
+    return 2 * value
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_step_that_fails_while_it_warms_up_runs_eagerly(
+    number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compilation_bard_vl.logger.warning_once.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail_at_run(number, RuntimeError("no graph")))
+    step = compile_with_fallback(double, records_graphs=True)
+    with caplog.at_level(logging.WARNING):
+        assert [step(value) for value in range(6)] == [0, 2, 4, 6, 8, 10]
+    assert [record.getMessage() for record in caplog.records] == [
+        "cannot compile the decoding step, it runs eagerly: RuntimeError: no graph"
+    ]
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail_at_run(1, torch.OutOfMemoryError("full")))
+    step = compile_with_fallback(double, records_graphs=False)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        step(1)
+    assert step(1) == 2
+
+
+@pytest.mark.parametrize(("interval", "block_size"), [(1, 4), (3, 4), (1, 1)])
+def test_warming_up_runs_every_width_as_often_as_a_graph_needs(interval: int, block_size: int) -> None:
+    model, settings = load(), {"block_size": block_size, "check_interval": interval, "max_new_tokens": 24}
+    widths: Counter[int] = Counter()
+
+    def look(_module: object, _args: tuple, kwargs: dict) -> None:
+        widths[kwargs["inputs_embeds"].shape[1]] += kwargs["past_key_values"].layers[-1].is_lent
+
+    model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
+    with torch.compiler.set_stance("force_eager"):
+        model.warm_up(1, 9, **settings)
+        assert all(count >= NUM_WARM_UP_RUNS for count in (+widths).values())
+        warmed = set(+widths)
+        run(model, [Row().add_text(9, 0)], cache_implementation="static", **settings)
+    assert set(+widths) == warmed
+
+
+def test_what_greedy_decoding_ignores_makes_no_other_step(model: BardVLForConditionalGeneration) -> None:
+    with torch.compiler.set_stance("force_eager"):
+        run(model, BATCH[:1], cache_implementation="static")
+        steps = set(compilation_bard_vl._compiled[model].steps)
+        run(model, BATCH[:1], cache_implementation="static", do_sample=False, temperature=0.7, top_p=0.8, top_k=20)
+    assert set(compilation_bard_vl._compiled[model].steps) == steps
+
+
+def test_buffers_that_wait_count_as_free_and_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, static = load(), {"cache_implementation": "static"}
+    model.config.text_config.max_position_embeddings = 10**6
+    inputs = collate(BATCH[:1])
+    needed = estimate_memory(model, inputs, **SETTINGS, **static).working
+    large = {"max_new_tokens": 5000}
+
+    def waiting() -> int:
+        idle = compilation_bard_vl._compiled[model].idle if model in compilation_bard_vl._compiled else []
+        return sum(states.nbytes for _, buffers in idle for layer in buffers for states in layer)
+
+    with torch.compiler.set_stance("force_eager"):
+        expected = run(model, BATCH[:1]).sequences
+        monkeypatch.setattr(memory_bard_vl, "free_memory", lambda _: needed - waiting())
+        for _ in range(2):
+            assert torch.equal(run(model, BATCH[:1], **static).sequences, expected)
+            assert waiting() > needed / 2
+        room = estimate_memory(model, inputs, **SETTINGS | large, **static).working
+        monkeypatch.setattr(memory_bard_vl, "free_memory", lambda _: room - waiting())
+        run(model, BATCH[:1], **static, **large, stopping_criteria=[lambda ids, _: torch.tensor([True])])
+        assert len(compilation_bard_vl._compiled[model].idle) == 1  # the others made room
+        with pytest.raises(ValueError, match="or lower `max_new_tokens`, which is 500000"):
+            run(model, BATCH[:1], **static, max_new_tokens=500_000)
 
 
 def test_without_a_compiler_the_step_runs_eagerly_and_says_so_once(tmp_path: Path) -> None:

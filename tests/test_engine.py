@@ -19,7 +19,8 @@ from ragged import settings as arguments_of
 from torch.overrides import TorchFunctionMode
 
 SYNCHRONISING = {
-    getattr(torch.Tensor, name) for name in ("item", "tolist", "cpu", "nonzero", "__bool__", "__int__", "__index__")
+    getattr(torch.Tensor, name)
+    for name in ("item", "tolist", "cpu", "nonzero", "unique", "__bool__", "__int__", "__index__")
 }
 
 
@@ -34,15 +35,16 @@ def assert_same(output: BardVLGenerationOutput, expected: BardVLGenerationOutput
 
 
 class HostChecks(TorchFunctionMode):
-    """Counts the calls that make the host wait for the device."""
+    """Counts the calls that make the host wait for the device, and those that send it numbers of the host's."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count = self.num_sent = 0
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += function in SYNCHRONISING
-        if function is torch.Tensor.__getitem__:  # as many values as a device finds
+        self.num_sent += function is torch.tensor
+        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):  # as many values as a device finds
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             self.count += any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in index)
         return function(*args, **(kwargs or {}))
@@ -159,11 +161,13 @@ def test_rows_side_by_side_need_no_mask_either() -> None:
     assert [forward["mask"] > 0 for forward in seen] == [True] + [False] * 5
 
 
+# A CPU that decodes greedily counts the undecided positions, as no other device does, unless all of them matter.
+@pytest.mark.parametrize("way", [{"temperature": 1.0}, {"revision": "overwrite", "revision_threshold": 1.0}], ids=str)
 @pytest.mark.parametrize("num_rows", [1, 4])
 @pytest.mark.parametrize("interval", [1, 2, 5])
-def test_host_checks_once_an_interval(num_rows: int, interval: int) -> None:
+def test_host_checks_once_an_interval(num_rows: int, interval: int, way: dict[str, Any]) -> None:
     batch = [Row().add_text(12 + seed, seed) for seed in range(num_rows)]
-    counts = []
+    counts, sent = [], []
     for num_blocks in (2, 12):
         with HostChecks() as checks:
             output = run(
@@ -173,24 +177,28 @@ def test_host_checks_once_an_interval(num_rows: int, interval: int) -> None:
                 remasking_strategy="low_confidence_static",
                 max_new_tokens=4 * num_blocks,
                 check_interval=interval,
-                temperature=1.0,  # without it, a CPU counts the undecided positions, as no other device does
+                **way,
             )
         forwards = sum(output.num_forwards.values())
         assert 0 <= forwards - 4 * num_blocks < interval
         assert output.num_forwards.get("overrun", 0) == forwards - 4 * num_blocks
         counts.append(checks.count)
+        sent.append(checks.num_sent)
     # What a call reads once cancels out; ten blocks of four steps lie between the two.
     assert counts[1] - counts[0] == -(-48 // interval) - -(-8 // interval)
+    # What was read each step goes back as the windows' places; what is read now and then stays on the device.
+    assert sent[1] - sent[0] == (40 if interval == 1 else 0)
 
 
 @pytest.mark.parametrize("num_clean", [0, 3])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
-def test_attention_without_mask_equals_attention_with_one(num_clean: int, heads: tuple[int, int]) -> None:
+@pytest.mark.parametrize("queries", [6, 40])  # the latter repeat keys and values, not the mask
+def test_attention_without_mask_equals_attention_with_one(num_clean: int, heads: tuple[int, int], queries: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(2, heads[0], 6, 8, generator=generator)
-    key, value = (torch.randn(2, heads[1], 20, 8, generator=generator) for _ in range(2))
-    visible = torch.ones(2, 1, 6, 20, dtype=torch.bool)
-    visible[:, :, :num_clean, 20 - (6 - num_clean) :] = num_clean == 0
+    query = torch.randn(2, heads[0], queries, 8, generator=generator)
+    key, value = (torch.randn(2, heads[1], 50, 8, generator=generator) for _ in range(2))
+    visible = torch.ones(2, 1, queries, 50, dtype=torch.bool)
+    visible[:, :, :num_clean, 50 - (queries - num_clean) :] = num_clean == 0
     repeated = [states.repeat_interleave(heads[0] // heads[1], dim=1) for states in (key, value)]
     expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=visible).transpose(1, 2)
     for mask in (None, visible):
@@ -200,17 +208,18 @@ def test_attention_without_mask_equals_attention_with_one(num_clean: int, heads:
 
 
 PEAK = """
-import resource, sys
-from pathlib import Path
+import sys
 import torch
 sys.path.insert(0, sys.argv[1])
+sys.path.insert(1, sys.argv[1] + "/../benchmarks")
+from measuring import peak_memory, reset_peak_memory
 from ragged import Row, collate, load
 model, inputs = load(), collate([Row().add_text(16384, 0)])
 model.config.text_config.max_position_embeddings = 20000
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = reset_peak_memory(torch.device("cpu"))
 chunk = int(sys.argv[2]) or None
 ids = model.generate(**inputs, block_size=16, denoising_steps=2, max_new_tokens=16, prefill_chunk_size=chunk)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, ids[0, -16:].tolist())
+print(peak_memory(torch.device("cpu")) - before, ids[0, -16:].tolist())
 """
 
 
@@ -220,7 +229,7 @@ def test_memory_of_a_16k_prompt_is_bounded_by_the_chunk() -> None:
         command = [sys.executable, "-c", PEAK, __file__.rpartition("/")[0], str(chunk)]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         peak, _, ids = output.partition(" ")
-        peaks.append(int(peak) / 1024)  # MiB
+        peaks.append(int(peak) / 2**20)  # MiB
         tokens.append(ids)
     assert tokens[0] == tokens[1]
     # The visibility of 16k by 16k tokens alone is 256 MiB, that of 512 by 16k 8 MiB.

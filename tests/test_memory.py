@@ -1,6 +1,8 @@
 """Memory is estimated before it is used: the cache and the weights to the byte, peaks within the stated factor."""
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -8,7 +10,7 @@ import psutil
 import pytest
 import tiny
 import torch
-from bard_vl import BardVLConfig, BardVLForConditionalGeneration, estimate_memory
+from bard_vl import BardVLConfig, BardVLForConditionalGeneration, estimate_memory, memory_bard_vl
 from bard_vl.inputs_bard_vl import PromptSize, largest_pixels
 from bard_vl.memory_bard_vl import TOLERANCE, check_fits, free_memory, read_prompt, readable
 from torch.profiler import ProfilerActivity, profile
@@ -31,7 +33,9 @@ VISION = {"hidden_size": 512, "intermediate_size": 2048, "depth": 3, "num_heads"
 
 
 @cache
-def load(dtype: torch.dtype = torch.float32, attention: str = "bard_vl", device: str = "cpu") -> Any:
+def load(
+    dtype: torch.dtype = torch.float32, attention: str = "bard_vl", device: str = "cpu", vision: str = "sdpa"
+) -> Any:
     config = tiny.qwen3vl_config(True, "small", dtype, TEXT)
     config["vision_config"] |= VISION
     config |= {"model_type": "bard_vl", "mask_token_id": IDS.mask_token_id}
@@ -39,6 +43,7 @@ def load(dtype: torch.dtype = torch.float32, attention: str = "bard_vl", device:
     with torch.device(device):
         model = BardVLForConditionalGeneration(BardVLConfig(**config)).to(dtype).eval()
     model.config.text_config._attn_implementation = attention
+    model.config.vision_config._attn_implementation = vision
     return model
 
 
@@ -85,6 +90,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "batch": (prompt(SMALL, text=200, rows=3), {}),
     "several responses": (prompt(text=40), {"num_return_sequences": 4}),
     "one block": (prompt(text=23), {"max_new_tokens": 3}),
+    "sampling": (prompt(text=20, rows=6), {"temperature": 1.0}),
+    "nucleus sampling": (prompt(text=20, rows=6), {"temperature": 1.0, "top_p": 0.9}),
+    "top k": (prompt(text=20, rows=6), {"temperature": 1.0, "top_k": 50}),
+    "entropy": (prompt(text=20, rows=6), {"remasking_strategy": "entropy_bounded"}),
+    "margin": (prompt(text=20, rows=6), {"remasking_strategy": "margin"}),
+    "remask": (prompt(text=20, rows=6), {"revision": "remask"}),
 }
 
 
@@ -106,6 +117,16 @@ def test_other_attention_takes_what_is_estimated(case: str, attention: str) -> N
     inputs, settings = CASES[case]
     settings = {**SETTINGS, **settings}
     model = load(attention=attention)
+    estimate = estimate_memory(model, inputs, **settings)
+    peak, _ = highest_use(lambda: model.generate(**inputs, **settings))
+    assert peak / TOLERANCE < estimate.working < peak * TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["image", "images"])
+def test_a_vision_tower_of_plain_products_takes_what_is_estimated(case: str, dtype: torch.dtype) -> None:
+    inputs, settings = CASES[case][0], SETTINGS
+    model = load(dtype, vision="eager")
     estimate = estimate_memory(model, inputs, **settings)
     peak, _ = highest_use(lambda: model.generate(**inputs, **settings))
     assert peak / TOLERANCE < estimate.working < peak * TOLERANCE
@@ -162,8 +183,43 @@ def test_readable_sizes(size: float, text: str) -> None:
 
 def test_generate_refuses_what_no_machine_has_before_it_computes() -> None:
     model = load()
-    with pytest.raises(ValueError, match=r"^a prompt of 9 tokens needs about .* TB at most .* cpu has .* GB free$"):
+    with pytest.raises(
+        ValueError, match=r"^a prompt of 9 .* about .* TB at most .* has .* GB free; or lower `max_new_tokens`"
+    ):
         model.generate(**prompt(text=9), **{**SETTINGS, "max_new_tokens": 10**9})
+
+
+def test_responses_that_may_end_early_are_not_refused(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    model, long = load(), {**SETTINGS, "max_new_tokens": 100_000}
+    size, settings = read_prompt(model, prompt(text=9, rows=8), **long)
+    needed = estimate_memory(model, prompt(text=9, rows=8), **long).working
+    free = needed // 10
+    check_fits(model, size, settings, torch.device("cpu"), free)
+    for ahead in ({"is_static": True}, {"check_interval": 4}):
+        with pytest.raises(
+            ValueError, match=r"or lower `max_new_tokens`, which is 100000; or give fewer than 8 prompts"
+        ):
+            check_fits(model, size, replace(settings, **ahead), torch.device("cpu"), needed // 4)
+    monkeypatch.setattr(memory_bard_vl, "free_memory", lambda _: free)
+    memory_bard_vl.logger.warning_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            model.generate(**prompt(text=9, rows=8), **long, stopping_criteria=[lambda *_: torch.ones(1, dtype=bool)])
+    assert [record.getMessage() for record in caplog.records] == [
+        "responses of full length may not fit into the memory of cpu: `max_new_tokens` is 100000, for 8 of them"
+    ]
+
+
+def test_a_containers_limit_counts(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_bard_vl, "CONTROL_GROUP", tmp_path)
+    files = {"memory.max": "max", "memory.current": "60000000", "memory.stat": "anon 5\ninactive_file 20000000\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    unlimited = free_memory(torch.device("cpu"))
+    assert unlimited == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+    for limit, free in ((100_000_000, 60_000_000), (30_000_000, 0)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert free_memory(torch.device("cpu")) == free
 
 
 def test_the_error_names_the_estimate_and_the_pixels_that_fit() -> None:
@@ -176,18 +232,26 @@ def test_the_error_names_the_estimate_and_the_pixels_that_fit() -> None:
     assert message.startswith("a prompt of 472 tokens, 448 of images and videos needs about ")
     for part in (estimate.working, estimate.vision, estimate.prefill, estimate.decode, free):
         assert readable(part) in message
-    limit = int(message.rpartition("`max_pixels` of an image is ")[2])
-    step = 32**2
-    check_fits(model, size.within(limit, model.config.vision_config), settings, torch.device("cpu"), free)
-    with pytest.raises(ValueError, match="needs about"):
-        check_fits(model, size.within(limit + step, model.config.vision_config), settings, torch.device("cpu"), free)
+    limit = int(message.rpartition("`max_pixels` of an image is ")[2].partition(";")[0])
+    smaller = estimate_memory(model, prompt_within(inputs, limit), **SETTINGS)
+    larger = estimate_memory(model, prompt_within(inputs, limit + 32**2), **SETTINGS)
+    assert smaller.working <= free / TOLERANCE < larger.working
+    peak, _ = highest_use(lambda: model.generate(**prompt_within(inputs, limit), **SETTINGS))
+    assert peak <= free
+
+
+def prompt_within(inputs: dict[str, Any], max_pixels: int) -> dict[str, Any]:
+    """The same prompt with pictures under a limit of pixels."""
+    size, _ = read_prompt(load(), inputs, **SETTINGS)
+    items = size.within(max_pixels, load().config.vision_config).items
+    return prompt(*[(item.frames, item.height, item.width) for item in items])
 
 
 def test_the_error_says_if_chunks_would_do() -> None:
     model, inputs = load(), prompt(text=6000)
     size, settings = read_prompt(model, inputs, **SETTINGS)
     with pytest.raises(ValueError, match="or set `prefill_chunk_size` to 1024"):
-        check_fits(model, size, settings, torch.device("cpu"), 400_000_000)
+        check_fits(model, size, settings, torch.device("cpu"), 200_000_000)
     with pytest.raises(ValueError, match=r"free; no limit on the pixels of an image makes it fit$"):
         check_fits(model, read_prompt(model, prompt(SMALL), **SETTINGS)[0], settings, torch.device("cpu"), 1000)
 
