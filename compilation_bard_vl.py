@@ -6,7 +6,6 @@ finds them where it was recorded. Whatever cannot be compiled runs eagerly, afte
 """
 
 import threading
-import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from .attention_bard_vl import with_own_code
 from .cache_bard_vl import Buffers
 from .masking_bard_vl import to_attention_mask
 from .remasking_bard_vl import Chooser
@@ -137,10 +137,8 @@ def _step_of(model: torch.nn.Module, records_graphs: bool) -> Step:
 
 def compile_with_fallback(function: Step, records_graphs: bool) -> Step:
     """The function compiled, as CUDA graphs if asked; itself, after a warning, where one of its first runs fails."""
-    # A code object of its own: dynamo counts compilations by code object, and stops at eight.
-    own = types.FunctionType(function.__code__.replace(co_name="compiled"), function.__globals__)
     mode = "reduce-overhead" if records_graphs else None
-    chosen: Step = torch.compile(own, fullgraph=True, dynamic=False, mode=mode)
+    chosen: Step = torch.compile(with_own_code(function), fullgraph=True, dynamic=False, mode=mode)
     num_runs = 0
 
     def step(*args: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from bard_vl import BardVLForConditionalGeneration
-from plain_decoder import LADDER, MASKLESS, LadderDecoder, Rung, Task
+from plain_decoder import LADDER, LadderDecoder, Rung, Task
 from shapes import stock_twin
 from transformers import CompileConfig, Qwen3VLForConditionalGeneration
 
@@ -144,10 +144,10 @@ def contenders(
         interval: the engine's `check_interval`, None for its default.
     """
     chosen: list[Contender] = []
-    sdpa, maskless = stock_twin(model, "sdpa"), stock_twin(model, MASKLESS)
+    twins = {rung.attention: stock_twin(model, rung.attention) for rung in LADDER}
     for place, rung in enumerate(LADDER):
         if "plain" in groups if place == 0 else "ladder" in groups and batch == 1:
-            chosen.append(LadderContender(maskless if rung.maskless else sdpa, rung))
+            chosen.append(LadderContender(twins[rung.attention], rung))
     if batch > 1 and chosen:
         chosen[0].name += ", one by one"
     engine = {} if interval is None else {"check_interval": interval}
@@ -159,7 +159,7 @@ def contenders(
             static = {**engine, "cache_implementation": "static"}
             chosen.append(EngineContender("this engine, static and compiled", model, is_batched=True, **static))
     if "qwen" in groups:
-        chosen.append(AutoregressiveContender("Qwen3-VL, eager", sdpa))
+        chosen.append(AutoregressiveContender("Qwen3-VL, eager", twins["sdpa"]))
         if compiled:
             chosen.append(
                 AutoregressiveContender(

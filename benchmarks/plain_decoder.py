@@ -13,6 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from bard_vl.attention_bard_vl import ATTENTION_NAME
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, Qwen3VLForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicLayer
@@ -63,6 +64,8 @@ class Rung:
         device_rule: decide without looking at values on the host; confidence from logsumexp, not a softmax.
         fused_prefill: encode the prompt together with the first step of the first block.
         fused_commit: encode a finished block together with the first step of the next.
+        shared_heads: neither repeat keys and values for the heads that share them, nor mask a window of two blocks;
+            needs a model with this package's attention.
     """
 
     name: str = "plain baseline"
@@ -72,6 +75,12 @@ class Rung:
     device_rule: bool = False
     fused_prefill: bool = False
     fused_commit: bool = False
+    shared_heads: bool = False
+
+    @property
+    def attention(self) -> str:
+        """Attention implementation of the model that it needs."""
+        return ATTENTION_NAME if self.shared_heads else MASKLESS if self.maskless else "sdpa"
 
 
 _BETTER: tuple[dict[str, Any], ...] = (
@@ -81,6 +90,7 @@ _BETTER: tuple[dict[str, Any], ...] = (
     {"name": "+ no host checks in a block", "device_rule": True},
     {"name": "+ prefill with the first step", "fused_prefill": True},
     {"name": "+ commit with the first step", "fused_commit": True},
+    {"name": "+ heads that share keys and values", "shared_heads": True},
 )
 LADDER = tuple(accumulate(_BETTER, lambda rung, better: replace(rung, **better), initial=Rung()))
 
@@ -120,7 +130,7 @@ class LadderDecoder:
     """One call: a prompt, and its response in blocks.
 
     Args:
-        model: Qwen3-VL with `sdpa` attention, or `MASKLESS` for a maskless rung.
+        model: Qwen3-VL with the rung's attention.
         rung: what to do better than the plain baseline.
         task: settings.
         inputs: `input_ids` (1, length), and pixels and grids for its images and videos.
@@ -195,14 +205,17 @@ class LadderDecoder:
         """Run the columns from the encoded ones to `end`; return their logits (1, columns or block, vocabulary)."""
         first, size = self.num_encoded, self.task.block_size
         self.forwards[kind] += 1
-        is_one_block = first >= self.length and end - first == size
+        before = end - first - size  # tokens of a finished block in the window
+        unmasked = self.rung.maskless and first >= self.length and (self.rung.shared_heads or not before)
+        settings = {"num_clean": before} if unmasked and self.rung.shared_heads else {}
         hidden = self.model.model(
             input_ids=self.ids[:, first:end],
-            attention_mask=None if self.rung.maskless and is_one_block else self.mask(first, end),
+            attention_mask=None if unmasked else self.mask(first, end),
             position_ids=self.positions[:, :, first:end],
             past_key_values=self.cache,
             use_cache=True,
             **({} if first else self.visual_inputs),
+            **settings,
         )[0]
         if self.rung.block_logits:
             hidden = hidden[:, -size:] if kind.endswith("denoise") else hidden[:, :0]

@@ -25,11 +25,12 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import batches  # noqa: E402
 import decoding  # noqa: E402
+import mixed_steps  # noqa: E402
 import speculation  # noqa: E402
 from contenders import EngineContender, contenders  # noqa: E402
 from decoding import make_prompts  # noqa: E402
 from measuring import Result, measure  # noqa: E402
-from plain_decoder import LADDER, MASKLESS, InPlaceLayer, LadderDecoder, Rung, Task  # noqa: E402
+from plain_decoder import LADDER, InPlaceLayer, LadderDecoder, Rung, Task  # noqa: E402
 from shapes import SHAPES, build_model, config_of, num_parameters, stock_twin  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -42,7 +43,7 @@ def golden_decoder(folder: str, case: str, rung: Rung) -> tuple[LadderDecoder, l
     golden, task = tensors_of(tensors, case), Task(**cases[case]["arguments"])
     inputs = {name: golden[name] for name in ("input_ids", *VISUAL) if name in golden}
     positions = model.get_position_ids(**{k: v for k, v in inputs.items() if not k.startswith("pixel")})
-    twin = stock_twin(model, MASKLESS if rung.maskless else "sdpa")
+    twin = stock_twin(model, rung.attention)
     expected = golden["output_ids"][0, : task.max_new_tokens].tolist()
     if task.eos_token_id in expected:
         expected = expected[: expected.index(task.eos_token_id) + 1]
@@ -87,7 +88,7 @@ def test_forwards_of_every_rung_are_its_formula(steps: int) -> None:
     fused = {"prefill+denoise": 1, "denoise": blocks * steps - 1, "commit": blocks - 1}
     expected.append(fused)
     fused = {"prefill+denoise": 1, "denoise": blocks * (steps - 1), "commit+denoise": blocks - 1}
-    expected += [fused, fused]
+    expected += [fused] * 3
     compared = contenders(MODEL, ["plain", "ladder", "engine"], 1, False)
     for contender, forwards in zip(compared, expected, strict=True):
         assert +contender.decode(prompts, task).forwards == +Counter(forwards), contender.name
@@ -100,7 +101,7 @@ def test_a_rung_does_what_it_says() -> None:
     prompt, task = make_prompts([13], TINY, 0, CPU)[0], task_of(2, max_new_tokens=16)
     rows, masked = [], []
     for rung in LADDER:
-        twin = stock_twin(MODEL, MASKLESS if rung.maskless else "sdpa")
+        twin = stock_twin(MODEL, rung.attention)
         heads: list[int] = []
         masks: list[bool] = []
         twin.lm_head.register_forward_hook(lambda _, args, __, heads=heads: heads.append(args[0].shape[1]))
@@ -112,8 +113,8 @@ def test_a_rung_does_what_it_says() -> None:
         rows.append(sum(heads))
         masked.append(sum(masks))
         assert all(isinstance(layer, InPlaceLayer) == rung.in_place for layer in decoder.cache.layers)
-    assert rows == [13 + 5 * 8] * 3 + [4 * 8] * 4
-    assert masked == [6, 6, 1, 1, 1, 1, 2]
+    assert rows == [13 + 5 * 8] * 3 + [4 * 8] * 5
+    assert masked == [6, 6, 1, 1, 1, 1, 2, 1]
 
 
 def test_autoregressive_forwards_are_counted() -> None:
@@ -349,3 +350,19 @@ def test_lock_step_and_cursors_by_hand() -> None:
     # Three, three (the first row's finished block along), two, two (the second row's along).
     assert ways.cursors == speculation.Count(4, 4 * (3 + 4 + 2 + 3))
     assert ways.padded_cursors == speculation.Count(4, 4 * (3 + 6 + 2 + 4))
+
+
+def test_mixed_steps_are_timed(capsys: Any) -> None:
+    prompts = make_prompts([9, 14, 20], TINY, 0, CPU)
+    decoder = mixed_steps.started(MODEL, prompts, 4)
+    widths: list[tuple[int, ...]] = []
+    hook = MODEL.model.language_model.register_forward_pre_hook(
+        lambda _, __, kwargs: widths.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    with hook, torch.no_grad():
+        for num_moved_on, is_padded in ((0, False), (1, False), (1, True), (3, False)):
+            assert mixed_steps.seconds_of_step(decoder, num_moved_on, is_padded) > 0
+    assert widths == [(3, 4), (1, 16), (3, 8), (3, 8)]
+    mixed_steps.main(["--shape", "tiny", "--batch", "3", "--ragged", "9", "20", "--repetitions", "1"])
+    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()]
+    assert rows[2:] == ["0 of 3", "1 of 3", "2 of 3", "3 of 3"]

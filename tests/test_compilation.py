@@ -21,6 +21,7 @@ from bard_vl import (
     estimate_memory,
     memory_bard_vl,
 )
+from bard_vl.attention_bard_vl import with_own_code
 from bard_vl.compilation_bard_vl import (
     NUM_IDLE_BUFFERS,
     NUM_WARM_UP_RUNS,
@@ -235,6 +236,20 @@ def test_a_step_that_fails_while_it_warms_up_runs_eagerly(
     assert [record.getMessage() for record in caplog.records] == [
         "cannot compile the decoding step, it runs eagerly: RuntimeError: no graph"
     ]
+
+
+def constant(value: int) -> torch.Tensor:
+    return torch.full((2,), value)
+
+
+def test_copies_of_a_function_share_no_limit_of_compilations() -> None:
+    limited = {"recompile_limit": 3, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(**limited):
+        for _ in range(3):
+            compiled = torch.compile(with_own_code(constant), backend="eager", dynamic=False)
+            assert [compiled(value).tolist() for value in range(3)] == [[value] * 2 for value in range(3)]
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            compiled(3)
 
 
 def test_a_lack_of_memory_is_no_fault_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
