@@ -51,6 +51,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--check-interval", type=int, help="steps that the engine runs between two looks of the host (default: its own)"
     )
+    add("--no-cudnn", action="store_true", help="attention without cuDNN, which plans anew for every length")
     add("--repetitions", type=int, default=5, help="timed rounds, every decoder once a round (default: 5)")
     add("--threads", type=int, help="CPU threads (default: torch's own choice, see OMP_NUM_THREADS)")
     add("--seed", type=int, default=0, help="of weights and prompts")
@@ -91,6 +92,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     """Measure everything that the command line asks for; the result is what `--json` writes."""
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
+    torch.backends.cuda.enable_cudnn_sdp(not chosen.no_cudnn)
     device, shape = torch.device(chosen.device), SHAPES[chosen.shape]
     model = build_model(shape, device, getattr(torch, chosen.dtype), chosen.seed)
     lengths = prompt_lengths(chosen)

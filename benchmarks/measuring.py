@@ -222,7 +222,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
     }
     if device.type == "cuda":
-        found |= {"cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name(device)}
+        found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        found["gpu"] = torch.cuda.get_device_name(device)
     return found
 
 
