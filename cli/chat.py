@@ -19,6 +19,7 @@ from .options import (
     Model,
     Others,
     Revision,
+    Seed,
     Steps,
     Temperature,
     Threshold,
@@ -36,15 +37,16 @@ COMMANDS = {
 
 
 class Conversation:
-    """What was said so far, and the cache that has encoded it."""
+    """What was said so far, and the cache that has encoded it; a seed repeats every answer that is sampled."""
 
-    def __init__(self, session: Session):
-        self.session = session
+    def __init__(self, session: Session, system: str | None = None, seed: int | None = None):
+        self.session, self.seed = session, seed
+        self.head = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
-        self.messages: list[dict[str, Any]] = []
+        """Forget everything but the system prompt."""
+        self.messages: list[dict[str, Any]] = [*self.head]
         self.attached: list[dict[str, Any]] = []
         self.cache: Any = None
 
@@ -63,7 +65,7 @@ class Conversation:
             self.session.check_memory(inputs)
         streamer = DraftStreamer(self.session.processor)
         try:
-            answer = self.session.ask(messages, inputs, streamer=streamer, past_key_values=self.cache)
+            answer = self.session.ask(messages, inputs, streamer=streamer, seed=self.seed, past_key_values=self.cache)
         except BaseException:
             streamer.clear_draft()
             raise
@@ -76,6 +78,7 @@ def chat(
     files: Annotated[
         list[str] | None, typer.Argument(metavar="FILE", help="Pictures and videos of the first message.")
     ] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     model: Model = None,
     revision: Revision = None,
     device: Device = None,
@@ -85,6 +88,7 @@ def chat(
     steps: Steps = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
+    seed: Seed = None,
     others: Others = None,
     max_pixels: MaxPixels = None,
     min_pixels: MinPixels = None,
@@ -96,9 +100,10 @@ def chat(
     is no terminal, the first failure ends the program.
     """
     settings = settings_of(block_size, threshold, steps, max_new_tokens, temperature, others)
-    conversation = Conversation(Session(model, settings, revision, device, dtype, max_pixels, min_pixels))
-    if conversation.session.notice and not quiet:
-        print(conversation.session.notice, file=sys.stderr)
+    session = Session(model, settings, revision, device, dtype, max_pixels, min_pixels)
+    conversation = Conversation(session, system, seed)
+    if session.notice and not quiet:
+        print(session.notice, file=sys.stderr)
     for place in files or []:
         conversation.attach(place)
     is_live = sys.stdin.isatty()

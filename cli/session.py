@@ -1,6 +1,5 @@
 """A checkpoint opened, asked and timed: what the commands, the demo page and scripts share."""
 
-import contextlib
 import copy
 import json
 import time
@@ -14,8 +13,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging
 
 from ..configuration_bard_vl import BardVLConfig
-from ..generation_config_bard_vl import FIELDS, BardVLGenerationConfig, DecodingSettings
-from ..memory_bard_vl import MemoryEstimate, check_fits, estimate_memory, free_memory, read_prompt
+from ..generation_config_bard_vl import FIELDS, BardVLGenerationConfig, DecodingSettings, resolve_mask_token_id
+from ..memory_bard_vl import MemoryEstimate, check_fits, estimate_memory, free_memory, read_prompt, readable
 from ..modeling_bard_vl import BardVLForConditionalGeneration
 from ..processing_bard_vl import BardVLProcessor
 from .errors import UsageError, one_line
@@ -96,6 +95,7 @@ class Session:
     Raises:
         UsageError: no such checkpoint can be meant, or a setting is wrong.
         OSError: the checkpoint cannot be read.
+        ValueError: the vocabulary lacks the mask id.
     """
 
     def __init__(
@@ -115,6 +115,7 @@ class Session:
         check_config(self.name, self.config, self.settings)
         self.dtype = find_dtype(dtype, self.config)
         self.processor = BardVLProcessor.from_pretrained(self.name, **self.where)
+        self.processor.mask_token_id = self.mask_token_id
         set_pixels(self.processor, min_pixels, max_pixels)
         self._model: BardVLForConditionalGeneration | None = None
 
@@ -146,9 +147,9 @@ class Session:
         videos = [item["video"] for item in items if item["type"] == "video"]
         return self.processor(text=[text], images=images or None, videos=videos or None, return_tensors="pt")
 
-    def estimate(self, inputs: Any) -> MemoryEstimate:
-        """What answering takes, without the weights being read."""
-        return estimate_memory(self.shape, inputs, self.settings)
+    def estimate(self, inputs: Any, **settings: Any) -> MemoryEstimate:
+        """What answering takes, without the weights being read; `settings` are those of one answer."""
+        return estimate_memory(self.shape, inputs, self.settings, **settings)
 
     def check_memory(self, inputs: Any) -> None:
         """Raise `ValueError` with the estimate if weights and answer do not fit into what is free."""
@@ -156,29 +157,50 @@ class Session:
         check_fits(self.shape, size, settings, self.device, free_memory(self.device), self._model is None)
 
     @cached_property
+    def stored(self) -> BardVLGenerationConfig | None:
+        """The settings that come with the checkpoint, without its weights; None where it has no file of them."""
+        try:
+            return BardVLGenerationConfig.from_pretrained(self.name, **self.where)
+        except OSError:
+            return None
+
+    @property
+    def mask_token_id(self) -> int:
+        """The id of an undecided token: as set, as stored with the checkpoint, or as its config has it."""
+        stated = (settings.mask_token_id for settings in (self.settings, self.stored) if settings)
+        return resolve_mask_token_id(next((value for value in stated if value is not None), None), self.config)
+
+    @cached_property
     def shape(self) -> BardVLForConditionalGeneration:
         """The model without its weights, on the meta device."""
         with torch.device("meta"):
             model = BardVLForConditionalGeneration._from_config(self.config, dtype=self.dtype)
-        with contextlib.suppress(OSError):  # no such file
-            model.generation_config = BardVLGenerationConfig.from_pretrained(self.name, **self.where)
+        if self.stored is not None:
+            model.generation_config = self.stored
         return model
 
     def ask(self, messages: list[dict[str, Any]], inputs: Any = None, **arguments: Any) -> Answer:
-        """Answer a conversation; `inputs` spares encoding it again, other arguments are those of `generate`."""
+        """Answer a conversation; `inputs` spares encoding it again, other arguments are those of `generate`.
+
+        Raises:
+            ValueError: `generate` refuses something, or the device runs out of memory on the way.
+        """
         inputs = (self.encode(messages) if inputs is None else inputs).to(self.device)
         model, length = self.model, inputs["input_ids"].shape[1]
+        named = {name: value for name, value in arguments.items() if name in FIELDS}
         start = time.perf_counter()
-        output = model.generate(
-            **inputs,
-            generation_config=self.settings,
-            return_dict_in_generate=True,
-            tokenizer=self.processor,
-            **arguments,
-        )
+        try:
+            output = model.generate(
+                **inputs,
+                generation_config=self.settings,
+                return_dict_in_generate=True,
+                tokenizer=self.processor,
+                **arguments,
+            )
+        except torch.OutOfMemoryError as error:
+            raise ValueError(out_of_memory(self.device, self.estimate(inputs.to("cpu"), **named))) from error
         seconds = time.perf_counter() - start
         response = output.sequences[0, length:].tolist()
-        named = {name: value for name, value in arguments.items() if name in FIELDS}
         settings = DecodingSettings.resolve(model._generation_settings(self.settings, named, {}), self.config, length)
         is_longest = len(response) == settings.max_new_tokens
         reason = "eos" if response[-1] in settings.eos_token_ids else "length" if is_longest else "stop"
@@ -198,6 +220,15 @@ class Session:
 def stored_settings(model: BardVLForConditionalGeneration) -> dict[str, Any]:
     """The settings that come with a checkpoint."""
     return model.generation_config.explicit() if model.generation_config else {}
+
+
+def out_of_memory(device: torch.device, estimate: MemoryEstimate) -> str:
+    """What is said when an answer needs more memory than its estimate let expect."""
+    return (
+        f"{device} ran out of memory; a prompt of {estimate.prompt_tokens} tokens and a response of "
+        f"{estimate.new_tokens} were expected to take {readable(estimate.total)}, weights included: lower --max-pixels "
+        "or --max-new-tokens"
+    )
 
 
 def quieten() -> None:

@@ -20,8 +20,9 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
 from .. import BardVLConfig, BardVLForConditionalGeneration, BardVLGenerationConfig, BardVLProcessor
-from ..generation_config_bard_vl import FIELDS, resolve_block_size
+from ..generation_config_bard_vl import FIELDS, SAMPLING_FIELDS, resolve_block_size
 
+PADDING_MARK = "__padding_only__"  # of lmms-eval, in the metadata of a request whose answer nobody reads
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
@@ -30,7 +31,8 @@ class BardVL(lmms):
 
     After a run, `throughput` in its results has, over all processes: `total_gen_tokens`, each response's up to and with
     its first EOS; `avg_speed`, those per second of decoding; `avg_tokens_per_forward`, those per forward that a
-    response took part in, its prompt's included.
+    response took part in, its prompt's included. Requests that lmms-eval adds to give every process as many are
+    answered, and not counted.
 
     Args:
         pretrained: folder or Hub id of a Bard-VL checkpoint.
@@ -98,7 +100,7 @@ class BardVL(lmms):
         settings = [self._settings(request.args[self.settings_place]) for request in requests]
         progress = tqdm(total=len(requests), disable=self.rank != 0, desc="Bard-VL")
         for batch in self._batches(requests, settings):
-            answers = self._answer([self._messages(requests[index]) for index in batch], settings[batch[0]])
+            answers = self._answer([requests[index] for index in batch], settings[batch[0]])
             for index, answer in zip(batch, answers, strict=True):
                 results[index] = answer
                 context, task_settings = requests[index].args[0], requests[index].args[self.settings_place]
@@ -146,7 +148,7 @@ class BardVL(lmms):
         super().clean()
 
     def _batches(self, requests: list[Instance], settings: list[dict[str, Any]]) -> Iterator[list[int]]:
-        """Indices of requests with the same settings, long contexts first: what memory cannot hold fails early."""
+        """Indices of requests with the same settings, those of similar length of text together."""
         for group in group_by(range(len(requests)), lambda index: repr(sorted(settings[index].items()))):
             group.sort(key=lambda index: -len(requests[index].args[0]))
             yield from (group[start : start + self.batch_size] for start in range(0, len(group), self.batch_size))
@@ -158,8 +160,9 @@ class BardVL(lmms):
             raise ValueError(f"`num_beams` = {beams}: block diffusion has no beams")
         known = {name: value for name, value in task_settings.items() if name in FIELDS and value is not None}
         settings = {**self.settings, **known}
-        # Without a statement of the task, its temperature decides; both are what autoregressive models are told.
-        if "temperature" in known and known["temperature"] == 0:
+        # Tasks that are meant greedily say something of sampling as well, often `top_p` = 0.
+        if settings.get("do_sample") is False or 0 in (settings.get("temperature"), settings.get("top_p")):
+            settings = {name: value for name, value in settings.items() if name not in SAMPLING_FIELDS}
             settings["do_sample"] = False
         until = task_settings.get("until") or []
         # An empty line is lmms-eval's default, made for models without an end token.
@@ -170,15 +173,17 @@ class BardVL(lmms):
         return settings
 
     @torch.inference_mode()
-    def _answer(self, conversations: list[list[dict[str, Any]]], settings: dict[str, Any]) -> list[GenerationResult]:
-        """Decode a batch of conversations together, and add to the totals."""
-        inputs = self._inputs(conversations)
+    def _answer(self, requests: list[Instance], settings: dict[str, Any]) -> list[GenerationResult]:
+        """Decode a batch of requests together, and add to the totals."""
+        inputs = self._inputs([self._messages(request) for request in requests])
         start = time.perf_counter()
         output = self.model.generate(**inputs, **settings, tokenizer=self.processor, return_dict_in_generate=True)
         seconds = time.perf_counter() - start
         lengths = (output.confidences > 0).sum(-1).cpu()  # 0 marks padding
-        forwards = lengths / output.tokens_per_forward
-        self.totals += torch.tensor([len(lengths), int(lengths.sum()), float(forwards.sum()), seconds])
+        forwards = lengths / output.tokens_per_forward.cpu()
+        counts = torch.stack([torch.ones_like(lengths), lengths, forwards], dim=1).double()
+        is_counted = torch.tensor([PADDING_MARK not in (request.metadata or {}) for request in requests])
+        self.totals += torch.cat([counts[is_counted].sum(0), torch.tensor([seconds])])
         responses = output.sequences[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(responses, skip_special_tokens=True)
         return [

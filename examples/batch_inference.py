@@ -7,7 +7,8 @@ Each line of the input is a JSON object: `prompt` and `images` (a list of paths,
 output has the `id`, and `text`, `tokens` and `tokens_per_forward`, or `error`, in the order of the input.
 
 Until the output is complete, finished answers stand in the folder OUTPUT.parts; the same command takes up the work from
-there, with any number of processes. Several machines need a file system in common.
+there, with any number of processes. With --retry-errors it asks again what ended in an error, even in a full output.
+Several machines need a file system in common.
 """
 
 import argparse
@@ -27,7 +28,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from bard_vl.cli.media import read_picture
-from transformers import AutoConfig, AutoModelForImageTextToText
+from bard_vl.cli.session import check_config, read_config
+from transformers import AutoModelForImageTextToText
 
 Record = dict[str, Any]
 
@@ -41,10 +43,16 @@ class Answerer:
         self.model = AutoModelForImageTextToText.from_pretrained(model, dtype="auto").to(device)
 
     def answer(self, requests: list[Record]) -> list[Record]:
-        """One answer a request; what cannot be answered says why, and leaves the others alone."""
+        """One answer a request; what cannot be answered says why, and leaves the others alone.
+
+        Raises:
+            RuntimeError: the device has failed, and would fail every other request.
+        """
         try:
             return self.generate(requests)
         except Exception as error:  # whatever a request can be wrong in; of a full memory a smaller batch takes less
+            if is_fault_of_device(error):
+                raise
             if len(requests) == 1:
                 return [{"id": requests[0]["id"], "error": " ".join(str(error).split()) or type(error).__name__}]
         return [answer for request in requests for answer in self.answer([request])]
@@ -87,8 +95,11 @@ class Progress:
     def __init__(self, output: Path):
         self.output, self.parts = output, output.with_name(f"{output.name}.parts")
 
-    def begin(self, run: Record) -> None:
-        """Gather what earlier runs have finished. For one process alone, which then owns the folder until it ends."""
+    def begin(self, run: Record, retry_errors: bool = False) -> None:
+        """Gather what earlier runs have finished. For one process alone, which then owns the folder until it ends.
+
+        With `retry_errors` a complete output counts as such a run, and errors do not count.
+        """
         self.parts.mkdir(parents=True, exist_ok=True)
         self.lock = (self.parts / "lock").open("w")
         try:
@@ -99,7 +110,12 @@ class Progress:
         if begun.exists() and json.loads(begun.read_text()) != run:
             raise ValueError(f"{self.parts} was begun with other settings or requests: {begun.read_text().strip()}")
         write_whole(begun, json.dumps(run) + "\n")
-        write_lines(self.parts / "done.jsonl", self.answers().values())
+        answers = self.answers()
+        if retry_errors:
+            complete = whole_lines(self.output) if self.output.exists() else ()
+            answers = {**{answer["id"]: answer for answer in complete}, **answers}
+            answers = {request_id: answer for request_id, answer in answers.items() if "error" not in answer}
+        write_lines(self.parts / "done.jsonl", answers.values())
         for path in self.parts.glob("process-*.jsonl"):
             path.unlink()
 
@@ -125,6 +141,11 @@ class Progress:
         self.parts.rename(leavings)  # at once: a part of the parts would be taken for an unfinished run
         shutil.rmtree(leavings)
         return ordered
+
+
+def is_fault_of_device(error: Exception) -> bool:
+    """Whether no request can be answered any more; of an older torch the message alone tells."""
+    return isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
 
 
 def whole_lines(path: Path) -> Iterator[Record]:
@@ -176,34 +197,43 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--block-size", type=int, help="needed where the checkpoint's config.json does not state it")
     parser.add_argument("--threshold", type=float, help="confidence_threshold, default: the checkpoint's")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="most tokens to write, default: %(default)s")
+    parser.add_argument("--retry-errors", action="store_true", help="ask again what ended in an error")
     return parser.parse_args()
+
+
+def read_settings(arguments: argparse.Namespace) -> Record:
+    """The stated settings of generation; `ValueError` if one is wrong, or the checkpoint needs another."""
+    settings = bard_vl.BardVLGenerationConfig(
+        block_size=arguments.block_size,
+        confidence_threshold=arguments.threshold,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
+    check_config(arguments.model, read_config(arguments.model), settings)
+    return settings.explicit()
+
+
+def check_output(output: Path, requests: list[Record], retry_errors: bool) -> None:
+    """Raise `ValueError` if the output is complete, unless errors are to be asked again and it answers the requests."""
+    if not retry_errors:
+        raise ValueError(f"{output} exists: a run that ended has written it; --retry-errors asks its errors again")
+    if [answer["id"] for answer in whole_lines(output)] != [request["id"] for request in requests]:
+        raise ValueError(f"{output} answers other requests")
 
 
 def main() -> None:
     """Answer what is left of the input, and gather the answers when all are there."""
     arguments = parse_arguments()
-    stated = {
-        "block_size": arguments.block_size,
-        "confidence_threshold": arguments.threshold,
-        "max_new_tokens": arguments.max_new_tokens,
-    }
-    settings = bard_vl.BardVLGenerationConfig(**stated).explicit()
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
-    if (
-        arguments.block_size is None
-        and getattr(AutoConfig.from_pretrained(arguments.model), "block_size", None) is None
-    ):
-        raise ValueError(f"{arguments.model} states no block size: give --block-size, the number after B in its name")
-    requests = read_requests(arguments.input)
+    settings, requests = read_settings(arguments), read_requests(arguments.input)
     # A process that is done waits for the others, however long they take.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
     accelerator, progress = Accelerator(kwargs_handlers=[patience]), Progress(arguments.output)
     if accelerator.is_main_process:
         if arguments.output.exists() and not progress.parts.exists():
-            raise ValueError(f"{arguments.output} exists: a run that ended has written it")
+            check_output(arguments.output, requests, arguments.retry_errors)
         asked = hashlib.sha256(json.dumps(requests).encode()).hexdigest()
-        progress.begin({"model": arguments.model, **settings, "requests": asked})
+        progress.begin({"model": arguments.model, **settings, "requests": asked}, arguments.retry_errors)
     accelerator.wait_for_everyone()
 
     finished = {record["id"] for record in whole_lines(progress.parts / "done.jsonl")}

@@ -12,14 +12,14 @@ and four questions, word for word, about what is there: "Describe the picture.",
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import bard_vl
 import torch
-from bard_vl.cli.errors import one_line
+from bard_vl.cli.errors import UsageError, one_line
+from bard_vl.cli.media import read_picture
+from bard_vl.cli.session import check_config
 from bard_vl.cli.terminal import DraftStreamer
 from transformers import AutoConfig, AutoModelForImageTextToText
-from transformers.image_utils import load_image
 
 HERE = Path(__file__).resolve().parent
 CHECKPOINT = HERE / "checkpoint"
@@ -46,20 +46,11 @@ def parse_arguments() -> tuple[argparse.Namespace, bard_vl.BardVLGenerationConfi
         )
     except ValueError as error:
         parser.error(one_line(error))
-    config = AutoConfig.from_pretrained(arguments.model)
-    if not isinstance(config, bard_vl.BardVLConfig):
-        parser.error(f"{arguments.model} is no Bard-VL checkpoint: its model type is {config.model_type}")
-    if (config.block_size, arguments.block_size) == (None, None):
-        parser.error(f"{arguments.model} states no block size: give --block-size, the number after B in its name")
-    return arguments, settings
-
-
-def read_picture(place: str) -> Any:
-    """Open a picture at a path or URL; `ValueError` if there is none."""
     try:
-        return load_image(place)
-    except Exception as error:  # what an HTTP client raises depends on the version of transformers
-        raise ValueError(f"{place} cannot be read as a picture: {one_line(error)}") from error
+        check_config(arguments.model, AutoConfig.from_pretrained(arguments.model), settings)
+    except UsageError as error:
+        parser.error(one_line(error))
+    return arguments, settings
 
 
 def describe(arguments: argparse.Namespace, settings: bard_vl.BardVLGenerationConfig) -> None:

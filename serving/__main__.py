@@ -1,22 +1,64 @@
 """`python -m bard_vl.serving MODEL [OPTIONS]`: `transformers serve`, with this package's classes, not remote code.
 
 A folder that carries its code needs no more than `transformers serve FOLDER --trust-remote-code`. This serves it
-without that trust, and checkpoints that carry none. Every option is that of `transformers serve`.
+without that trust, and checkpoints that carry none. Options beside those of `transformers serve`:
 """
 
+import argparse
 import sys
+from typing import Any
 
-from transformers import AutoModelForMultimodalLM
+import transformers
+from packaging.version import Version
 
-from .. import BardVLConfig, BardVLForConditionalGeneration
+from .. import BardVLConfig, BardVLForConditionalGeneration, BardVLGenerationConfig
+
+PROGRAM = "python -m bard_vl.serving"
+OLDEST = "5.9.0"  # the first transformers whose `serve` loads other classes than its own
 
 
 def main() -> None:
     """Register what serving loads models by, and hand the command line over."""
+    if Version(transformers.__version__) < Version(OLDEST):
+        sys.exit(f"error: serving needs transformers {OLDEST} or newer, this is {transformers.__version__}")
+    from transformers import AutoModelForMultimodalLM
     from transformers.cli.transformers import app
 
-    AutoModelForMultimodalLM.register(BardVLConfig, BardVLForConditionalGeneration)
-    app(["serve", *sys.argv[1:]], prog_name="python -m bard_vl.serving")
+    settings, others = parse_arguments(sys.argv[1:])
+    AutoModelForMultimodalLM.register(BardVLConfig, model_with(settings))
+    try:
+        app(["serve", *others], prog_name=PROGRAM)
+    except ImportError as error:  # what serving needs beside transformers
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+def parse_arguments(arguments: list[str]) -> tuple[BardVLGenerationConfig, list[str]]:
+    """The settings that requests begin with, and the arguments of `transformers serve`; exit code 2 if one is wrong."""
+    parser = argparse.ArgumentParser(PROGRAM, f"{PROGRAM} MODEL [OPTIONS]", __doc__, add_help=False, allow_abbrev=False)
+    parser.add_argument("--block-size", type=int, help="needed where the checkpoint's config.json does not state it")
+    parser.add_argument("--threshold", type=float, help="confidence_threshold, default: the checkpoint's")
+    stated, others = parser.parse_known_args(arguments)
+    if "--help" in others:
+        parser.print_help()
+    try:
+        settings = BardVLGenerationConfig(block_size=stated.block_size, confidence_threshold=stated.threshold)
+    except ValueError as error:
+        parser.error(str(error))
+    return settings, others
+
+
+def model_with(settings: BardVLGenerationConfig) -> type[BardVLForConditionalGeneration]:
+    """The model's class, which loads checkpoints with `settings` on top of those stored with them."""
+
+    class Served(BardVLForConditionalGeneration):
+        @classmethod
+        def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+            model = super().from_pretrained(*args, **kwargs)
+            model.generation_config = model._generation_settings(settings, {}, {})
+            return model
+
+    Served.__name__ = BardVLForConditionalGeneration.__name__  # by which `serve` knows that it sees pictures
+    return Served
 
 
 if __name__ == "__main__":

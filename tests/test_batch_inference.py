@@ -144,7 +144,10 @@ def test_killed_twice_and_finished_by_two_processes(
     assert f"{NUM_REQUESTS} answers in {output}, {finished} from earlier runs, {len(WRONG)} errors" in said
     check(output, expected, batch)
     again = start(command(room, output), room).communicate()[0]
-    assert again.splitlines()[-1] == f"error: {output} exists: a run that ended has written it"
+    assert (
+        again.splitlines()[-1]
+        == f"error: {output} exists: a run that ended has written it; --retry-errors asks its errors again"
+    )
 
 
 def finished_answers(output: Path, batch: ModuleType) -> int:
@@ -207,6 +210,75 @@ def test_other_requests_are_another_run(batch: ModuleType, room: Path, tmp_path:
         batch.main()
     questions.write_text('{"prompt": "b"}\n')
     with pytest.raises(ValueError, match="begun with other settings or requests"):
+        batch.main()
+
+
+DEAD = "CUDA error: an illegal memory access was encountered"
+FAULTS = [getattr(torch, "AcceleratorError", RuntimeError), RuntimeError]  # older torch knows the second alone
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_dead_device_ends_the_run_and_another_goes_on(
+    batch: ModuleType, room: Path, expected: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: type
+) -> None:
+    output, generate = tmp_path / "answers.jsonl", batch.Answerer.generate
+    monkeypatch.chdir(room)
+    monkeypatch.setattr(sys, "argv", command(room, output)[1:])
+
+    def die(answerer: Any, requests: list[dict[str, Any]]) -> Any:
+        if finished_answers(output, batch) >= 4:
+            raise fault(DEAD)
+        return generate(answerer, requests)
+
+    monkeypatch.setattr(batch.Answerer, "generate", die)
+    with pytest.raises(fault, match="an illegal memory access"):
+        batch.main()
+    kept = batch.Progress(output).answers()
+    assert list(kept) == [answer["id"] for answer in expected[:4]]
+    assert not any("error" in answer for answer in kept.values())
+    monkeypatch.setattr(batch.Answerer, "generate", generate)
+    batch.main()
+    check(output, expected, batch)
+
+
+def test_errors_are_asked_again_on_request(
+    batch: ModuleType,
+    room: Path,
+    expected: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output, generate = tmp_path / "answers.jsonl", batch.Answerer.generate
+    monkeypatch.chdir(room)
+    monkeypatch.setattr(sys, "argv", command(room, output)[1:])
+
+    def full(answerer: Any, requests: list[dict[str, Any]]) -> Any:
+        if "question 10" in [request["id"] for request in requests]:
+            raise torch.OutOfMemoryError("out of memory")
+        return generate(answerer, requests)
+
+    monkeypatch.setattr(batch.Answerer, "generate", full)
+    batch.main()
+    monkeypatch.setattr(batch.Answerer, "generate", generate)
+    with pytest.raises(ValueError, match="--retry-errors asks its errors again"):
+        batch.main()
+    assert f"{len(WRONG) + 1} errors" in capsys.readouterr().out
+
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--retry-errors"])
+    with monkeypatch.context() as patch:
+        patch.setattr(batch.Progress, "finish", lambda *_: pytest.fail("the machine went down"))
+        with pytest.raises(pytest.fail.Exception):
+            batch.main()
+    asked: list[Any] = []
+    monkeypatch.setattr(batch.Answerer, "generate", lambda *given: asked.extend(given[1]) or generate(*given))
+    batch.main()
+    assert {request["id"] for request in asked} == set(WRONG), "question 10 was answered before"
+    assert f"{NUM_REQUESTS - len(WRONG)} from earlier runs, {len(WRONG)} errors" in capsys.readouterr().out
+    check(output, expected, batch)
+
+    output.write_text('{"id": 1, "text": "of other questions"}\n')
+    with pytest.raises(ValueError, match="answers other requests"):
         batch.main()
 
 

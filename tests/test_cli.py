@@ -20,10 +20,11 @@ from typing import Any
 
 import pytest
 import torch
-from bard_vl import BardVLProcessor
+from bard_vl import BardVLGenerationConfig, BardVLProcessor
 from bard_vl.cli.main import main
 from bard_vl.cli.session import Session, build_settings
 from bard_vl.evaluation.scenes import scene
+from bard_vl.memory_bard_vl import readable
 from fresh import ROOT, convert
 from PIL import Image
 from test_example import GREY, Screen
@@ -271,6 +272,26 @@ def test_pictures_of_the_denoising_are_written(run: Any, folder: Path, file: str
         assert png.size[0] == 2 * gif.size[0]
 
 
+def test_undecided_tokens_are_those_of_the_mask_id_in_force(run: Any, folder: Path) -> None:
+    shutil.copytree(folder / "bard", folder / "plain", dirs_exist_ok=True)
+    settings = json.loads((folder / "plain" / "processor_config.json").read_text())
+    assert settings.pop("mask_token_id") == MASK
+    (folder / "plain" / "processor_config.json").write_text(json.dumps(settings))
+    assert BardVLProcessor.from_pretrained(folder / "plain").mask_token_id != MASK
+    for options in ("-m plain", "-m bard --set mask_token_id=446"):
+        assert run(f"run photo.png {options} --max-new-tokens 4 --set eos_token_id=[] --html a.html")[0] == 0
+        (data,) = re.findall(r'id="recording">(.*?)</script>', (folder / "a.html").read_text())
+        first, *_, last = [step["texts"].count(None) for step in json.loads(data)["steps"]]
+        assert first > last == 0
+    stored = BardVLGenerationConfig.from_pretrained(folder / "plain")
+    stored.mask_token_id = 445
+    stored.save_pretrained(folder / "plain")
+    assert Session(str(folder / "plain")).processor.mask_token_id == 445
+    assert Session(str(folder / "plain"), build_settings({}, ["mask_token_id=444"])).processor.mask_token_id == 444
+    code, _, err = run("run photo.png -m weightless --set mask_token_id=4000")
+    assert (code, "`mask_token_id` = 4000 lies outside the vocabulary" in err) == (1, True)
+
+
 # Errors --------------------------------------------------------------------------------------------------------------
 
 
@@ -330,8 +351,23 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(run: Any, folder: 
     assert (code, out) == (1, "")
     assert re.fullmatch(
         r"error: a prompt of 24 tokens, 6 of images and videos needs about .* TB at most \(.* of weights, .*\); "
-        r"cpu has .* free; no limit on the pixels of an image makes it fit\n",
+        r"cpu has .* free; no limit on the pixels of an image makes it fit; or lower `max_new_tokens`, which is "
+        r"10000000000\n",
         err,
+    )
+
+
+def test_a_device_that_runs_out_of_memory_is_told_in_one_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhaust(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    expected = readable(json.loads(run("run photo.png -m bard --dry-run --json --max-new-tokens 8")[1])["total"])
+    monkeypatch.setattr("bard_vl.BardVLForConditionalGeneration.generate", exhaust)
+    code, out, err = run("run photo.png --model bard --max-new-tokens 8")
+    assert (code, out) == (1, "")
+    assert err == (
+        "error: cpu ran out of memory; a prompt of 24 tokens and a response of 8 were expected to take "
+        f"{expected}, weights included: lower --max-pixels or --max-new-tokens\n"
     )
 
 
@@ -392,6 +428,16 @@ def test_only_what_is_new_must_fit(run: Any, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("bard_vl.cli.session.check_fits", lambda *_: counts.append(1))
     assert run("chat photo.png --model bard --max-new-tokens 4", "What is it?\nAnd this?\n/reset\nWho?\n")[0] == 0
     assert len(counts) == 2, "a later turn has a cache, with which `generate` reckons"
+
+
+def test_a_conversation_keeps_its_system_prompt_and_its_seed(run: Any, folder: Path) -> None:
+    system = {"role": "system", "content": [{"type": "text", "text": "brief"}]}
+    settings = {"max_new_tokens": 12, "temperature": 2.0, "seed": 3}
+    text, _ = expected(folder, [system, user(text="Who?")], **settings)
+    options = "--system brief --max-new-tokens 12 --temperature 2 --quiet"
+    found = run(f"chat --model bard {options} --seed 3", "Who?\n/reset\nWho?\n")
+    assert found == (0, f"{text}\n" * 2, "")
+    assert run(f"chat --model bard {options} --seed 4", "Who?\n")[1] != f"{text}\n"
 
 
 @pytest.mark.parametrize(

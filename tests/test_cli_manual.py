@@ -34,6 +34,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the commands name; on the Hub's names stand folders."""
     folder = tmp_path_factory.mktemp("manual")
     shutil.copytree(ROOT / "examples", folder / "examples")
+    (folder / "docs" / "images").mkdir(parents=True)
     source = write_qwen3vl(folder / "Qwen" / "Qwen3-VL-4B-Instruct", tokenizer="qwen")
     convert(source, folder / "Bard-VL-4B", "--block-size", 4)
     for number, name in enumerate(("photo.jpg", "other.jpg")):
@@ -91,6 +92,19 @@ def test_snippets_run(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Image.open(checkout / "answer.gif") as gif, Image.open(checkout / "answer.png") as png:
         assert gif.n_frames > 1
         assert png.format == "PNG"
+
+
+def test_the_pictures_shown_are_those_of_the_command(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkout)
+    (line,) = [line for line in COMMANDS if "docs/images" in line]
+    assert execute(line, monkeypatch)[0] == 0
+    for name in ("answer.gif", "answer.png"):
+        assert f"](images/{name})" in PAGES["viewer.md"]
+        shown, made = ROOT / "docs" / "images" / name, checkout / "docs" / "images" / name
+        assert shown.stat().st_size < 300_000
+        with Image.open(shown) as committed, Image.open(made) as written:
+            assert committed.size == written.size
+            assert getattr(committed, "n_frames", 1) == getattr(written, "n_frames", 1)
 
 
 def test_no_command_is_of_another_kind() -> None:

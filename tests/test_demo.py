@@ -1,6 +1,7 @@
 """The demo page answers an uploaded picture as `generate` does, shows drafts on the way, and stops when told."""
 
 import html
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from PIL import Image
 from tiny import IDS, draw_scene, write_qwen3vl
 
 LONG, PATIENCE = 60, 180_000  # tokens; milliseconds, for machines that have other things to do
+CUT = "\N{REPLACEMENT CHARACTER}"  # stands for a character whose last bytes are to come
 
 
 class Paced(Session):
@@ -95,18 +97,28 @@ def test_an_uploaded_picture_is_answered_as_by_generate(page: Any, session: Pace
     assert player.locator("#answer .token").count() == LONG
 
 
-def test_the_stop_button_keeps_what_was_written(page: Any, session: Paced) -> None:
+def test_the_stop_button_keeps_what_was_written(page: Any, session: Paced, photo: Path) -> None:
+    page.locator("#prompt textarea").fill("What is there?")
+    shown = photo if page.locator("#picture img").count() else None
     session.pace = 0.2
     page.locator("#ask").click()
     page.locator("#answer .draft").wait_for()
+    page.locator("#answer .text", has_text=re.compile(rf"[^\s{CUT}]")).wait_for()
     running = [thread for thread in threading.enumerate() if thread.name == "bard-vl answer"]
     page.locator("#stop").click()
+    written = page.locator("#answer .text").text_content()
     deadline = time.monotonic() + PATIENCE / 1000
     while any(thread.is_alive() for thread in running):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     session.pace = 0.0
     assert len(running) == 1
+    page.wait_for_timeout(500)  # for whatever the page might still be told
+    kept = page.locator("#answer .text").text_content().rstrip(CUT)
+    assert kept.startswith(written.rstrip(CUT))
+    whole = text_of_generate(session, shown, "What is there?")
+    assert whole.startswith(kept)
+    assert 0 < len(kept) < len(whole)
     assert page.locator("#answer .took").count() == 0
 
 
@@ -119,9 +131,16 @@ def test_settings_are_used(session: Session, photo: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "stated", [{"block_size": 1}, {"max_new_tokens": 2048}, {"max_new_tokens": 2, "denoising_steps": 1}]
+    "stated",
+    [
+        {"block_size": 1},
+        {"max_new_tokens": 2048},
+        {"max_new_tokens": 2, "denoising_steps": 1},
+        {"temperature": 0.7},
+        {"temperature": 3.0},
+    ],
 )
-def test_stated_settings_are_within_the_controls(session: Session, stated: dict[str, int]) -> None:
+def test_stated_settings_are_within_the_controls(session: Session, stated: dict[str, Any]) -> None:
     page = build_page(Session(session.name, build_settings(stated)))
     sliders = [block for block in page.blocks.values() if isinstance(block, gr.Slider)]
     assert len(sliders) == 4
@@ -129,6 +148,20 @@ def test_stated_settings_are_within_the_controls(session: Session, stated: dict[
         assert slider.minimum < slider.maximum
         assert slider.preprocess(slider.value) == slider.value
     assert set(stated.values()) - {1} <= {slider.value for slider in sliders}
+
+
+@pytest.mark.parametrize(("stated", "shown"), [("do_sample=true", 1.0), ("do_sample=false", 0.0)])
+def test_the_temperature_shown_is_the_one_used(session: Session, stated: str, shown: float) -> None:
+    own = Session(session.name, build_settings({}, [stated, "seed=3", "eos_token_id=[]"]))
+    (control,) = [
+        block for block in build_page(own).blocks.values() if str(getattr(block, "label", "")).startswith("Temperature")
+    ]
+    assert control.value == shown
+    for temperature in (0.0, 2.0):
+        *_, (answer, _) = answer_in_steps(own, None, "What?", "margin", 0.2, 3, 20, temperature)
+        wanted = {"remasking_strategy": "margin", "confidence_threshold": 0.2, "denoising_steps": 3}
+        sampling = {"max_new_tokens": 20, "temperature": temperature, "seed": 3}
+        assert html.escape(text_of_generate(session, None, "What?", **wanted, **sampling)) in answer
 
 
 def test_what_goes_wrong_is_said(page: Any, session: Session) -> None:

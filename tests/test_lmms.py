@@ -10,12 +10,16 @@ from typing import Any
 
 import bard_vl
 import fresh
+import lmms_eval
 import lmms_tasks as tasks
 import pytest
 import tiny
 import torch
+import yaml
 from bard_vl.evaluation.scenes import conversations
+from lmms_eval.api.instance import Instance
 from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
 from PIL import Image
 from qwen_vl_utils import process_vision_info
@@ -153,6 +157,74 @@ def test_the_embedded_checkpoint_reads_unseen_pictures(tmp_path: Path) -> None:
         content = [picture, {"type": "text", "text": row["question"]}]
         response = model.generate(prompt(content, processor), max_new_tokens=96)
         assert sample["filtered_resps"][0] == processor.decode(response[0], skip_special_tokens=True)
+
+
+# --- settings and counts ---------------------------------------------------------------------------------------------
+
+
+class TaskFiles(yaml.SafeLoader):
+    """Reads lmms-eval's task files, without the functions that they name."""
+
+
+TaskFiles.add_multi_constructor("!", lambda *_: None)
+
+
+def settings_of_all_tasks() -> list[dict[str, Any]]:
+    """Every distinct `generation_kwargs` of the tasks that lmms-eval brings."""
+    found = {}
+    for path in (Path(lmms_eval.__file__).parent / "tasks").rglob("*yaml"):
+        stated = yaml.load(path.read_text(encoding="utf-8"), TaskFiles).get("generation_kwargs")
+        found[repr(stated)] = stated or {}
+    return list(found.values())
+
+
+@pytest.fixture(scope="module")
+def model(room: Path) -> Any:
+    options = {"device": "cpu", "dtype": "float32", "batch_size": 3, "min_pixels": 4096, "max_pixels": 65536}
+    return get_model("bard_vl")(str(room / "bard"), confidence_threshold=0.02, **options)
+
+
+def test_what_any_task_says_is_a_setting_of_generate(model: Any) -> None:
+    tasks_settings = settings_of_all_tasks()
+    assert len(tasks_settings) > 100
+    assert any(stated.get("top_p") == 0 for stated in tasks_settings)
+    for stated in tasks_settings:
+        settings = model._settings(stated)
+        assert bard_vl.BardVLGenerationConfig(**settings).explicit() == settings
+        if stated.get("do_sample") is False or stated.get("temperature") == 0:
+            assert settings["do_sample"] is False
+            assert not {"temperature", "top_k", "top_p"} & set(settings)
+
+
+def test_settings_of_a_task_come_on_top(model: Any) -> None:
+    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 5}
+    assert sampling.items() <= model._settings(sampling).items()
+    assert model._settings({})["confidence_threshold"] == 0.02
+    for last in ({"temperature": 0}, {"top_p": 0}, {"do_sample": False}):
+        assert model._settings({**sampling, **last}) == {**model._settings({}), "do_sample": False}
+
+
+def test_what_is_repeated_for_other_processes_is_answered_and_not_counted(
+    model: Any, room: Path, parts: tuple[Any, Any]
+) -> None:
+    made = rows(room, parts)
+
+    def messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
+        pictures = [{"type": "image", "url": picture} for picture in tasks.pictures(doc)]
+        return [{"role": "user", "content": [*pictures, {"type": "text", "text": doc["question"]}]}]
+
+    def request(number: int, **mark: bool) -> Instance:
+        arguments = (made[number]["question"], messages, dict(SETTINGS), number, "shapes", "test")
+        metadata = {"task": "shapes", "doc_id": number, "repeats": 1, **mark}
+        return Instance("generate_until", arguments, number, metadata)
+
+    model.task_dict["shapes"] = {"test": made}
+    padding = [request(4, __padding_only__=True)] * 2
+    answers = model.generate_until([*map(request, range(5)), *padding])
+    assert [answer.text.strip() for answer in answers] == [made[number]["answer"] for number in (0, 1, 2, 3, 4, 4, 4)]
+    responses, tokens, forwards, _ = model.totals.tolist()
+    assert (responses, tokens) == (5, sum(row["tokens"] for row in made))
+    assert forwards == pytest.approx(sum(row["forwards"] for row in made), rel=1e-5)
 
 
 # --- the manual ------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import pytest
 import tiny
 import torch
 from bard_vl.evaluation.scenes import scene
+from bard_vl.serving.__main__ import main
 from golden_models import calls_of
 from PIL import Image
 from test_readme import make_published
@@ -119,14 +120,18 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield Server(room / "examples", url)
 
 
+OURS = "python -m bard_vl.serving Bard-VL-4B"
+PUBLISHED = "fudan-generative-ai/Bard-VL-B16-Mask-4B-Distil-Instruct"
+
+
 def printed(beginning: str, folder: Path) -> str:
     """The manual's command that begins so, for a checkpoint."""
     (command,) = [command for command in COMMANDS if command.startswith(beginning)]
-    return command.replace("Bard-VL-4B", str(folder))
+    return re.sub(rf"Bard-VL-4B|{PUBLISHED}", str(folder), command).replace("python", sys.executable, 1)
 
 
 def test_every_command_of_the_manual_is_run() -> None:
-    known = ("pip install", "transformers serve", "transformers chat", "python -m bard_vl.serving")
+    known = ("pip install", "transformers serve", "transformers chat", OURS, f"python -m bard_vl.serving {PUBLISHED}")
     elsewhere = ("accelerate launch examples/batch_inference.py",)  # test_batch_inference.py
     assert len(COMMANDS) == len({*known, *elsewhere})
     assert all(command.startswith((*known, *elsewhere)) for command in COMMANDS)
@@ -230,13 +235,17 @@ def test_simultaneous_requests_get_their_own_answers(server: Server) -> None:
         assert list(pool.map(ask, jobs * 2)) == expected * 2
 
 
-def test_when_a_client_has_left_the_next_one_is_answered(server: Server) -> None:
-    stream = server.ask(CHATS["text"], settings={**SETTINGS, "max_new_tokens": 4_000}, stream=True)
+def test_a_client_that_leaves_stops_its_answer(server: Server) -> None:
+    settings = {"max_new_tokens": 4_000, "confidence_threshold": 1.0, "eos_token_id": []}
+    start = time.monotonic()
+    stream = server.ask(CHATS["text"], settings=settings, stream=True)
     for count, _ in enumerate(stream):
         if count == 100:
             break
     stream.close()
+    left = time.monotonic()
     assert server.ask(CHATS["text"]).choices[0].message.content == server.expected(CHATS["text"])[0]
+    assert time.monotonic() - left < 5 * (left - start), "the rest would have taken much longer"
 
 
 def test_an_answer_that_is_stopped_costs_no_forward_more(server: Server, request: pytest.FixtureRequest) -> None:
@@ -323,15 +332,55 @@ def test_snippet_of_the_manual_streams(server: Server, tmp_path: Path, capsys: p
     assert capsys.readouterr().out == streamed(server.expected(messages, **names["settings"])[0])
 
 
-def test_a_checkpoint_without_code_is_served_by_the_package(folder: Path) -> None:
+def test_a_checkpoint_without_code_or_block_size_is_served_by_the_package(folder: Path) -> None:
     published = make_published(folder.parent / "qwen", folder.parent / "published")
     config = json.loads((published / "config.json").read_text())
     (published / "config.json").write_text(json.dumps({**config, "mask_token_id": 447}))
-    command = printed("python -m bard_vl.serving", published).replace("python", sys.executable, 1)
+    command = printed(f"python -m bard_vl.serving {PUBLISHED}", published).replace("0.5", "0.02")
     with serving(command, folder.parent / "home of the package") as url:
         server = Server(published, url)
-        settings = {**SETTINGS, "block_size": 4}
-        assert (
-            server.ask(CHATS["image"], settings=settings).choices[0].message.content
-            == server.expected(CHATS["image"], block_size=4)[0]
-        )
+        plain = server.client.chat.completions.create(model=server.name, messages=CHATS["image"], max_tokens=21)
+        assert plain.choices[0].message.content == server.expected(CHATS["image"], block_size=16)[0]
+        for own in ({"block_size": 4}, {"block_size": 8, "confidence_threshold": 0.9}):
+            answer = server.ask(CHATS["image"], settings={"max_new_tokens": 21, **own})
+            assert answer.choices[0].message.content == server.expected(CHATS["image"], **own)[0]
+
+
+def test_code_in_the_folder_needs_no_trust_if_the_package_serves_it(folder: Path) -> None:
+    with serving(printed(OURS, folder), folder.parent / "home without trust") as url:
+        server = Server(folder, url)
+        assert server.ask(CHATS["text"]).choices[0].message.content == server.expected(CHATS["text"])[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--block-size", "0", "error: `block_size` must be an integer of at least 1, got 0"),
+        ("--threshold", "7", "error: `confidence_threshold` must be a number in [0.0, 1.0], got 7.0"),
+    ],
+)
+def test_wrong_options_end_the_server(
+    option: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["serving", "x", option, value])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(message)
+
+
+def test_an_old_transformers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", "5.8.1")
+    with pytest.raises(SystemExit, match=r"^error: serving needs transformers 5.9.0 or newer, this is 5.8.1$"):
+        main()
+
+
+@pytest.mark.parametrize("line", fresh.LINES[1:], ids=fresh.line_name)
+def test_lines_too_old_to_serve_say_so(tmp_path: Path, line: str) -> None:
+    variables = {**environment(tmp_path), "PYTHONPATH": os.pathsep.join([line, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "bard_vl.serving", "x"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert done.returncode == 1
+    *_, last = done.stderr.splitlines()  # torch may have its say before
+    assert re.fullmatch(r"error: serving needs transformers 5\.9\.0 or newer, this is [0-9.]+", last)
+    assert "Traceback" not in done.stderr

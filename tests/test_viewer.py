@@ -311,6 +311,82 @@ def test_it_fits_the_width(page: Any, width: int) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.fixture(scope="module")
+def long_recording() -> Recording:
+    """1024 tokens in blocks of 4, one a step."""
+    steps = [
+        RecordedStep(block, [" word"] * (place + 1) + [None] * (3 - place), [place], [], [0.9] * 4)
+        for block in range(256)
+        for place in range(4)
+    ]
+    return Recording(steps, 4, 1024, 1024, 1.0, " word" * 1024, "A long answer", "What?", [draw()])
+
+
+@pytest.fixture(params=[360, 1200])
+def long_page(request: Any, browser: Any, long_recording: Recording, tmp_path: Path) -> Iterator[Any]:
+    """Its page, paused, in a narrow window and a wide one."""
+    write_html(long_recording, tmp_path / "page.html")
+    with browser.new_context(reduced_motion="reduce", viewport={"width": request.param, "height": 700}) as context:
+        page = context.new_page()
+        page.goto(f"file://{tmp_path}/page.html")
+        yield page
+
+
+def edges(page: Any, selector: str) -> Any:
+    """Left, top, right and bottom in the window of the first element that is meant, in pixels."""
+    found = page.locator(selector).first.evaluate("node => node.getBoundingClientRect().toJSON()")
+    return [found[name] for name in ("left", "top", "right", "bottom")]
+
+
+def test_a_long_answer_fits_the_width(long_page: Any) -> None:
+    page, width = long_page, long_page.viewport_size["width"]
+    for key in ("Home", "End"):
+        page.keyboard.press(key)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    bars = page.locator("#bars i")
+    left, _, right, _ = edges(page, "#player")
+    widths = bars.evaluate_all("bars => bars.map((bar) => bar.getBoundingClientRect().width)")
+    assert bars.last.evaluate("bar => bar.getBoundingClientRect().right") <= right
+    assert left <= bars.first.evaluate("bar => bar.getBoundingClientRect().left")
+    assert min(widths) >= 2
+    assert page.locator("#bars .now").count() == 1
+    page.keyboard.press("Home")
+    steps = -(-1024 // len(widths))
+    assert steps in range(1024 // len(widths), 1024 // len(widths) + 2)
+    bars.nth(10).click()
+    assert page.locator("#scrubber").input_value() == str(11 * steps)
+    assert bars.evaluate_all("bars => bars.findIndex((bar) => bar.className === 'now')") == 10
+    page.set_viewport_size({"width": 500, "height": 700})
+    page.wait_for_timeout(200)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 500
+    assert page.locator("#bars .now").count() == 1
+
+
+def test_a_long_answer_plays_in_view(long_page: Any) -> None:
+    page = long_page
+
+    def is_in_view() -> bool:
+        _, top, _, bottom = edges(page, "#answer .new")
+        _, floor, _, end = edges(page, "#player")
+        return top >= 0 and bottom <= floor and end <= 700
+
+    page.locator("#scrubber").fill("700")
+    assert is_in_view()
+    assert page.evaluate("scrollY") > 700
+    page.locator("#speed").select_option("4")
+    page.locator("#play").click()
+    wait_for_step(page, 725)
+    assert is_in_view()
+    # Whoever scrolls away is left there, until told otherwise.
+    page.mouse.move(100, 100)
+    page.mouse.wheel(0, -20_000)
+    page.wait_for_timeout(600)
+    assert page.evaluate("scrollY") < 200
+    assert edges(page, "#player")[3] <= 700
+    page.keyboard.press("ArrowRight")
+    assert is_in_view()
+
+
 def test_without_scripts_the_answer_is_there(browser: Any, recording: Recording, tmp_path: Path) -> None:
     write_html(recording, tmp_path / "page.html")
     with browser.new_context(java_script_enabled=False) as context:

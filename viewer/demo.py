@@ -73,6 +73,7 @@ def build_page(session: Session) -> gr.Blocks:
     """The page for a checkpoint."""
     stored = {**stored_settings(session.model), **session.settings.explicit()}
     block_size = stored.get("block_size") or session.config.block_size
+    heat = temperature_of(stored)
     longest_answer = stored.get("max_new_tokens", DEFAULTS["max_new_tokens"])
     with gr.Blocks(title=f"Bard-VL: {session.title}", analytics_enabled=False) as page:
         gr.Markdown(f"## {session.title}\nBlocks of {block_size} tokens are written at a time: grey is still a draft.")
@@ -111,7 +112,7 @@ def build_page(session: Session) -> gr.Blocks:
                         step=1,
                         label="Longest answer in tokens (max_new_tokens)",
                     )
-                    temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature, 0 is greedy")
+                    temperature = gr.Slider(0, max(2, heat), value=heat, step=0.05, label="Temperature, 0 is greedy")
             with gr.Column(scale=3):
                 answer = gr.HTML(framed(""), label="Answer", elem_id="answer")
         player = gr.HTML("", elem_id="player", elem_classes="player")
@@ -127,6 +128,13 @@ def build_page(session: Session) -> gr.Blocks:
         ]
         stop.click(None, cancels=running)
     return page
+
+
+def temperature_of(settings: dict[str, Any]) -> float:
+    """The temperature that settings amount to, as in `generate`."""
+    if settings.get("do_sample") is False:
+        return 0.0
+    return settings.get("temperature", 1.0 if settings.get("do_sample") else 0.0)
 
 
 def serve(page: gr.Blocks, host: str, port: int, wait: bool = True) -> str:
@@ -168,6 +176,7 @@ def answer_in_steps(
         "denoising_steps": int(steps),
         "max_new_tokens": int(longest),
         "temperature": temperature,
+        "do_sample": temperature > 0,
     }
     if not prompt.strip():
         yield framed("", error="Ask something."), ""
