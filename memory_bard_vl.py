@@ -364,6 +364,7 @@ def readable(size: int) -> str:
 
 
 __all__ = [
+    "TOLERANCE",
     "MemoryEstimate",
     "cache_columns",
     "check_fits",

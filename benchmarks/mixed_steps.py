@@ -16,7 +16,7 @@ from bard_vl.decoding_bard_vl import BlockDecoder
 from bard_vl.generation_config_bard_vl import DecodingSettings
 from bard_vl.hooks_bard_vl import DecodingHooks
 from contenders import collate
-from decoding import make_prompts
+from decoding import make_prompts, prompt_lengths
 from measuring import seconds_of
 from shapes import SHAPES, build_model
 
@@ -58,8 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     device, shape = torch.device(chosen.device), SHAPES[chosen.shape]
     model = build_model(shape, device, getattr(torch, chosen.dtype), seed=0)
-    lengths = [round(length) for length in torch.linspace(*map(float, chosen.ragged), chosen.batch).tolist()]
-    decoder = started(model, make_prompts(lengths, shape, 0, device), chosen.block_size)
+    decoder = started(model, make_prompts(prompt_lengths(chosen), shape, 0, device), chosen.block_size)
     mixtures = sorted({0, 1, chosen.batch // 2, chosen.batch - 1, chosen.batch})
     ways = [(mixture, padded) for mixture in mixtures for padded in (False, True)]
     seconds: dict[tuple[int, bool], list[float]] = {way: [] for way in ways}

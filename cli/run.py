@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers.image_transforms import to_pil_image
 
-from ..memory_bard_vl import MemoryEstimate, free_memory, readable
-from .errors import UsageError
+from ..memory_bard_vl import TOLERANCE, MemoryEstimate, free_memory, readable
+from .errors import UsageError, one_line
 from .media import read
 from .options import (
     BlockSize,
@@ -95,7 +95,7 @@ def run(
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     inputs = session.encode(messages)
     if dry_run:
-        print_estimate(session.estimate(inputs), session, as_json)
+        print_estimate(session.estimate(inputs), session, refusal(session, inputs), as_json)
         return
     session.check_memory(inputs)
     if session.notice and not (as_json or quiet):
@@ -146,11 +146,21 @@ def read_question(prompt: str | None, content: list[dict[str, Any]]) -> str:
     return prompt
 
 
-def print_estimate(estimate: MemoryEstimate, session: Session, as_json: bool) -> None:
-    """Print the memory that an answer takes."""
+def refusal(session: Session, inputs: Any) -> str | None:
+    """Why an answer would be refused for its memory, and what would fit; None if it would not be."""
+    try:
+        session.check_memory(inputs)
+    except ValueError as error:
+        return one_line(error)
+    return None
+
+
+def print_estimate(estimate: MemoryEstimate, session: Session, refused: str | None, as_json: bool) -> None:
+    """Print the memory that an answer takes, and whether it fits."""
     free = free_memory(session.device)
+    fits = None if free is None else "no" if refused else "yes" if estimate.total * TOLERANCE <= free else "perhaps"
     if as_json:
-        facts = {"model": session.name, "device": str(session.device), "free": free}
+        facts = {"model": session.name, "device": str(session.device), "free": free, "fits": fits, "refused": refused}
         print(json.dumps({**facts, **estimate.as_dict()}, indent=2))
         return
     dtype = str(session.dtype).removeprefix("torch.")
@@ -167,7 +177,10 @@ def print_estimate(estimate: MemoryEstimate, session: Session, as_json: bool) ->
     table.add_row("[bold]in all, at most[/bold]", f"[bold]{readable(estimate.total)}[/bold]", "weights and the largest")
     if free is not None:
         table.add_row(f"free on {session.device}", readable(free))
+        table.add_row("does it fit", fits, "not at full length, or by a hair" if fits == "perhaps" else "")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if refused:
+        print(refused)
 
 
 def write_pictures(

@@ -259,6 +259,19 @@ def test_a_dry_run_reads_no_weights(run: Any) -> None:
     assert whole["weights"] - sum(p.numel() * 4 for p in weights) in range(10_000)  # buffers
 
 
+def test_a_dry_run_says_whether_it_fits(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "run photo.png --model weightless --dry-run --max-new-tokens 4000"
+    whole = json.loads(run(f"{line} --json")[1])
+    assert (whole["fits"], whole["refused"]) == ("yes", None)
+    for share, fits, comment in ((0.9, "perhaps", "not at full length"), (0.01, "no", "needs about")):
+        for part in ("run", "session"):
+            monkeypatch.setattr(f"bard_vl.cli.{part}.free_memory", lambda _, share=share: int(share * whole["total"]))
+        found = json.loads(run(f"{line} --json")[1])
+        assert found["fits"] == fits
+        assert (found["refused"] is None) == (fits != "no")
+        assert re.search(rf"does it fit +{fits}.*{comment}", run(line)[1], flags=re.DOTALL)
+
+
 @pytest.mark.parametrize(("file", "kind"), [("photo.png", "picture"), ("clip.mp4", "video"), ("frames", "video")])
 def test_pictures_of_the_denoising_are_written(run: Any, folder: Path, file: str, kind: str) -> None:
     code, out, _ = run(f"run {file} -m bard --max-new-tokens 8 --html a.html --gif a.gif --png a.png")
