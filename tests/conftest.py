@@ -1,5 +1,6 @@
 """Helpers in this folder are importable by name; hypothesis draws the same examples everywhere, without a clock."""
 
+import gc
 import signal
 import sys
 from pathlib import Path
@@ -15,6 +16,17 @@ settings.register_profile(
 settings.load_profile("repeatable")
 # A shell that starts the tests in the background lets them ignore interrupts, and programs that they start would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what all test files import out of the garbage collector's rounds, which would take longer than the tests."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Undo it, or extensions would report at exit what was never freed."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
