@@ -47,6 +47,7 @@ class BlockCacheLayer(DynamicLayer):
         if self.window is None:
             return super().update(key_states, value_states, *args, **kwargs)
         window = self.window
+        key_states = key_states.to(value_states.dtype)  # under autocast the norms leave keys in float32
         self.reserve(window, key_states, value_states)
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             if window.start is not None:

@@ -200,14 +200,12 @@ class BardVLModel(Qwen3VLModel):
         Returns:
             The embeddings, and the language model's arguments for the deepstack features.
         """
-        encoded = [
-            _split_features(self.get_image_features(pixels, grids))
-            for _, pixels, grids, _ in visual_items(self.config, visual_inputs)
-        ]
-        if not encoded:
+        items = [(pixels, grids) for _, pixels, grids, _ in visual_items(self.config, visual_inputs)]
+        if not items:
             return embeds, {}
-        features = torch.cat([features for features, _ in encoded])
-        layers = [torch.cat(parts) for parts in zip(*(layers for _, layers in encoded), strict=True)]
+        # In one pass: processes that share sharded weights must run the tower equally often, videos or not.
+        pixels, grids = (torch.cat(parts) for parts in zip(*items, strict=True))
+        features, layers = _split_features(self.get_image_features(pixels, grids))
         is_visual = visual_index >= 0
         chosen = visual_index[is_visual].to(features.device)
         shown = features[chosen].to(embeds.device, embeds.dtype)

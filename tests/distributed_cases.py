@@ -1,64 +1,89 @@
-"""What two processes run in the tests of distributed training; started by torchrun or accelerate."""
+"""What two processes run in the tests of distributed training; started by accelerate."""
 
 import json
+import os
+import signal
 import sys
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from accelerate.state import DistributedType, PartialState
+from bard_vl.training import merge_blocks
+from bard_vl.training.trainer import BlockDiffusionTrainer
+
+WAIT = timedelta(seconds=120)  # for the other process: one that never comes fails a test, instead of keeping it
 
 
-def build(folder: Path, recipe: Path) -> Any:
-    """A trainer for `recipe` that writes to `folder`."""
-    from bard_vl.training import merge_blocks
-    from bard_vl.training.arguments import parse_recipe
-    from bard_vl.training.stages import Run, Stage, build_trainer
-
-    model, data, args, _ = parse_recipe(merge_blocks.RECIPE, [str(recipe), "--output_dir", str(folder)])
-    stage = Stage(Path(model.model_name_or_path), 4, folder / "block-4")
-    return build_trainer(Run(model, data, args), stage, args)
+def run(*recipes: str) -> None:
+    """Run recipes through the entry point, one after the other."""
+    for recipe in recipes:
+        assert merge_blocks.main([recipe]) == 0
 
 
-def sharded_steps(folder: str, recipe: str) -> None:
-    """Train a model under `fully_shard` for the recipe's steps, on the trainer's batches, loss and optimizer."""
-    torch.set_num_threads(1)
-    trainer = build(Path(folder), Path(recipe))  # initialises the processes' group
-    model = trainer.model
-    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
-    text, vision = model.model.language_model, model.model.visual
-    for block in (*text.layers, *vision.blocks):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "generate")
-    kinds = {type(parameter.data) for parameter in model.parameters()}
-    optimizer = trainer.create_optimizer()
-    batches = iter(trainer.get_train_dataloader())
-    losses = []
-    model.train()
-    for _ in range(trainer.args.max_steps):
-        micro, normaliser = trainer.get_batch_samples(batches, trainer.args.gradient_accumulation_steps, "cpu")
-        total = torch.zeros(())
-        for batch in micro:
-            loss = trainer.compute_loss(model, batch, num_items_in_batch=normaliser)
-            loss.backward()
-            total += loss.detach()
-        dist.all_reduce(total)
-        losses.append(total.item() / dist.get_world_size())
-        optimizer.step()
-        optimizer.zero_grad()
-        trainer.state.global_step += 1
-    whole = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
-    samples = [trainer.train_dataset[number] for number in range(2)]
-    decoded = trainer.decoding_scores(model.eval(), samples).tolist()
-    if dist.get_rank() == 0:
-        torch.save(whole, Path(folder) / "weights.pt")
-        found = {"all_sharded": kinds == {DTensor}, "losses": losses, "decoded": decoded}
-        (Path(folder) / "sharded.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+def killed(*recipes: str) -> None:
+    """Run recipes, and the last one until a process dies, in the third step of its second stage."""
+    run(*recipes[:-1])
+    in_third_step(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    run(recipes[-1])
+
+
+def in_third_step(act: Callable[[], None]) -> None:
+    """Act once, when a stage of block size 8 begins its third step."""
+    begin = BlockDiffusionTrainer.get_batch_samples
+
+    def acting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.block_size == 8 and self.state.global_step == 2:
+            BlockDiffusionTrainer.get_batch_samples = begin
+            act()
+        return begin(self, *args, **kwargs)
+
+    BlockDiffusionTrainer.get_batch_samples = acting
+
+
+def interrupt() -> None:
+    """What the first signal of a user does."""
+    raise KeyboardInterrupt
+
+
+def sharded(*recipes: str) -> None:
+    """Run recipes under accelerate's FSDP2, which it offers on GPUs only: here it takes the two processes for such.
+
+    The first is interrupted and goes on. What a process computed in goes to `sharded-*.json` in a stage's run folder.
+    """
+    set_up = PartialState.__init__
+
+    def as_on_gpus(self: PartialState, *args: Any, **kwargs: Any) -> None:
+        set_up(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    loss_sum = BlockDiffusionTrainer.loss_sum
+
+    def noting(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = loss_sum(self, model, *args, **kwargs)
+        policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy
+        own = [parameter.to_local() for group in self.optimizer.param_groups for parameter in group["params"]]
+        found = {
+            "loss": str(loss.dtype),
+            "sums of gradients": policy and str(policy.reduce_dtype),
+            "parameters": sum(shard.numel() for shard in own),
+        }
+        Path(self.args.output_dir, f"sharded-{dist.get_rank()}.json").write_text(json.dumps(found))
+        return loss
+
+    PartialState.__init__ = as_on_gpus
+    BlockDiffusionTrainer.loss_sum = noting
+    in_third_step(interrupt)
+    assert merge_blocks.main([recipes[0]]) == 130
+    run(*recipes)
 
 
 if __name__ == "__main__":
-    sharded_steps(*sys.argv[1:])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=WAIT)
+    {"run": run, "killed": killed, "sharded": sharded}[sys.argv[1]](*sys.argv[2:])
+    dist.destroy_process_group()

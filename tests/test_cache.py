@@ -62,6 +62,16 @@ def test_what_another_context_computed_is_encoded_again(context: Any) -> None:
     assert second.num_encoded_tokens.tolist() == [len(second_prompt.ids)]
 
 
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_autocast_decodes_prompts_of_any_lengths(mode: str) -> None:
+    batch = [PROMPTS["text"], PROMPTS["image"], PROMPTS["aligned text"]]
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.compiler.set_stance("force_eager"):
+        output = run(batch, cache_implementation=mode)
+    assert {states.dtype for layer in output.past_key_values.layers for states in (layer.keys, layer.values)} == {
+        torch.bfloat16
+    }
+
+
 def test_only_what_is_new_runs_through_the_model() -> None:
     prompt = PROMPTS["aligned text"]
     first = run(prompt)

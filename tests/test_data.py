@@ -608,7 +608,7 @@ def test_a_batch_without_samples_trains_nothing(encoder: ChatEncoder, batch: lis
 def test_a_batch_without_pictures_carries_a_blank_one_for_a_trained_vision_tower(
     encoder: ChatEncoder, given: list[Any]
 ) -> None:
-    packed = PackingCollator(encoder, trains_vision=True)(given)
+    packed = PackingCollator(encoder, needs_vision=True)(given)
     assert (packed.visual_index == -1).all()
     model = BardVLForConditionalGeneration(CONFIG)
     features = model.model.get_image_features(
@@ -616,7 +616,7 @@ def test_a_batch_without_pictures_carries_a_blank_one_for_a_trained_vision_tower
     )
     embeds = features[0] if isinstance(features, tuple) else features.pooler_output
     assert torch.cat(list(embeds)).shape == (1, CONFIG.text_config.hidden_size)
-    assert PackingCollator(encoder, trains_vision=False)(given).visual_inputs == {}
+    assert PackingCollator(encoder, needs_vision=False)(given).visual_inputs == {}
     clip = chat(user({"type": "video", "video": tiny.draw_frames(2)}), assistant("a"))
     assert set(PackingCollator(encoder)([clip]).visual_inputs) == {"pixel_values_videos", "video_grid_thw"}
 

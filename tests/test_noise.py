@@ -1,6 +1,7 @@
 """Corruption follows the paper's formulas; the noise of a sample hangs on the sample, the step and the seed alone."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -64,8 +65,10 @@ def packed(samples: list[Sample], max_length: int = 1024) -> PackedRows:
     return pack(samples, BLOCK, max_length, pad_token_id=0, response_padding_id=EOS)
 
 
-def corrupted(rows: PackedRows, kind: str = "mixed", scheme: str = "block", seed: int = 3, step: int = 4) -> Corrupted:
-    return corrupt_rows(rows, BLOCK, kind, scheme, MASK, REPLACEMENTS, seed, step)
+def corrupted(
+    rows: PackedRows, kind: str = "mixed", scheme: str = "block", seed: int = 3, step: int = 4, **changes: Any
+) -> Corrupted:
+    return corrupt_rows(rows, BLOCK, kind, scheme, MASK, REPLACEMENTS, seed, step, **changes)
 
 
 def by_sample(rows: PackedRows, noise: Corrupted) -> dict[int, list[torch.Tensor]]:
@@ -248,6 +251,17 @@ def test_noise_differs_between_samples_steps_and_seeds() -> None:
     renamed.sample_ids += 1
     others = [corrupted(rows, step=5), corrupted(rows, seed=4), corrupted(renamed)]
     assert all(not torch.equal(corrupted(rows).masked, other.masked) for other in others)
+
+
+def test_noise_differs_between_the_times_that_a_step_has_a_sample() -> None:
+    rows = packed([CONVERSATIONS[1], CONVERSATIONS[1]])
+    first, second = by_sample_number(rows, corrupted(rows, repeats=torch.tensor([0, 1, 0])))
+    assert torch.equal(first, by_sample_number(rows, corrupted(rows))[0])
+    assert not torch.equal(first, second)
+
+
+def by_sample_number(rows: PackedRows, noise: Corrupted) -> list[torch.Tensor]:
+    return [noise.ids[rows.noisy & (rows.sample == number)] for number in range(len(rows.sample_ids))]
 
 
 def test_noise_is_the_same_in_every_process() -> None:

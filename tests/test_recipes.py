@@ -89,6 +89,14 @@ def test_the_recipe_for_own_chats_has_ten_lines():
     assert len((RECIPES / "finetune.yaml").read_text().splitlines()) <= 10
 
 
+@pytest.mark.parametrize("name", ["finetune.yaml", "lora.yaml"])
+def test_published_checkpoints_keep_their_noise(name):
+    model, _, args, _ = parse(merge_blocks, name, use_cpu="true")
+    assert "-Mask-" in model.model_name_or_path
+    assert args.noise == "mask"
+    assert model.use_lora or args.group_learning_rate("vision") == 2e-6
+
+
 def test_flags_override_the_recipe(tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", settings(tmp_path / "run", block_sizes=[4, 8], freeze=["vision"]))
     flags = ["--learning_rate", "1e-4", "--block_sizes", "8", "16", "32", "--use_lora", "true", "--max-steps", "7"]

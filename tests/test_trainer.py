@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bard_vl
@@ -15,12 +17,13 @@ import fresh
 import pytest
 import test_remote_code
 import torch
+from accelerate import skip_first_batches
 from bard_vl import BardVLForConditionalGeneration, BardVLProcessor
 from bard_vl.training import distill, merge_blocks
 from bard_vl.training.arguments import parse_recipe
 from bard_vl.training.cost import Cost, activation_memory, state_memory
 from bard_vl.training.packing import Sample
-from bard_vl.training.stages import Run, Stage, build_trainer
+from bard_vl.training.stages import Run, Stage, build_trainer, write_checkpoint
 from bard_vl.training.trainer import (
     BlockDiffusionTrainer,
     EveryEpoch,
@@ -32,6 +35,7 @@ from bard_vl.training.trainer import (
 from safetensors.torch import load_file
 from training_cases import MASK, bard_folder, chats_file, history, losses, qwen_folder, settings, write_recipe
 from transformers import TrainerCallback
+from transformers.integrations import deepspeed as deepspeed_integration
 
 
 def train(output: Path, name: str = "recipe", module: Any = merge_blocks, **changes: Any) -> Path:
@@ -114,7 +118,7 @@ def test_every_noise_and_form_of_the_loss_trains(tmp_path, noise, form):
 
 
 def test_parts_of_the_loss_average_to_the_loss(tmp_path):
-    trainer = trainer_for(tmp_path, logging_steps=4)
+    trainer = trainer_for(tmp_path, logging_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=1)
     trainer.train()
     entry = trainer.state.log_history[0]
     rows = [trainer.data_collator([trainer.train_dataset[number] for number in range(4)])]
@@ -133,13 +137,34 @@ def test_parts_of_the_loss_average_to_the_loss(tmp_path):
 def test_visible_tokens_are_learnt_if_asked(tmp_path):
     entry = history(train(tmp_path / "run", max_steps=1, visible_weight=0.5) / "block-4")[0]
     assert {"loss_masked", "loss_replaced", "loss_visible"} <= entry.keys()
-    trainer = trainer_for(tmp_path, visible_weight=0.5)
+    trainer = trainer_for(tmp_path, visible_weight=0.5, per_device_train_batch_size=4)
     rows = [trainer.data_collator([trainer.train_dataset[number] for number in range(4)])]
     (batch,), normaliser = trainer.get_batch_samples(iter(rows), 1, torch.device("cpu"))
     corrupted = batch.masked | batch.replaced
     visible = batch.rows.noisy & ~corrupted
     assert normaliser == corrupted.sum() + 0.5 * visible.sum()
     assert batch.weights[visible].unique().tolist() == [0.5]
+
+
+def test_a_sample_drawn_again_in_a_step_has_other_noise(tmp_path):
+    trainer = trainer_for(tmp_path)
+    rows = trainer.data_collator([trainer.train_dataset[number] for number in (5, 5)])
+    batches, _ = trainer.get_batch_samples(iter([rows, rows]), 2, torch.device("cpu"))
+    noises = [batch.input_ids[rows.noisy & (rows.sample == copy)] for batch in batches for copy in range(2)]
+    assert all(not torch.equal(a, b) for a, b in combinations(noises, 2))
+    once, _ = trainer.corrupt(trainer.data_collator([trainer.train_dataset[5]]), trainer.args.seed, 0)
+    assert torch.equal(once.input_ids[once.rows.noisy], noises[0])
+
+
+def test_batches_stay_on_the_cpu_until_their_forward(tmp_path, monkeypatch):
+    def moved(batch: Any, device: Any, **kwargs: Any) -> Any:
+        raise AssertionError(f"moved to {device}")
+
+    monkeypatch.setattr("accelerate.data_loader.send_to_device", moved)
+    trainer = trainer_for(tmp_path)
+    loader = trainer.get_train_dataloader()
+    assert len(next(iter(loader)).sample_ids) == 2
+    assert len(next(iter(skip_first_batches(loader, 1))).sample_ids) == 2
 
 
 # --- Optimizer --------------------------------------------------------------------------------------------------------
@@ -390,6 +415,19 @@ def test_a_finished_stage_is_a_checkpoint_with_code(tmp_path):
     assert answer == test_remote_code.generate(model)
 
 
+def test_a_checkpoint_is_written_by_one_process_under_zero3(tmp_path, monkeypatch):
+    """transformers builds models under ZeRO-3 by all processes together: one alone would wait for ever."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", settings(tmp_path))
+    model, data, args, _ = parse_recipe(merge_blocks.RECIPE, [str(recipe)])
+    stage = Stage(bard_folder(), 4, tmp_path / "block-4")
+    processor = BardVLProcessor.from_pretrained(bard_folder())
+    zero3 = SimpleNamespace(is_zero3=lambda: True)
+    monkeypatch.setattr(deepspeed_integration, "_hf_deepspeed_config_weak_ref", lambda: zero3)
+    state = weights(bard_folder())
+    write_checkpoint(MASK, dict(state), processor, Run(model, data, args), stage, tmp_path / "block-4")
+    assert weights(tmp_path / "block-4").keys() == state.keys()
+
+
 def test_save_dtype(tmp_path):
     folder = train(tmp_path / "run", max_steps=1, save_dtype="bfloat16") / "block-4"
     assert {value.dtype for value in weights(folder).values()} == {torch.bfloat16}
@@ -440,6 +478,17 @@ def test_evaluation_repeats_and_leaves_training_alone(tmp_path):
         assert again[name] == last[name]
     assert last["eval_samples"] == 5
     assert last["eval_tokens_per_forward"] > 0
+
+
+def test_decoding_has_the_precision_of_training(tmp_path):
+    held_out = {"eval_data": str(chats_file(5)), "decode_samples": 2, "decode_max_new_tokens": 4}
+    trainer = trainer_for(tmp_path, bf16=True, max_steps=1, **held_out)
+    trainer.train()
+    dtypes = set()
+    layer = trainer.bare_model.model.language_model.layers[0].mlp.up_proj
+    layer.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+    trainer.evaluate()
+    assert dtypes == {torch.bfloat16}
 
 
 @torch.no_grad()
@@ -512,7 +561,7 @@ def test_forms_of_distillation_train(tmp_path, changes):
 def test_the_autoregressive_teacher_predicts_as_qwen3vl_does(tmp_path):
     from transformers import Qwen3VLForConditionalGeneration
 
-    changes = {"teacher_name_or_path": str(qwen_folder()), "teacher_kind": "ar"}
+    changes = {"teacher_name_or_path": str(qwen_folder()), "teacher_kind": "ar", "per_device_train_batch_size": 4}
     trainer = trainer_for(tmp_path, distill, 8, time_high=0.3, **changes)
     qwen = Qwen3VLForConditionalGeneration.from_pretrained(qwen_folder(), dtype=torch.float32).eval()
     samples = [trainer.train_dataset[number] for number in range(4)]
@@ -593,6 +642,9 @@ def test_the_cost_is_what_the_model_and_the_data_have(tmp_path):
     everything = sum(p.numel() for p in trainer.model.parameters())
     whole, split = (state_memory(trainer.model, kind, 2) for kind in ("none", "fsdp"))
     assert sum(whole.values()) == 16 * everything == 2 * sum(split.values())
+    half = Cost.of(trainer_for(tmp_path / "half", bf16=True)).memory
+    assert 0.95 < half["weights in bfloat16"] / (2 * everything) <= 1
+    assert "weights in bfloat16" not in cost.memory
     zero1 = state_memory(trainer.model, "zero1", 4)
     assert sum(zero1.values()) == (2 + 2 + 12 / 4) * everything
 

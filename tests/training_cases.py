@@ -55,6 +55,25 @@ def chats_file(num_chats: int = 12) -> Path:
     return folder / "chats.jsonl"
 
 
+@cache
+def media_file(num_chats: int = 12) -> Path:
+    """A JSONL file of chats without media, with a picture, and with a picture and a video of three frames."""
+    folder = Path(_session_folder.name) / "media"
+    folder.mkdir()
+    pictures = [f"{number}.png" for number in range(4)]
+    for number, name in enumerate(pictures):
+        tiny.draw_scene(folder / name, (64, 64), number)
+    media = [{"type": "image", "image": pictures[0]}, {"type": "video", "video": pictures[1:], "fps": 1.0}]
+    lines = []
+    for number in range(num_chats):
+        question = [*media[: number % 3], {"type": "text", "text": "What is the colour?"}]
+        answer = [{"type": "text", "text": tiny.COLOURS[number % len(tiny.COLOURS)]}]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": messages}))
+    (folder / "chats.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "chats.jsonl"
+
+
 def settings(output: Path, **changes: Any) -> dict[str, Any]:
     """A recipe that trains a tiny model on the CPU in seconds."""
     recipe = {

@@ -127,7 +127,6 @@ class BlockDiffusionArguments(TrainingArguments):
     """transformers' settings with those of block diffusion (arXiv 2604.16514, sections 3 and 4)."""
 
     adam_beta2: float = option(0.95, "second moment's decay of AdamW")
-    optim: str = option("adamw_torch", "optimizer, by transformers' names")
     lr_scheduler_type: str = option("cosine", "schedule of the learning rates, by transformers' names")
     remove_unused_columns: bool = option(False, "chats have no columns to remove")
     save_total_limit: int | None = option(2, "checkpoints kept of a stage that is under way")

@@ -44,8 +44,12 @@ class Cost:
         if trainer.teacher is not None:
             memory["teacher"] = sum(p.numel() * p.element_size() for p in trainer.teacher.model.parameters())
         config = trainer.bare_model.config
+        if args.bf16 and sharding == "none":
+            memory["weights in bfloat16"] = autocast_memory(model)
         memory |= activation_memory(config, tokens, 2 if args.bf16 else 4, args.gradient_checkpointing)
-        memory["logits"] = 4 * args.loss_chunk_size * config.text_config.vocab_size * (4 if args.bf16 else 3)
+        # Logits, their logarithms and gradients, in bfloat16 too; of a teacher the same, and the divergence.
+        tensors = (4 if args.bf16 else 3) + (4 if trainer.teacher is not None else 0)
+        memory["logits"] = 4 * args.loss_chunk_size * config.text_config.vocab_size * tensors
         return cls(parameters, args.global_batch_size, length, args.max_steps, sharding, memory)
 
     def table(self, title: str) -> str:
@@ -59,7 +63,7 @@ class Cost:
             lines.append(f"  {'packed tokens per step':<28}{tokens:>16,}   {self.tokens_per_sample:,.0f} a sample")
         lines.append(f"  {'steps':<28}{self.steps:>16,}")
         shared = "" if self.sharding == "none" else f", {self.sharding}"
-        lines.append(f"  memory per process{shared} (estimate)")
+        lines.append(f"  memory per process{shared} (estimate, without the vision tower's activations)")
         for name, size in self.memory.items():
             lines.append(f"    {name:<26}{size / GIB:>16.2f} GiB")
         lines.append(f"    {'in all':<26}{sum(self.memory.values()) / GIB:>16.2f} GiB")
@@ -104,6 +108,12 @@ def state_memory(model: nn.Module, sharding: str, num_processes: int) -> dict[st
     parts = {"weights": weights, "gradients": gradients, "optimizer states": moments}
     needed = {"weights": 3, "gradients": 2, "optimizer states": 1}
     return {name: size / num_processes if split >= needed[name] else size for name, size in parts.items()}
+
+
+def autocast_memory(model: nn.Module) -> float:
+    """Bytes of the bfloat16 copies that autocast keeps, until the end of a forward, of float32 matrices that learn."""
+    matrices = (p for p in model.parameters() if p.requires_grad and p.ndim > 1 and p.element_size() == 4)
+    return 2.0 * sum(matrix.numel() for matrix in matrices)
 
 
 def activation_memory(config: Any, tokens: float, width: int, checkpointing: bool) -> dict[str, float]:

@@ -239,9 +239,9 @@ def stream_chats(
 ) -> datasets.IterableDataset:
     """A stream of undecoded chats in an order that depends on the seed and the epoch (`set_epoch`).
 
-    It stays a data set of `datasets`, which workers of the data loader and processes (by accelerate, or by
-    `datasets.distributed.split_dataset_by_node`) share among them, by files where there are enough. `PackingCollator`
-    encodes its chats; their `sample_id` is a hash of their tokens.
+    It stays a data set of `datasets`, whose files the workers of the data loader share. In training every process reads
+    all of it and `PackingCollator` encodes the process's own batches alone, so that all have equally many and train on
+    the chats that one process would take. The `sample_id` of a chat is a hash of its tokens.
 
     Raises:
         ValueError: none of the first 16 chats can be used.
@@ -267,17 +267,18 @@ class PackedBatch(PackedRows):
 class PackingCollator:
     """Packs a list of samples, broken chats and, from a stream, chats into a `PackedBatch`.
 
-    A batch in which nothing can be trained is one row of padding. If the vision tower is trained, a batch without
-    pictures carries one blank picture that no token shows: every process must run the tower in every step.
+    A batch in which nothing can be trained is one row of padding. Where every process must run the vision tower in
+    every step, a batch without pictures carries one blank picture that no token shows.
 
     Attributes:
         encoder: its limits give block size and row length.
-        trains_vision: whether the vision tower gets gradients.
+        needs_vision: whether every batch must run the vision tower: it is trained, or its weights, even frozen, are
+            sharded and gathered by all processes together.
         pad_to_multiple_of: rows are padded to a multiple of so many columns.
     """
 
     encoder: ChatEncoder
-    trains_vision: bool = True
+    needs_vision: bool = True
     pad_to_multiple_of: int = 1
 
     def __call__(self, batch: Sequence[Sample | Broken | Mapping[str, Any]]) -> PackedBatch:
@@ -293,7 +294,7 @@ class PackingCollator:
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
         packed = PackedBatch(**vars(rows), broken=[each for each in found if isinstance(each, Broken)])
-        if self.trains_vision and not packed.visual_inputs:
+        if self.needs_vision and not packed.visual_inputs:
             packed.visual_inputs = blank_picture(self.encoder.config.vision_config)
         return packed
 

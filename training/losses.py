@@ -225,8 +225,9 @@ def linear_losses(
 
     Args:
         hidden: (n, hidden size) of the student.
-        head: the student's output projection: a module, or a weight (vocabulary, hidden size). Under FSDP it must be
-            called inside the model's forward, where parameters are whole.
+        head: the student's output projection: a module, or a weight (vocabulary, hidden size). Sharded weights are
+            whole inside the model's forward only; there give the weight, since a module's hooks communicate once a
+            chunk, and the number of chunks differs between processes.
         targets: (n,) clean ids.
         weights: (n,) as `position_weights` gives them.
         teacher: hidden states (n, any size) and head of the teacher, which gets no gradient.

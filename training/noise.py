@@ -186,9 +186,13 @@ def _others(ids: torch.Tensor, replacements: torch.Tensor, which: torch.Tensor) 
     return replacements[pick + (is_among & (pick >= place))]
 
 
-def noise_generator(seed: int, step: int, sample_id: int) -> torch.Generator:
-    """CPU generator for the noise of one sample at one optimiser step, the same wherever the sample lands."""
-    digest = hashlib.blake2b(f"{seed} {step} {sample_id}".encode(), digest_size=8).digest()
+def noise_generator(seed: int, step: int, sample_id: int, repeat: int = 0) -> torch.Generator:
+    """CPU generator for the noise of one sample at one optimiser step, the same wherever the sample lands.
+
+    `repeat` counts how often the sample was drawn before in the step.
+    """
+    text = f"{seed} {step} {sample_id}" + (f" {repeat}" if repeat else "")
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     # torch's CPU generator reads 32 bits of a seed.
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
@@ -204,11 +208,12 @@ def corrupt_rows(
     step: int,
     low: float = 0.0,
     high: float = 1.0,
+    repeats: torch.Tensor | None = None,
 ) -> Corrupted:
     """Corrupt the noisy copies of packed rows; everything else stays clean.
 
-    The noise of a sample depends on (seed, step, sample id) and its own noisy tokens alone: it is the same in any
-    packing, order, number of processes and on any device. Response padding is corrupted like the rest of its block.
+    The noise of a sample depends on (seed, step, sample id, repeat) and its own noisy tokens alone: it is the same in
+    any packing, order, number of processes and on any device. Response padding is corrupted like the rest of its block.
 
     Args:
         rows: packed samples.
@@ -216,6 +221,7 @@ def corrupt_rows(
         kind, mask_token_id, replacements: as in `corrupt`.
         scheme, low, high: as in `sample_times`; blocks are counted over all turns of a sample.
         seed, step: of the run, and of the optimiser.
+        repeats: (samples or more,) how often each sample was drawn before in the step; None for never.
 
     Returns:
         `Corrupted` of (rows, length) tensors on the rows' device.
@@ -232,12 +238,13 @@ def corrupt_rows(
     masked, replaced = torch.zeros_like(noisy), torch.zeros_like(noisy)
     # By turn and place, so that no order of the copies within a row can matter.
     key = turn * (place.max() + 1) + place
-    for number, sample_id in enumerate(rows.sample_ids.tolist()):
+    repeats = torch.zeros_like(rows.sample_ids) if repeats is None else repeats
+    for number, (sample_id, repeat) in enumerate(zip(rows.sample_ids.tolist(), repeats.tolist(), strict=False)):
         where = (noisy & (sample == number)).nonzero(as_tuple=True)
         order = key[where].argsort()
         where = tuple(index[order] for index in where)
         blocks, block = torch.stack([turn[where], rank[where]]).unique_consecutive(dim=1, return_inverse=True)
-        generator = noise_generator(seed, step, sample_id)
+        generator = noise_generator(seed, step, sample_id, repeat)
         times = sample_times(blocks.shape[1], scheme, generator, low, high)[block]
         noise = corrupt(clean[where], times, kind, mask_token_id, replacements, generator)
         for target, value in zip((ids, masked, replaced, t), noise, strict=True):

@@ -47,20 +47,31 @@ CODE_FOLDER = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Settings that decide a stage's result: a stage that was begun with others cannot go on.
 DECISIVE = (
-    *("learning_rate", "merger_learning_rate", "vision_learning_rate", "min_learning_rate", "lr_scheduler_type"),
-    *("lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim"),
-    *(
-        "max_grad_norm",
-        "max_steps",
-        "num_train_epochs",
-        "seed",
-        "bf16",
-        "noise",
-        "time_sampling",
-        "time_low",
-        "time_high",
-    ),
-    *("replace_with_special_tokens", "loss_form", "padding_weight", "visible_weight"),
+    "learning_rate",
+    "merger_learning_rate",
+    "vision_learning_rate",
+    "min_learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "optim",
+    "max_grad_norm",
+    "max_steps",
+    "num_train_epochs",
+    "seed",
+    "bf16",
+    "noise",
+    "time_sampling",
+    "time_low",
+    "time_high",
+    "replace_with_special_tokens",
+    "loss_form",
+    "padding_weight",
+    "visible_weight",
 )
 # Settings about data that decide nothing about the weights.
 INDECISIVE = ("measuring_processes", "eval_data", "eval_split", "max_eval_samples")
@@ -151,7 +162,7 @@ def start_folder(run: Run, job: Conversion, block_size: int) -> Path:
 def check_inputs(run: Run, job: Conversion, block_size: int) -> None:
     """Refuse chats that cannot be opened and a source that cannot be converted, before anything is written."""
     data = run.data
-    sharded = run.model.use_lora and shards_weights()
+    sharded = run.model.use_lora and shards_weights(run.args)
     require(not sharded, "`use_lora` merges whole weights: start it with accelerate/ddp.yaml, not FSDP or ZeRO-3")
     with one_line():
         limits(data, block_size)
@@ -162,10 +173,11 @@ def check_inputs(run: Run, job: Conversion, block_size: int) -> None:
         prepare(job.folder, None, block_size, run.model.mask_token_id, run.model.mask_row)
 
 
-def shards_weights() -> bool:
-    """Whether accelerate was started to split the weights over processes."""
+def shards_weights(args: BlockDiffusionArguments) -> bool:
+    """Whether weights are split over processes, as accelerate was started or as the settings say."""
     zero3 = is_set("ACCELERATE_USE_DEEPSPEED") and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    return zero3 or is_set("ACCELERATE_USE_FSDP")
+    zero3 = zero3 or deepspeed_integration.is_deepspeed_zero3_enabled()
+    return zero3 or is_set("ACCELERATE_USE_FSDP") or bool(args.fsdp)
 
 
 def is_set(variable: str) -> bool:
@@ -223,6 +235,7 @@ def run_stage(run: Run, stage: Stage) -> Path:
     check_settings(stage, settings)
     args = run.args.changed(output_dir=str(stage.run_folder), seed=run.args.seed + stage.number)
     trainer = build_trainer(run, stage, args)
+    run.args.deepspeed_plugin = None  # accelerate keeps it for the stages to come, and refuses to be given it again
     settings |= decisive_data(trainer)
     check_settings(stage, settings)
     if run.args.should_save:
@@ -257,7 +270,7 @@ def build_trainer(run: Run, stage: Stage, args: BlockDiffusionArguments) -> Bloc
         processing_class=processor,
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=PackingCollator(encoder, trains_vision, run.data.pad_to_multiple_of),
+        data_collator=PackingCollator(encoder, trains_vision or shards_weights(args), run.data.pad_to_multiple_of),
         teacher=load_teacher(run, stage) if stage.distillation else None,
     )
 
@@ -369,7 +382,8 @@ def load_teacher(run: Run, stage: Stage) -> Teacher:
 def whole_models() -> Iterator[None]:
     """Load models whole on every process, where ZeRO-3 would split them and FSDP would load them on one process only.
 
-    They are no part of what accelerate prepares, so nothing would gather them again.
+    They are no part of what accelerate prepares, so nothing would gather them again; and a process that builds a model
+    alone would wait for the others.
     """
     config = deepspeed_integration._hf_deepspeed_config_weak_ref
     loading = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
@@ -462,7 +476,7 @@ def write_checkpoint(
     dtype = DTYPES.get(name, torch.bfloat16)
     state = {key: value.to(dtype).contiguous() for key, value in state.items()}
     # FSDP gives a trained model another class, of another file: transformers would publish that one's name and code.
-    with torch.device("meta"):
+    with whole_models(), torch.device("meta"):
         shell = BardVLForConditionalGeneration(config)
     names = shell.state_dict().keys() - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     if differing := sorted(names ^ state.keys()):

@@ -145,7 +145,8 @@ class BlockDiffusionTrainer(Trainer):
     """Trains one stage: one model at one block size (arXiv 2604.16514, equations of sections 3.1 to 3.3).
 
     A step corrupts its micro-batches before the first forward, so that the loss is normalised over all accumulation
-    steps and processes exactly; the noise of a sample depends on (seed, step, sample) alone.
+    steps and processes exactly; the noise of a sample depends on (seed, step, sample) alone, and for one that comes
+    several times in a step on which time it is.
 
     Args:
         model: a Bard-VL model, or PEFT's wrapper around one.
@@ -187,6 +188,10 @@ class BlockDiffusionTrainer(Trainer):
         )
         # The loss is a sum over the whole batch's normaliser: no further division by accumulation steps.
         self.model_accepts_loss_kwargs = True
+        if self.is_fsdp_enabled:
+            keep_sums_in_float32(self.accelerator.state.fsdp_plugin)
+        if self.accelerator.ddp_handler is not None:
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True  # saves a copy of all gradients
         self.block_size = block_size
         self.teacher = teacher
         if teacher is not None:
@@ -215,6 +220,12 @@ class BlockDiffusionTrainer(Trainer):
 
     # --- Data ---------------------------------------------------------------------------------------------------------
 
+    def get_train_dataloader(self) -> Any:
+        """transformers' data loader, whose batches stay on the CPU until the forward of each."""
+        loader = super().get_train_dataloader()
+        loader.device = None  # else accelerate holds all micro-batches of a step on the GPU
+        return loader
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(dataset, torch.utils.data.IterableDataset):
@@ -225,20 +236,40 @@ class BlockDiffusionTrainer(Trainer):
         self, epoch_iterator: Iterator[PackedBatch], num_batches: int, device: torch.device
     ) -> tuple[list[NoisyRows], torch.Tensor]:
         """Corrupt the micro-batches of one step; returns them and the normaliser over all of them and all processes."""
+        micro_batches = list(itertools.islice(epoch_iterator, num_batches))
         batches, normaliser = [], 0.0
-        for _ in range(num_batches):
-            rows = next(epoch_iterator, None)
-            if rows is None:
-                break
+        repeats = self.repeats([rows.sample_ids for rows in micro_batches], num_batches)
+        for rows, repeat in zip(micro_batches, repeats, strict=False):
             self.skipped.add(rows.broken)
-            batch, part = self.corrupt(rows, self.args.seed, self.state.global_step)
+            batch, part = self.corrupt(rows, self.args.seed, self.state.global_step, repeat)
             batches.append(batch)
             normaliser += part
         total = torch.tensor(normaliser, dtype=torch.float64)
         return batches, self.sum_over_processes(total).clamp(min=1.0)
 
-    def corrupt(self, rows: PackedBatch, seed: int, step: int) -> tuple[NoisyRows, float]:
-        """Noise for packed rows, and the sum that their losses are divided by."""
+    def repeats(self, sample_ids: list[torch.Tensor], num_batches: int) -> torch.Tensor:
+        """How often each sample was drawn before in its step, in the order of the data over all processes.
+
+        Args:
+            sample_ids: of this process's micro-batches.
+            num_batches: micro-batches of a step, the same on all processes.
+
+        Returns:
+            (num_batches, samples of a full micro-batch).
+        """
+        own = torch.full((num_batches, self.args.per_device_train_batch_size), -1)
+        for row, ids in zip(own, sample_ids, strict=False):
+            row[: len(ids)] = ids
+        # (processes, micro-batches, samples): the data loader deals out one micro-batch to each process in turn.
+        gathered = self.accelerator.gather(own[None].to(self.args.device)).cpu().transpose(0, 1)
+        drawn = gathered.flatten()
+        earlier = (drawn[:, None] == drawn).tril(-1).sum(1)
+        return earlier.view_as(gathered)[:, self.args.process_index]
+
+    def corrupt(
+        self, rows: PackedBatch, seed: int, step: int, repeats: torch.Tensor | None = None
+    ) -> tuple[NoisyRows, float]:
+        """Noise for packed rows, given how often their samples came before, and what their losses are divided by."""
         args = self.args
         noise = corrupt_rows(
             rows,
@@ -251,6 +282,7 @@ class BlockDiffusionTrainer(Trainer):
             step,
             args.time_low,
             args.time_high,
+            repeats,
         )
         learnt = rows.noisy
         if self.teacher is not None:
@@ -308,9 +340,10 @@ class BlockDiffusionTrainer(Trainer):
             }
 
         def objective(hidden_states: torch.Tensor, lm_head: nn.Module) -> torch.Tensor:
+            # Not the head itself: its hooks would gather sharded weights once a chunk, and processes differ in chunks.
             losses = linear_losses(
                 hidden_states.flatten(0, 1)[index],
-                lm_head,
+                lm_head.weight,
                 targets,
                 weights,
                 chunk_size=self.args.loss_chunk_size,
@@ -494,15 +527,16 @@ class BlockDiffusionTrainer(Trainer):
             "confidence_threshold": args.decode_confidence_threshold,
             "denoising_steps": args.decode_denoising_steps,
         }
-        output = model.generate(
-            input_ids=tokens.to(args.device),
-            attention_mask=real.to(args.device),
-            **{name: value.to(args.device) for name, value in visual.items()},
-            block_size=self.block_size,
-            max_new_tokens=args.decode_max_new_tokens,
-            return_dict_in_generate=True,
-            **{name: value for name, value in given.items() if value is not None},
-        )
+        with self.accelerator.autocast():
+            output = model.generate(
+                input_ids=tokens.to(args.device),
+                attention_mask=real.to(args.device),
+                **{name: value.to(args.device) for name, value in visual.items()},
+                block_size=self.block_size,
+                max_new_tokens=args.decode_max_new_tokens,
+                return_dict_in_generate=True,
+                **{name: value for name, value in given.items() if value is not None},
+            )
         responses = output.sequences[:, width:].cpu()
         exact = sum(torch.equal(row[: len(answer)], answer) for row, answer in zip(responses, answers, strict=True))
         return torch.tensor([len(samples), exact, output.tokens_per_forward.double().sum().item()], dtype=torch.float64)
@@ -546,6 +580,13 @@ class LossTally:
             found |= {"cross_entropy": entropy / max(positions, 1), "divergence": divergence / max(positions, 1)}
         counts = {"packed_tokens": tokens, "samples": samples, "broken_samples": broken}
         return found | counts | {"padding_share": padding / max(tokens, 1)}
+
+
+def keep_sums_in_float32(plugin: Any) -> None:
+    """Let FSDP2 compute in half precision what a model computes, and keep the loss and sums of gradients in float32."""
+    policy = plugin.mixed_precision_policy  # accelerate's casts both, and a loss over thousands of tokens loses digits
+    if getattr(plugin, "fsdp_version", 1) == 2 and policy is not None:  # older accelerate knows FSDP1 only
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
 def padding_blocks(rows: PackedRows, block_size: int) -> torch.Tensor:
