@@ -197,6 +197,10 @@ def claims(runs: dict[str, list[Run]]) -> str:
         compare(runs, "swd-32", "warm-32", "Distillation from the anchor adds to merging"),
         compare(runs, "long-swd-32", "long-warm-32", "The same with the larger budget and a well-trained anchor"),
         compare(runs, "ar-distilled-32", "warm-32", "Distillation from the autoregressive parent adds to merging"),
+        *(
+            compare(runs, "mask-noise-8", f"{kind}-noise-8", f"For plain decoding mask noise beats {kind} noise")
+            for kind in ("mixed", "uniform")
+        ),
         compare(runs, "right-mask-8", "faulty-mask-8", "The right mask beats the reference's"),
         speed_claim(runs),
     ]
