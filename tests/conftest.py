@@ -1,14 +1,19 @@
 """Helpers in this folder are importable by name; hypothesis draws the same examples everywhere, without a clock."""
 
 import gc
+import os
 import signal
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from PIL import ImageFile
 
+# What is compared to the bit between processes has to be computed by as many threads in each.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))
 settings.register_profile(
     "repeatable", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
