@@ -127,11 +127,12 @@ def working_bytes(model: Any, size: PromptSize, settings: DecodingSettings) -> i
 def certain_bytes(model: Any, size: PromptSize, settings: DecodingSettings) -> int:
     """The same if every response ends in its first block: what the call takes in any case.
 
-    A static cache, and one that the host looks at now and then only, have room for full responses from the start.
+    A static cache has room for full responses from the start; another for what the host lets run before it looks.
     """
     shortest = settings
-    if not settings.is_static and settings.check_interval == 1:
-        shortest = replace(settings, max_new_tokens=min(settings.max_new_tokens, settings.block_size))
+    if not settings.is_static:
+        unread = settings.block_size * settings.check_interval
+        shortest = replace(settings, max_new_tokens=min(settings.max_new_tokens, unread))
     further = table_bytes(size, settings) - table_bytes(size, shortest)
     return working_bytes(model, size, shortest) + further
 

@@ -12,7 +12,7 @@ import tiny
 import torch
 from bard_vl import BardVLConfig, BardVLForConditionalGeneration, estimate_memory, memory_bard_vl
 from bard_vl.inputs_bard_vl import PromptSize, largest_pixels
-from bard_vl.memory_bard_vl import TOLERANCE, check_fits, free_memory, read_prompt, readable
+from bard_vl.memory_bard_vl import TOLERANCE, certain_bytes, check_fits, free_memory, read_prompt, readable
 from torch.profiler import ProfilerActivity, profile
 
 IDS = tiny.IDS["small"]
@@ -195,11 +195,9 @@ def test_responses_that_may_end_early_are_not_refused(monkeypatch: pytest.Monkey
     needed = estimate_memory(model, prompt(text=9, rows=8), **long).working
     free = needed // 10
     check_fits(model, size, settings, torch.device("cpu"), free)
-    for ahead in ({"is_static": True}, {"check_interval": 4}):
-        with pytest.raises(
-            ValueError, match=r"or lower `max_new_tokens`, which is 100000; or give fewer than 8 prompts"
-        ):
-            check_fits(model, size, replace(settings, **ahead), torch.device("cpu"), needed // 4)
+    check_fits(model, size, replace(settings, check_interval=4), torch.device("cpu"), free)
+    with pytest.raises(ValueError, match=r"or lower `max_new_tokens`, which is 100000; or give fewer than 8 prompts"):
+        check_fits(model, size, replace(settings, is_static=True), torch.device("cpu"), needed // 4)
     monkeypatch.setattr(memory_bard_vl, "free_memory", lambda _: free)
     memory_bard_vl.logger.warning_once.cache_clear()
     with caplog.at_level(logging.WARNING):
@@ -208,6 +206,17 @@ def test_responses_that_may_end_early_are_not_refused(monkeypatch: pytest.Monkey
     assert [record.getMessage() for record in caplog.records] == [
         "responses of full length may not fit into the memory of cpu: `max_new_tokens` is 100000, for 8 of them"
     ]
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+def test_what_is_sure_is_what_the_shortest_answers_take(interval: int) -> None:
+    model, inputs = load(), prompt(text=9, rows=8)
+    ends = [token_id for token_id in range(20_000) if token_id != IDS.mask_token_id]
+    settings = {**SETTINGS, "max_new_tokens": 20_000, "check_interval": interval, "eos_token_id": ends}
+    peak, output = highest_use(lambda: model.generate(**inputs, **settings, pad_token_id=0))
+    assert output.shape[1] == 9 + 1
+    sure = certain_bytes(model, *read_prompt(model, inputs, **settings))
+    assert peak / TOLERANCE < sure < peak * TOLERANCE
 
 
 def test_a_containers_limit_counts(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
