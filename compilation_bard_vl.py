@@ -1,4 +1,4 @@
-"""Compiled decoding steps and the buffers that they run on: one graph a shape, kept as long as the model lives.
+"""Compiled decoding steps and the buffers that they run on: one graph per shape, the latest ones kept.
 
 A step takes fixed shapes (rows, window width, columns of the cache), so that nothing is compiled again between steps,
 blocks, and calls of the same shape. Its keys and values lie in buffers that a call borrows from a pool: a CUDA graph
@@ -24,13 +24,14 @@ from .windows_bard_vl import TokenTable, take
 logger = logging.get_logger(__name__)
 
 Step = Callable[..., Any]
+NUM_STEPS = 32  # kept for a model; the one that has not been asked for longest goes first
 NUM_IDLE_BUFFERS = 4  # sets that wait for another call; the one that has waited longest goes first
 NUM_WARM_UP_RUNS = 3  # of a step: a CUDA graph's kernels run, are recorded, and are replayed for the first time
 
 
 @dataclass
 class Compiled:
-    """What is kept for a model: steps by shape and choice, and sets of buffers that no call is using."""
+    """What is kept for a model: steps by shape and choice, latest use last, and buffers that no call is using."""
 
     steps: dict[tuple, Step] = field(default_factory=dict)
     idle: list[tuple[tuple, list[Buffers]]] = field(default_factory=list)
@@ -82,7 +83,7 @@ def block_choice(
 
 
 def compiled_step(model: Any, shape: tuple) -> Step:
-    """`block_choice` of a model for one shape; compiled at its first call, the same function ever after.
+    """`block_choice` of a model for one shape; compiled at its first call, the same function while it is kept.
 
     Args:
         model: of which weights and step live equally long.
@@ -93,9 +94,11 @@ def compiled_step(model: Any, shape: tuple) -> Step:
     shape = (*shape, on_cuda and threading.current_thread() is threading.main_thread())
     with _lock:
         steps = _compiled.setdefault(model, Compiled()).steps
-        if shape not in steps:
-            steps[shape] = _step_of(model, records_graphs=shape[-1])
-        return steps[shape]
+        step = steps.pop(shape, None) or _step_of(model, records_graphs=shape[-1])
+        steps[shape] = step
+        if len(steps) > NUM_STEPS:
+            del steps[next(iter(steps))]
+        return step
 
 
 @contextmanager

@@ -43,8 +43,8 @@ class BlockDecoder:
     """The state of one call of `generate`: each row denoises its own block at its own pace.
 
     The state is on the device and by row. `rows` lists the rows that are still decoding, in the order of the cache's.
-    The host reads which rows finished a block, or ended, after every `check_interval` forwards; between two readings
-    every window has room for a finished block and the next.
+    The host reads which rows finished a block, or ended, after every `check_interval` forwards, earlier if no row can
+    take that many more steps. Between two readings every window has room for a finished block and the next.
     """
 
     def __init__(
@@ -54,7 +54,8 @@ class BlockDecoder:
         size, copies = settings.block_size, settings.num_return_sequences
         num_blocks = -(-settings.max_new_tokens // size)
         multiple = STATIC_COLUMNS if settings.is_static else 1
-        self.table = TokenTable.lay_out(prompt, num_blocks * size, size, settings.mask_token_id, multiple)
+        self.num_columns = num_blocks * size  # of a full response
+        self.table = TokenTable.lay_out(prompt, self.num_columns, size, settings.mask_token_id, multiple)
         self.encoder = WindowEncoder(model, self.table, cache)
         self.device = prompt.input_ids.device
         self.schedule = transfer_schedule(size, settings.denoising_steps).to(self.device)
@@ -86,6 +87,7 @@ class BlockDecoder:
         self.num_prefill_forwards = 0  # beyond the one that holds the first step
         self.check_interval = 1 if hooks.any else settings.check_interval
         self.num_unread = 0  # steps since the host last read
+        self.num_left = num_blocks * settings.denoising_steps  # steps that any row could still take when it read
         self.unread_kinds: list[torch.Tensor] = []  # of forwards whose kind the host does not know
 
     @property
@@ -116,7 +118,7 @@ class BlockDecoder:
         """Decide on the last forward's logits, let rows end or move on, and encode the next forward's windows."""
         finished = self._denoise()
         self.num_unread += 1
-        if self.num_unread < self.check_interval:
+        if self.num_unread < min(self.check_interval, self.num_left):
             self._encode_unread_windows()
             return
         moved_on = self._read(finished)
@@ -232,16 +234,21 @@ class BlockDecoder:
             for row, is_finished in zip(self.rows, finished.tolist(), strict=True):
                 if is_finished:
                     self._show_block(row)
-        state = torch.stack([self.block_start[self.slots], self.ended[self.slots].long()]).tolist()
+        starts = self.block_start[self.slots]
+        steps = self.steps[self.slots, (starts - self.table.lengths[self.slots]) // self.settings.block_size]
+        state = torch.stack([starts, self.ended[self.slots].long(), steps]).tolist()
         moved_on, ended = set(), []
-        for row, start, is_ended in zip(self.rows, *state, strict=True):
+        self.num_unread = self.num_left = 0
+        for row, start, is_ended, num_steps in zip(self.rows, *state, strict=True):
             if is_ended:
                 ended.append(row)
-            elif start > self.starts[row]:
-                moved_on.add(row)
+            else:
+                num_blocks = (self.lengths[row] + self.num_columns - start) // self.settings.block_size
+                self.num_left = max(self.num_left, num_blocks * self.settings.denoising_steps - num_steps)
+                if start > self.starts[row]:
+                    moved_on.add(row)
             self.starts[row] = start
         self._retire(ended)
-        self.num_unread = 0
         return moved_on
 
     def _show_block(self, row: int) -> None:

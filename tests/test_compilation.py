@@ -24,6 +24,7 @@ from bard_vl import (
 from bard_vl.attention_bard_vl import with_own_code
 from bard_vl.compilation_bard_vl import (
     NUM_IDLE_BUFFERS,
+    NUM_STEPS,
     NUM_WARM_UP_RUNS,
     Step,
     compile_with_fallback,
@@ -160,6 +161,22 @@ def test_buffers_in_use_are_not_lent_again_and_few_wait() -> None:
     with lent_buffers(model, (1, 256)) as again, lent_buffers(model, (1, 0)) as kept:
         assert again == []
         assert kept is made[0]
+
+
+def test_steps_are_a_bounded_set_and_the_least_recently_used_goes_first() -> None:
+    model = load()
+    shapes = [(1, 256 * number, 4) for number in range(NUM_STEPS)]
+    steps = [compiled_step(model, shape) for shape in shapes]
+    assert compiled_step(model, shapes[0]) is steps[0]  # now the one used last
+    dropped = weakref.ref(steps[1])
+    compiled_step(model, (2, 256, 4))
+    assert len(compilation_bard_vl._compiled[model].steps) == NUM_STEPS
+    assert [compiled_step(model, shape) for shape in (shapes[0], *shapes[2:])] == [steps[0], *steps[2:]]
+    del steps
+    gc.collect()
+    assert dropped() is None
+    compiled_step(model, shapes[1])
+    assert len(compilation_bard_vl._compiled[model].steps) == NUM_STEPS
 
 
 def test_neither_steps_nor_buffers_keep_a_model_alive() -> None:

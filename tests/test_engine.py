@@ -190,6 +190,24 @@ def test_host_checks_once_an_interval(num_rows: int, interval: int, way: dict[st
     assert sent[1] - sent[0] == (40 if interval == 1 else 0)
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("interval", [3, 7, 10**9])
+def test_the_host_looks_when_the_steps_are_over(cache: str, interval: int) -> None:
+    batch, slowly = [Row().add_text(12 + seed, seed) for seed in range(3)], "low_confidence_static"
+    settings = {"block_size": 8, "max_new_tokens": 19, "check_interval": interval, "cache_implementation": cache}
+    for steps in (1, 5):
+        with torch.compiler.set_stance("force_eager"):
+            output = run(batch, denoising_steps=steps, remasking_strategy=slowly, **settings)
+        assert sum(output.num_forwards.values()) == int(output.block_step_counts[0].sum()) == 3 * steps
+        assert "overrun" not in output.num_forwards
+    # Rows that end their blocks early leave the host less to run than it may have thought.
+    with torch.compiler.set_stance("force_eager"):
+        output = run(batch, remasking_strategy="low_confidence_dynamic", confidence_threshold=0.0, **settings)
+    assert sum(output.num_forwards.values()) <= 3 * 8
+    if interval < 8:
+        assert sum(output.num_forwards.values()) == interval
+
+
 @pytest.mark.parametrize("num_clean", [0, 3])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 @pytest.mark.parametrize("queries", [6, 40])  # the latter repeat keys and values, not the mask
