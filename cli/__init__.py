@@ -1,1 +1,1 @@
-"""The command line `bard-vl`: one file per command, and what the commands share."""
+"""The command line `bard-vl`: one file per command, and the options that they share."""

@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import report
-from .media import read
+from ..app.errors import report
+from ..app.media import read
+from ..app.session import Session
+from ..app.terminal import DraftStreamer
 from .options import (
     BlockSize,
     Device,
@@ -25,8 +27,6 @@ from .options import (
     Threshold,
     settings_of,
 )
-from .session import Session
-from .terminal import DraftStreamer
 
 COMMANDS = {
     "/image PATH": "show a picture with the next message; also /video",

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .errors import UsageError
+from ..app.errors import UsageError
+from ..app.session import Session
 from .options import (
     BlockSize,
     Device,
@@ -20,7 +21,6 @@ from .options import (
     Threshold,
     settings_of,
 )
-from .session import Session
 
 
 def demo(

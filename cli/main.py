@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from ..app.errors import FAILURE, INTERRUPTED, USAGE, report
+from ..app.session import quieten
 from . import chat, demo, run
 from .bench import bench
 from .convert import convert
-from .errors import FAILURE, INTERRUPTED, USAGE, report
-from .session import quieten
 
 EPILOG = (
     "[bold]Exit codes[/bold]: 0 done, 1 failure, 2 a command line that cannot be meant, 130 interrupted. The last line "

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
+from ..app.session import build_settings
 from ..generation_config_bard_vl import BardVLGenerationConfig
-from .session import build_settings
 
 MODEL, GENERATION, MEDIA = "Model", "Generation", "Pictures and videos"  # panels of the help
 

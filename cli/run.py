@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers.image_transforms import to_pil_image
 
-from ..memory_bard_vl import TOLERANCE, MemoryEstimate, free_memory, readable
-from .errors import UsageError, one_line
-from .media import read
+from ..app.errors import UsageError, one_line
+from ..app.media import read
+from ..app.session import Answer, Session
+from ..app.terminal import DraftStreamer
+from ..memory_bard_vl import TOLERANCE, MemoryEstimate, readable
 from .options import (
     BlockSize,
     Device,
@@ -29,8 +31,6 @@ from .options import (
     Threshold,
     settings_of,
 )
-from .session import Answer, Session
-from .terminal import DraftStreamer
 
 OUTPUT = "Output"
 QUESTIONS = {"image": "Describe the picture.", "video": "Describe the video."}
@@ -157,7 +157,7 @@ def refusal(session: Session, inputs: Any) -> str | None:
 
 def print_estimate(estimate: MemoryEstimate, session: Session, refused: str | None, as_json: bool) -> None:
     """Print the memory that an answer takes, and whether it fits."""
-    free = free_memory(session.device)
+    free = session.free_memory()
     fits = None if free is None else "no" if refused else "yes" if estimate.total * TOLERANCE <= free else "perhaps"
     if as_json:
         facts = {"model": session.name, "device": str(session.device), "free": free, "fits": fits, "refused": refused}

@@ -27,8 +27,8 @@ import bard_vl
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from bard_vl.cli.media import read_picture
-from bard_vl.cli.session import check_config, read_config
+from bard_vl.app.media import read_picture
+from bard_vl.app.session import check_config, read_config
 from transformers import AutoModelForImageTextToText
 
 Record = dict[str, Any]

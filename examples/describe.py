@@ -15,10 +15,10 @@ from pathlib import Path
 
 import bard_vl
 import torch
-from bard_vl.cli.errors import UsageError, one_line
-from bard_vl.cli.media import read_picture
-from bard_vl.cli.session import check_config
-from bard_vl.cli.terminal import DraftStreamer
+from bard_vl.app.errors import UsageError, one_line
+from bard_vl.app.media import read_picture
+from bard_vl.app.session import check_config
+from bard_vl.app.terminal import DraftStreamer
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 HERE = Path(__file__).resolve().parent

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 import torch
 from bard_vl import BardVLGenerationConfig, BardVLProcessor
+from bard_vl.app.session import Session, build_settings
 from bard_vl.cli.main import main
-from bard_vl.cli.session import Session, build_settings
 from bard_vl.evaluation.scenes import scene
 from bard_vl.memory_bard_vl import readable
 from fresh import ROOT, convert
@@ -264,8 +264,7 @@ def test_a_dry_run_says_whether_it_fits(run: Any, monkeypatch: pytest.MonkeyPatc
     whole = json.loads(run(f"{line} --json")[1])
     assert (whole["fits"], whole["refused"]) == ("yes", None)
     for share, fits, comment in ((0.9, "perhaps", "not at full length"), (0.01, "no", "needs about")):
-        for part in ("run", "session"):
-            monkeypatch.setattr(f"bard_vl.cli.{part}.free_memory", lambda _, share=share: int(share * whole["total"]))
+        monkeypatch.setattr("bard_vl.app.session.free_memory", lambda _, share=share: int(share * whole["total"]))
         found = json.loads(run(f"{line} --json")[1])
         assert found["fits"] == fits
         assert (found["refused"] is None) == (fits != "no")
@@ -438,7 +437,7 @@ def test_a_conversation_encodes_only_what_is_new(run: Any, folder: Path) -> None
 
 def test_only_what_is_new_must_fit(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
-    monkeypatch.setattr("bard_vl.cli.session.check_fits", lambda *_: counts.append(1))
+    monkeypatch.setattr("bard_vl.app.session.check_fits", lambda *_: counts.append(1))
     assert run("chat photo.png --model bard --max-new-tokens 4", "What is it?\nAnd this?\n/reset\nWho?\n")[0] == 0
     assert len(counts) == 2, "a later turn has a cache, with which `generate` reckons"
 
@@ -590,5 +589,5 @@ def test_an_interrupt_stops_an_answer_and_not_the_conversation(folder: Path) -> 
 def test_the_checkout_has_the_page_template_and_the_benchmarks() -> None:
     assert (ROOT / "benchmarks" / "decoding.py").is_file()
     packaged = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for name in ("bard_vl.cli", "bard_vl.viewer", "page.html.jinja"):
+    for name in ("bard_vl.app", "bard_vl.cli", "bard_vl.viewer", "page.html.jinja"):
         assert f'"{name}"' in packaged

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 import pytest
 import torch
-from bard_vl.cli.session import Session, build_settings
+from bard_vl.app.session import Session, build_settings
 from bard_vl.viewer.demo import answer_in_steps, build_page, serve
 from browser import chromium
 from fresh import convert

@@ -297,7 +297,7 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("pixels", [5_000, 12_345, 40_000, 65_536])
 def test_a_size_under_a_limit_is_what_the_processor_makes(processor: Any, pixels: int) -> None:
-    from bard_vl.cli.session import set_pixels
+    from bard_vl.app.session import set_pixels
 
     images, frames = [tiny.draw((256, 192)), tiny.draw((96, 250)), tiny.draw((64, 64))], tiny.draw_frames(4, (160, 128))
     model = load()

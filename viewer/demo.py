@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 import torch
 
-from ..cli.session import Session, stored_settings
+from ..app.session import Session, stored_settings
 from ..generation_config_bard_vl import DEFAULTS
 from ..remasking_bard_vl import REMASKING_RULES
 from .page import html_of

@@ -154,7 +154,11 @@ class Session:
     def check_memory(self, inputs: Any) -> None:
         """Raise `ValueError` with the estimate if weights and answer do not fit into what is free."""
         size, settings = read_prompt(self.shape, inputs, self.settings)
-        check_fits(self.shape, size, settings, self.device, free_memory(self.device), self._model is None)
+        check_fits(self.shape, size, settings, self.device, self.free_memory(), self._model is None)
+
+    def free_memory(self) -> int | None:
+        """Bytes that the device can still give; None where that is not known."""
+        return free_memory(self.device)
 
     @cached_property
     def stored(self) -> BardVLGenerationConfig | None:
