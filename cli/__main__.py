@@ -1,4 +1,4 @@
-"""`python -m bard_vl.cli` is `bard-vl`."""
+"""`python -m bard_vl_cli` is `bard-vl`."""
 
 import sys
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from .options import load_package
+
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -16,6 +18,7 @@ def bench(context: typer.Context) -> None:
     """
     if not (FOLDER / "decoding.py").is_file():
         raise FileNotFoundError(f"the benchmarks are not installed: run bard-vl from a checkout ({FOLDER} is missing)")
+    load_package()
     sys.path.insert(0, str(FOLDER))  # its files import each other by name
     benchmark = runpy.run_path(str(FOLDER / "decoding.py"))["main"]
     sys.argv[0] = "bard-vl bench"  # what its own help and errors are headed by

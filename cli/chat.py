@@ -3,14 +3,11 @@
 import contextlib
 import shlex
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..app.errors import report
-from ..app.media import read
-from ..app.session import Session
-from ..app.terminal import DraftStreamer
+from .ending import report
 from .options import (
     BlockSize,
     Device,
@@ -25,8 +22,11 @@ from .options import (
     Steps,
     Temperature,
     Threshold,
-    settings_of,
+    open_session,
 )
+
+if TYPE_CHECKING:
+    from bard_vl.app.session import Session
 
 COMMANDS = {
     "/image PATH": "show a picture with the next message; also /video",
@@ -39,7 +39,7 @@ COMMANDS = {
 class Conversation:
     """What was said so far, and the cache that has encoded it; a seed repeats every answer that is sampled."""
 
-    def __init__(self, session: Session, system: str | None = None, seed: int | None = None):
+    def __init__(self, session: "Session", system: str | None = None, seed: int | None = None):
         self.session, self.seed = session, seed
         self.head = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
         self.reset()
@@ -52,6 +52,8 @@ class Conversation:
 
     def attach(self, place: str) -> None:
         """Show a picture or a video with the next message; `ValueError` if it cannot be read."""
+        from bard_vl.app.media import read
+
         self.attached.append(read(place, self.session.processor))
 
     def say(self, text: str) -> str:
@@ -59,6 +61,8 @@ class Conversation:
 
         If that fails, the conversation is as before.
         """
+        from bard_vl.app.terminal import DraftStreamer
+
         messages = [*self.messages, {"role": "user", "content": [*self.attached, {"type": "text", "text": text}]}]
         inputs = self.session.encode(messages)
         if self.cache is None:  # later `generate` itself knows what the cache spares
@@ -99,8 +103,20 @@ def chat(
     A line is a message. Ctrl-C stops an answer, and the program where nothing is being written. Where standard input
     is no terminal, the first failure ends the program.
     """
-    settings = settings_of(block_size, threshold, steps, max_new_tokens, temperature, others)
-    session = Session(model, settings, revision, device, dtype, max_pixels, min_pixels)
+    session = open_session(
+        model,
+        revision,
+        device,
+        dtype,
+        block_size,
+        threshold,
+        steps,
+        max_new_tokens,
+        temperature,
+        others,
+        max_pixels,
+        min_pixels,
+    )
     conversation = Conversation(session, system, seed)
     if session.notice and not quiet:
         print(session.notice, file=sys.stderr)

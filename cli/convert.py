@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from .. import convert_qwen3vl_to_bard
+from .options import load_package
 
 
 def convert(context: typer.Context) -> None:
@@ -12,5 +12,8 @@ def convert(context: typer.Context) -> None:
 
     The options are those of convert_qwen3vl_to_bard.py: --source, --output, --block-size, ...
     """
+    load_package()
+    from bard_vl import convert_qwen3vl_to_bard
+
     sys.argv[0] = "bard-vl convert"  # what its own help and errors are headed by
     raise SystemExit(convert_qwen3vl_to_bard.main(context.args))

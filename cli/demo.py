@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..app.errors import UsageError
-from ..app.session import Session
+from .ending import Misuse, interrupted_at_once
 from .options import (
     BlockSize,
     Device,
@@ -19,7 +18,7 @@ from .options import (
     Revision,
     Steps,
     Threshold,
-    settings_of,
+    open_session,
 )
 
 
@@ -43,11 +42,24 @@ def demo(
     Needs gradio: pip install "bard-vl\\[demo]".
     """
     if importlib.util.find_spec("gradio") is None:
-        raise UsageError('the demo page needs gradio: pip install "bard-vl[demo]"')
-    from ..viewer.demo import build_page, serve
+        raise Misuse('the demo page needs gradio: pip install "bard-vl[demo]"')
+    session = open_session(
+        model,
+        revision,
+        device,
+        dtype,
+        block_size,
+        threshold,
+        steps,
+        max_new_tokens,
+        None,
+        others,
+        max_pixels,
+        min_pixels,
+    )
+    with interrupted_at_once():
+        from bard_vl.viewer.demo import build_page, serve
 
-    settings = settings_of(block_size, threshold, steps, max_new_tokens, None, others)
-    session = Session(model, settings, revision, device, dtype, max_pixels, min_pixels)
     serve(build_page(session), host, port)
 
 

@@ -1,11 +1,13 @@
 """Options that several commands take, and what becomes of them."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..app.session import build_settings
-from ..generation_config_bard_vl import BardVLGenerationConfig
+from .ending import interrupted_at_once
+
+if TYPE_CHECKING:
+    from bard_vl.app.session import Session
 
 MODEL, GENERATION, MEDIA = "Model", "Generation", "Pictures and videos"  # panels of the help
 
@@ -76,20 +78,37 @@ MaxPixels = Annotated[
 MinPixels = Annotated[int | None, typer.Option(min=1, help="Enlarge them to so many pixels.", rich_help_panel=MEDIA)]
 
 
-def settings_of(
+def load_package() -> None:
+    """Import the package, which takes seconds; from here on transformers keeps its bars and advice to itself."""
+    with interrupted_at_once():
+        from bard_vl.app.session import quieten
+    quieten()
+
+
+def open_session(
+    model: str | None,
+    revision: str | None,
+    device: str | None,
+    dtype: str | None,
     block_size: int | None,
     threshold: float | None,
     steps: int | None,
     max_new_tokens: int | None,
     temperature: float | None,
     others: list[str] | None,
-) -> BardVLGenerationConfig:
-    """The settings that these options state; `UsageError` if one is wrong."""
-    named = {
-        "block_size": block_size,
-        "confidence_threshold": threshold,
-        "denoising_steps": steps,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-    }
-    return build_settings(named, others)
+    max_pixels: int | None,
+    min_pixels: int | None,
+) -> "Session":
+    """A session as these options state it, before its weights are read; `UsageError` if one is wrong."""
+    load_package()
+    with interrupted_at_once():
+        from bard_vl.app.session import Session, build_settings
+
+        named = {
+            "block_size": block_size,
+            "confidence_threshold": threshold,
+            "denoising_steps": steps,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+        }
+        return Session(model, build_settings(named, others), revision, device, dtype, max_pixels, min_pixels)

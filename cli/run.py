@@ -3,18 +3,13 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers.image_transforms import to_pil_image
 
-from ..app.errors import UsageError, one_line
-from ..app.media import read
-from ..app.session import Answer, Session
-from ..app.terminal import DraftStreamer
-from ..memory_bard_vl import TOLERANCE, MemoryEstimate, readable
+from .ending import Misuse
 from .options import (
     BlockSize,
     Device,
@@ -29,8 +24,12 @@ from .options import (
     Steps,
     Temperature,
     Threshold,
-    settings_of,
+    open_session,
 )
+
+if TYPE_CHECKING:
+    from bard_vl import MemoryEstimate
+    from bard_vl.app.session import Answer, Session
 
 OUTPUT = "Output"
 QUESTIONS = {"image": "Describe the picture.", "video": "Describe the video."}
@@ -85,9 +84,26 @@ def run(
     On a terminal the block in progress is grey. Elsewhere the answer alone goes to standard output, what it took to
     standard error.
     """
-    settings = settings_of(block_size, threshold, steps, max_new_tokens, temperature, others)
     check_outputs(html, gif, png)
-    session = Session(model, settings, revision, device, dtype, max_pixels, min_pixels)
+    if not files and prompt is None:
+        raise Misuse("nothing to answer: give a picture, a video or --prompt")
+    session = open_session(
+        model,
+        revision,
+        device,
+        dtype,
+        block_size,
+        threshold,
+        steps,
+        max_new_tokens,
+        temperature,
+        others,
+        max_pixels,
+        min_pixels,
+    )
+    from bard_vl.app.media import read
+    from bard_vl.app.terminal import DraftStreamer
+
     content = [read(place, session.processor) for place in files or []]
     question = read_question(prompt, content)
     messages: list[dict[str, Any]] = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
@@ -129,25 +145,27 @@ bard-vl run photo.jpg --dry-run
 
 
 def check_outputs(*paths: Path | None) -> None:
-    """Raise `UsageError` unless every path can be written, before minutes are spent on what goes there."""
+    """Raise `Misuse` unless every path can be written, before minutes are spent on what goes there."""
     for path in filter(None, paths):
         if not path.parent.is_dir() or path.is_dir():
-            raise UsageError(f"{path} cannot be written: {'a folder' if path.is_dir() else 'no such folder'}")
+            raise Misuse(f"{path} cannot be written: {'a folder' if path.is_dir() else 'no such folder'}")
 
 
 def read_question(prompt: str | None, content: list[dict[str, Any]]) -> str:
-    """The question asked, from standard input for `-`, or one that goes with the pictures; `UsageError` if none."""
+    """The question asked, from standard input for `-`, or one that goes with the pictures; `Misuse` if none."""
     if prompt == "-":
         prompt = sys.stdin.read().strip()
     elif prompt is None and content:
         prompt = QUESTIONS[content[0]["type"]]
     if not prompt:
-        raise UsageError("nothing to answer: give a picture, a video or --prompt")
+        raise Misuse("nothing to answer: give a picture, a video or --prompt")
     return prompt
 
 
-def refusal(session: Session, inputs: Any) -> str | None:
+def refusal(session: "Session", inputs: Any) -> str | None:
     """Why an answer would be refused for its memory, and what would fit; None if it would not be."""
+    from bard_vl.app.errors import one_line
+
     try:
         session.check_memory(inputs)
     except ValueError as error:
@@ -155,8 +173,10 @@ def refusal(session: Session, inputs: Any) -> str | None:
     return None
 
 
-def print_estimate(estimate: MemoryEstimate, session: Session, refused: str | None, as_json: bool) -> None:
+def print_estimate(estimate: "MemoryEstimate", session: "Session", refused: str | None, as_json: bool) -> None:
     """Print the memory that an answer takes, and whether it fits."""
+    from bard_vl.memory_bard_vl import TOLERANCE, readable
+
     free = session.free_memory()
     fits = None if free is None else "no" if refused else "yes" if estimate.total * TOLERANCE <= free else "perhaps"
     if as_json:
@@ -184,8 +204,8 @@ def print_estimate(estimate: MemoryEstimate, session: Session, refused: str | No
 
 
 def write_pictures(
-    session: Session,
-    answer: Answer,
+    session: "Session",
+    answer: "Answer",
     question: str,
     content: list[dict[str, Any]],
     html: Path | None,
@@ -193,7 +213,8 @@ def write_pictures(
     png: Path | None,
 ) -> None:
     """Write what shows the denoising of an answer."""
-    from ..viewer import Recording, write_gif, write_html, write_png
+    from bard_vl.viewer import Recording, write_gif, write_html, write_png
+    from transformers.image_transforms import to_pil_image
 
     images = [item["image"] for item in content if item["type"] == "image"]
     images += [to_pil_image(item["video"][0][0]) for item in content if item["type"] == "video"]

@@ -390,7 +390,7 @@ def run_recipe(room: Path, **changes: Any) -> None:
 
 
 def bard_vl_run(room: Path, file: str, *options: Any) -> None:
-    execute("-m", "bard_vl.cli", "run", room / file, "--model", room / "bard", "--max-new-tokens", "8", *options)
+    execute("-m", "bard_vl_cli", "run", room / file, "--model", room / "bard", "--max-new-tokens", "8", *options)
 
 
 def execute(*arguments: Any) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import resource
 import select
 import shutil
 import signal
@@ -22,9 +23,9 @@ import pytest
 import torch
 from bard_vl import BardVLGenerationConfig, BardVLProcessor
 from bard_vl.app.session import Session, build_settings
-from bard_vl.cli.main import main
 from bard_vl.evaluation.scenes import scene
 from bard_vl.memory_bard_vl import readable
+from bard_vl_cli.main import main
 from fresh import ROOT, convert
 from PIL import Image
 from test_example import GREY, Screen
@@ -492,7 +493,7 @@ def environment() -> dict[str, str]:
 
 
 def start(folder: Path, *arguments: str, **pipes: Any) -> subprocess.Popen:
-    command = [sys.executable, "-m", "bard_vl.cli", *arguments]
+    command = [sys.executable, "-m", "bard_vl_cli", *arguments]
     return subprocess.Popen(command, cwd=folder, env=environment(), **pipes)
 
 
@@ -557,6 +558,28 @@ def test_an_interrupt_ends_the_program_with_130(folder: Path) -> None:
     assert err.splitlines()[-1] == "error: interrupted"
 
 
+@pytest.mark.parametrize("library", ["libtorch_cpu.so", "tokenizers.abi3.so", "_imaging.cpython"])
+def test_an_interrupt_while_the_program_starts_is_one_line(folder: Path, library: str) -> None:
+    process = start(folder, "run", "photo.png", "-m", "bard", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while library not in Path(f"/proc/{process.pid}/maps").read_text():  # what is being loaded
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out, err) == (130, "", "error: interrupted\n")
+
+
+@pytest.mark.parametrize("line", ["--help", "run --help", "--version", "run --nonsense", "run", "chat --seed x"])
+def test_help_and_mistyped_options_do_not_wait_for_torch(folder: Path, line: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    process = start(folder, *line.split(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, err = process.communicate(timeout=300)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert process.returncode == (0 if out else 2)
+    assert bool(out) != err.startswith("error: ")
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
 def test_a_reader_that_leaves_ends_the_program_quietly(folder: Path) -> None:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = start(
@@ -589,5 +612,5 @@ def test_an_interrupt_stops_an_answer_and_not_the_conversation(folder: Path) -> 
 def test_the_checkout_has_the_page_template_and_the_benchmarks() -> None:
     assert (ROOT / "benchmarks" / "decoding.py").is_file()
     packaged = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for name in ("bard_vl.app", "bard_vl.cli", "bard_vl.viewer", "page.html.jinja"):
+    for name in ("bard_vl.app", "bard_vl_cli", "bard_vl.viewer", "page.html.jinja"):
         assert f'"{name}"' in packaged

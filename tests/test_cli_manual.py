@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bard_vl.cli.main import main
+from bard_vl_cli.main import main
 from fresh import ROOT, convert
 from PIL import Image
 from test_cli import environment, write_video
@@ -72,7 +72,7 @@ def test_commands_run(line: str, checkout: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def serve_and_interrupt(checkout: Path) -> None:
-    command = [sys.executable, "-m", "bard_vl.cli", "demo", "--port", "0"]  # its own port may be taken
+    command = [sys.executable, "-m", "bard_vl_cli", "demo", "--port", "0"]  # its own port may be taken
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     process = subprocess.Popen(command, cwd=checkout, env=environment(), **pipes)
     for line in process.stdout:

@@ -63,7 +63,7 @@ def test_snippets_run_in_order(room: Path) -> None:
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("bard-vl run")])
 def test_commands_run(room: Path, command: str) -> None:
-    output = python(room, "-m", "bard_vl.cli", *shlex.split(command)[1:])
+    output = python(room, "-m", "bard_vl_cli", *shlex.split(command)[1:])
     assert len(output) > 3
     assert ("in all, at most" in output) == ("--dry-run" in command)
 
