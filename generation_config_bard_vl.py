@@ -118,11 +118,7 @@ class BardVLGenerationConfig(GenerationConfig):
             raise ValueError(f"unknown generation settings: {', '.join(unknown)}")
         for name in BLOCK_DIFFUSION_FIELDS:
             setattr(self, name, kwargs.pop(name, None))
-        biases = kwargs.get("sequence_bias")
-        if isinstance(biases, dict):  # of the two forms that transformers knows, the one that JSON can hold
-            kwargs["sequence_bias"] = [
-                [list(ids) if isinstance(ids, tuple) else ids, bias] for ids, bias in biases.items()
-            ]
+        kwargs["sequence_bias"] = bias_pairs(kwargs.get("sequence_bias"))
         self._known = False  # the parent validates before all fields are there
         super().__init__(**{name: value for name, value in kwargs.items() if value is not None})
         # transformers 4 has defaults where 5 has None: what nobody set is None here on both.
@@ -163,7 +159,9 @@ class BardVLGenerationConfig(GenerationConfig):
         check_texts("stop_strings", self.stop_strings)
         check_banned("suppress_tokens", self.suppress_tokens, is_id, "token ids")
         check_banned("bad_words_ids", self.bad_words_ids, is_word, "non-empty lists of token ids")
-        check_banned("sequence_bias", self.sequence_bias, is_bias, "pairs of a list of token ids and a number")
+        check_banned(
+            "sequence_bias", bias_pairs(self.sequence_bias), is_bias, "pairs of a list of token ids and a number"
+        )
         check_seed(self.seed)
         for name, neutral in _plain_defaults().items():
             value = getattr(self, name, None)
@@ -172,7 +170,10 @@ class BardVLGenerationConfig(GenerationConfig):
 
     def explicit(self) -> dict[str, Any]:
         """The fields that are set, by name."""
-        return {name: getattr(self, name) for name in FIELDS if getattr(self, name, None) is not None}
+        fields = {name: getattr(self, name) for name in FIELDS if getattr(self, name, None) is not None}
+        if "sequence_bias" in fields:  # servers set the other form on a copy
+            fields["sequence_bias"] = bias_pairs(fields["sequence_bias"])
+        return fields
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What a file stores: the rule, and the set fields but `block_size`, which config.json owns."""
@@ -341,9 +342,10 @@ def check_choice(name: str, value: Any, choices: list[Any]) -> None:
 
 
 def check_texts(name: str, value: Any) -> None:
-    """Raise `ValueError` unless `value` is None, a text or a list of texts, none of them empty."""
-    texts = value if isinstance(value, list | tuple) else [value]
-    if value is not None and not (texts and all(isinstance(text, str) and text for text in texts)):
+    """Raise `ValueError` unless `value` is None, a text (empty for none), or a list of texts, none of them empty."""
+    if value is None or value == "":
+        return
+    if not all(isinstance(text, str) and text for text in (value if isinstance(value, list | tuple) else [value])):
         raise ValueError(f"`{name}` must be a non-empty text or a list of them, got {value!r}")
 
 
@@ -351,6 +353,13 @@ def check_banned(name: str, value: Any, is_item: Callable[[Any], bool], items: s
     """Raise `ValueError` unless `value` is None or a list of what `is_item` accepts and `items` names."""
     if value is not None and not (isinstance(value, list) and all(map(is_item, value))):
         raise ValueError(f"`{name}` must be a list of {items}, got {value!r}")
+
+
+def bias_pairs(biases: Any) -> Any:
+    """`sequence_bias` as a list of pairs: of the two forms that transformers knows, the one that JSON can hold."""
+    if not isinstance(biases, dict):
+        return biases
+    return [[list(ids) if isinstance(ids, tuple) else ids, bias] for ids, bias in biases.items()]
 
 
 def is_id(value: Any) -> bool:

@@ -100,7 +100,7 @@ def build_stopping_criteria(
     """transformers' criteria for the settings that name one, then the caller's."""
     check_callables("stopping_criteria", extra)
     criteria = StoppingCriteriaList()
-    if config.stop_strings is not None:
+    if config.stop_strings:
         if tokenizer is None:
             raise ValueError(f"`stop_strings` = {config.stop_strings!r} needs `tokenizer=` in the call of `generate`")
         if not hasattr(tokenizer, "get_vocab"):

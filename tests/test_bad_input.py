@@ -119,7 +119,6 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"stop_strings": ["end"]}, "`stop_strings` = ['end'] needs `tokenizer=`"),
     ({"stop_strings": 5}, "`stop_strings` must be a non-empty text or a list of them, got 5"),
     ({"stop_strings": ["a", 3]}, "`stop_strings` must be a non-empty text or a list of them, got ['a', 3]"),
-    ({"stop_strings": []}, "`stop_strings` must be a non-empty text or a list of them, got []"),
     ({"stop_strings": ["a", ""]}, "`stop_strings` must be a non-empty text or a list of them, got ['a', '']"),
     ({"stop_strings": "a", "tokenizer": "x"}, "`tokenizer` must be a tokenizer or a processor, got str"),
     ({"streamer": "x"}, "`streamer` must have the methods `put` and `end`, got 'x'"),

@@ -1,5 +1,6 @@
 """Features of `generate` and `score`, against a slow twin where one exists."""
 
+import copy
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -514,6 +515,27 @@ def test_banned_pair_and_repeated_ngram_never_appear_left_to_right() -> None:
 def test_a_bias_favours_a_token_and_what_follows_it(form: Any) -> None:
     output = run(TEXT, sequence_bias=form([((7,), 100), ((7, 9), 200.0)]), block_size=1, max_new_tokens=5)
     assert tokens_of(output) == [7, 9, 7, 9, 7]
+
+
+def test_a_bias_set_later_is_taken_in_the_form_that_servers_set_it() -> None:
+    config = copy.deepcopy(load().generation_config)
+    config.sequence_bias = {(7,): 100, (7, 9): 200.0}
+    output = run(TEXT, generation_config=config, block_size=1, max_new_tokens=5)
+    assert tokens_of(output) == [7, 9, 7, 9, 7]
+    assert config.to_diff_dict()["sequence_bias"] == [[[7], 100], [[7, 9], 200.0]]
+    config.sequence_bias = {5: 1.0}
+    with pytest.raises(ValueError, match=r"`sequence_bias` must be a list of pairs .* got \[\[5, 1.0\]\]"):
+        run(TEXT, generation_config=config)
+
+
+@pytest.mark.parametrize("nothing", [{"stop_strings": []}, {"stop_strings": ""}, {"sequence_bias": {}}], ids=str)
+def test_what_names_no_text_or_token_asks_for_nothing(nothing: dict[str, Any]) -> None:
+    config = copy.deepcopy(load().generation_config)
+    for name, value in nothing.items():
+        setattr(config, name, value)
+    free = run(TEXT).sequences
+    assert torch.equal(run(TEXT, generation_config=config).sequences, free)
+    assert torch.equal(run(TEXT, **nothing).sequences, free)
 
 
 def test_processor_in_a_batch_sees_its_row_alone() -> None:

@@ -213,6 +213,22 @@ def test_fields_of_the_request_are_settings(server: Server) -> None:
     assert server.ask(CHATS["text"], **options).choices[0].message.content == text
 
 
+@pytest.mark.parametrize("body", [{"logit_bias": {}}, {"stop": []}, {"stop": ""}], ids=str)
+def test_fields_that_ask_for_nothing_change_nothing(server: Server, body: dict[str, Any]) -> None:
+    text, length = server.expected(CHATS["text"], max_new_tokens=9, confidence_threshold=0.9)
+    answer = server.client.chat.completions.create(model=server.name, messages=CHATS["text"], max_tokens=9, **body)
+    assert answer.choices[0].message.content == text
+    assert answer.usage.completion_tokens == length
+
+
+def test_logit_bias_needs_no_other_settings(server: Server) -> None:
+    bias = {server.processor.tokenizer.convert_tokens_to_ids("a"): 100}
+    request = {"model": server.name, "messages": CHATS["text"], "max_tokens": 5, "logit_bias": bias}
+    assert server.client.chat.completions.create(**request).choices[0].message.content == "aaaaa"
+    parts = [part.choices[0].delta.content for part in server.client.chat.completions.create(**request, stream=True)]
+    assert "".join(filter(None, parts)) == "aaaaa"
+
+
 def test_completions_continue_a_text(server: Server) -> None:
     answer = server.client.completions.create(model=server.name, prompt="The image shows", max_tokens=9)
     inputs = server.processor.tokenizer("The image shows", return_tensors="pt")
