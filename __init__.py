@@ -4,15 +4,8 @@ Importing the package registers its classes with transformers' Auto classes, so 
 without `trust_remote_code`.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-)
-
 from .cache_bard_vl import BardVLCache
+from .compat_bard_vl import register
 from .configuration_bard_vl import BardVLConfig
 from .decoding_bard_vl import DenoisingStep
 from .generation_bard_vl import BardVLGenerationOutput
@@ -21,10 +14,7 @@ from .memory_bard_vl import MemoryEstimate, estimate_memory
 from .modeling_bard_vl import BardVLForConditionalGeneration, BardVLModel
 from .processing_bard_vl import BardVLProcessor
 
-AutoConfig.register("bard_vl", BardVLConfig)
-for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
-    _auto_class.register(BardVLConfig, BardVLForConditionalGeneration)
-AutoProcessor.register(BardVLConfig, BardVLProcessor)
+register(BardVLConfig, BardVLForConditionalGeneration, BardVLProcessor)
 
 __version__ = "0.1.0"
 __all__ = [

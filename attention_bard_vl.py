@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+
+from .compat_bard_vl import register_attention
 
 # Registered for the whole process, where copies of this file may meet: another calling convention takes another name.
 ATTENTION_NAME = "bard_vl"
@@ -142,11 +143,6 @@ def with_own_code(function: Any) -> Any:
     return types.FunctionType(code, function.__globals__, function.__name__)
 
 
-def no_mask(*args: Any, **kwargs: Any) -> None:
-    """Whatever needs a mask is given one."""
-
-
-AttentionInterface.register(ATTENTION_NAME, block_attention)
-AttentionMaskInterface.register(ATTENTION_NAME, no_mask)
+register_attention(ATTENTION_NAME, block_attention)
 
 __all__ = ["ATTENTION_NAME", "block_attention", "with_own_code"]

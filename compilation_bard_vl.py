@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .attention_bard_vl import with_own_code
 from .cache_bard_vl import Buffers
+from .compat_bard_vl import encode_text
 from .masking_bard_vl import to_attention_mask
 from .remasking_bard_vl import Chooser
 from .windows_bard_vl import TokenTable, take
@@ -70,13 +71,9 @@ def block_choice(
     """
     ids, blocks = table.ids.gather(1, columns), table.blocks.gather(1, columns)
     embeds = text_model.embed_tokens(ids)
-    hidden = text_model(
-        inputs_embeds=embeds,
-        attention_mask=to_attention_mask(table.blocks[:, None] <= blocks[:, :, None], attention, embeds.dtype),
-        position_ids=table.positions.gather(2, columns.expand(len(table.positions), -1, -1)),
-        past_key_values=cache,
-        use_cache=True,
-    )[0]
+    mask = to_attention_mask(table.blocks[:, None] <= blocks[:, :, None], attention, embeds.dtype)
+    positions = table.positions.gather(2, columns.expand(len(table.positions), -1, -1))
+    hidden = encode_text(text_model, embeds, mask, positions, cache, use_cache=True)[0]
     logits = lm_head(take(hidden, offset, block_size)).to(ids.device)
     places = offset[:, None] + torch.arange(block_size, device=ids.device)
     return logits if chooser is None else chooser.choose(logits, ids.gather(1, places))

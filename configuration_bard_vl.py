@@ -1,13 +1,12 @@
 """Configuration of Bard-VL: Qwen3-VL's, plus the block size trained with and the id of the mask token."""
 
-from typing import Any
+from typing import Any, ClassVar
 
-from transformers.models.auto import modeling_auto
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 
-# `transformers serve` and the any-to-any pipeline look in this table, which no public call extends, whether a model
-# type and a class are theirs; 4.57 has no such table. Nothing is loaded by what stands in it.
-getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})["bard_vl"] = "BardVLForConditionalGeneration"
+from .compat_bard_vl import CACHE_NAMES, name_multimodal, read_rope, write_rope
+
+name_multimodal("bard_vl", "BardVLForConditionalGeneration")
 
 DEFAULT_MASK_TOKEN_ID = 151671  # an unused embedding row of the Qwen3-VL vocabulary; the published checkpoints' choice
 
@@ -34,6 +33,7 @@ class BardVLConfig(Qwen3VLConfig):
     """
 
     model_type = "bard_vl"
+    keys_to_ignore_at_inference: ClassVar = [*CACHE_NAMES]  # of an output: the Trainer gathers the others
 
     def __init__(
         self,
@@ -50,12 +50,7 @@ class BardVLConfig(Qwen3VLConfig):
         # A model type of our own would need Auto classes of its own for the parts, which are Qwen3-VL's unchanged.
         text.pop("model_type", None)
         vision.pop("model_type", None)
-        # transformers 4 spells RoPE `rope_theta` + `rope_scaling`, 5 spells it `rope_parameters` but reads the former,
-        # and the two have different defaults for theta.
-        rope = dict(text.pop("rope_parameters", None) or text.get("rope_scaling") or {})
-        theta = rope.pop("rope_theta", None) or text.get("rope_theta") or 5_000_000.0
-        text["rope_theta"] = float(theta)
-        text["rope_scaling"] = {"rope_type": "default", "mrope_section": [24, 20, 20], **rope}
+        read_rope(text)
         # transformers 4 ties by the text config, 5 by the outer one: both get the same answer.
         tie = text.get("tie_word_embeddings")
         tie = kwargs.pop("tie_word_embeddings", False) if tie is None else tie
@@ -66,11 +61,8 @@ class BardVLConfig(Qwen3VLConfig):
         """Serialise with RoPE in the spelling that transformers 4 and 5 both read."""
         output = super().to_dict()
         text = output.get("text_config")
-        if isinstance(text, dict) and text.get("rope_parameters"):
-            rope = dict(text.pop("rope_parameters"))
-            text["rope_theta"] = rope.pop("rope_theta")
-            text["rope_scaling"] = rope
         if isinstance(text, dict):
+            write_rope(text)
             text["tie_word_embeddings"] = output["tie_word_embeddings"] = self.tie_word_embeddings
         return output
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from transformers.generation import GenerationConfig
-from transformers.utils import ModelOutput
 
 from .cache_bard_vl import BardVLCache
+from .compat_bard_vl import CacheOutput, PortableGeneration, attention_of, one_cache
 from .compilation_bard_vl import NUM_WARM_UP_RUNS, lent_buffers
 from .configuration_bard_vl import check_integer
 from .decoding_bard_vl import BlockDecoder, DenoisingStep
@@ -46,14 +46,14 @@ from .windows_bard_vl import TokenTable, WindowEncoder
 
 
 @dataclass
-class BardVLGenerationOutput(ModelOutput):
+class BardVLGenerationOutput(CacheOutput):
     """What `generate` returns with `return_dict_in_generate=True`. Rows are those of `sequences`.
 
     Attributes:
         sequences: (rows, prompt + response) ids, padded left of the prompt as given and right of the response.
         tokens_per_forward: (rows,) response tokens, up to and including the first EOS, over the forwards that the row
             took part in, whatever they were for.
-        past_key_values: the cache, for the next turn.
+        cache: keys and values, for the next turn; `past_key_values` is the same.
         block_step_counts: (rows, blocks) denoising steps of each block, 0 where a row has no such block.
         num_forwards: forwards of the language model by kind: `prefill` (chunks but the last), `prefill+denoise`,
             `denoise`, `commit+denoise`, `overrun` (no row had a use for it; with `check_interval` above 1). A forward
@@ -66,7 +66,7 @@ class BardVLGenerationOutput(ModelOutput):
 
     sequences: torch.Tensor | None = None
     tokens_per_forward: torch.Tensor | None = None
-    past_key_values: BardVLCache | None = None
+    cache: BardVLCache | None = None
     block_step_counts: torch.Tensor | None = None
     num_forwards: dict[str, int] | None = None
     num_encoded_tokens: torch.Tensor | None = None
@@ -74,7 +74,7 @@ class BardVLGenerationOutput(ModelOutput):
     history: list[list[DenoisingStep]] | None = None
 
 
-class BardVLGenerationMixin:
+class BardVLGenerationMixin(PortableGeneration):
     """`generate` and `score` for a Bard-VL model."""
 
     generation_config_class = BardVLGenerationConfig
@@ -95,20 +95,14 @@ class BardVLGenerationMixin:
             config = BardVLGenerationConfig.from_plain(config)
         self.__dict__["_generation_config"] = config
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does, with the settings that `generation_config.json` states and no others.
+    def read_generation_config(self, name: Any, **where: Any) -> None:
+        """Take the settings of a folder's or repository's `generation_config.json`, if there is one."""
+        with contextlib.suppress(OSError):  # no such file
+            self.generation_config = BardVLGenerationConfig.from_pretrained(name, **where)
 
-        transformers loads them into its own class, whose defaults 4.57 cannot tell from what the file states.
-        """
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
-        if kwargs.get("generation_config") is None and pretrained_model_name_or_path is not None:
-            names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-            where = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-            with contextlib.suppress(OSError):  # no such file
-                model = loaded[0] if isinstance(loaded, tuple) else loaded
-                model.generation_config = BardVLGenerationConfig.from_pretrained(pretrained_model_name_or_path, **where)
-        return loaded
+    def stored_settings(self) -> BardVLGenerationConfig:
+        """A copy of the model's own settings."""
+        return copy.deepcopy(self.generation_config or BardVLGenerationConfig())
 
     @torch.no_grad()
     def generate(
@@ -119,6 +113,7 @@ class BardVLGenerationMixin:
         stopping_criteria: list[Callable] | None = None,
         streamer: Any = None,
         past_key_values: BardVLCache | None = None,
+        cache: BardVLCache | None = None,
         generator: torch.Generator | None = None,
         seed: int | None = None,
         tokenizer: Any = None,
@@ -150,8 +145,9 @@ class BardVLGenerationMixin:
             streamer: gets the prompt (1, length), then `put` with the ids (n,) of each finished block, and
                 `put_draft(value=ids)` with those of the block (1, block size) after each step if it has that method;
                 undecided tokens hold the mask id. One row only.
-            past_key_values: the cache of an earlier call whose prompts begin like these; it is updated in place. What
-                was computed in another dtype, on another device, or under another inference mode is encoded again.
+            past_key_values, cache: two names of the cache of an earlier call whose prompts begin like these; it is
+                updated in place. What was computed in another dtype, on another device, or under another inference
+                mode is encoded again.
             generator: source of randomness on the model's device; or `seed`.
             tokenizer: needed with `stop_strings`; a processor will do.
 
@@ -164,12 +160,13 @@ class BardVLGenerationMixin:
             ValueError: a prompt or a setting is wrong, or not supported; raised before anything is computed.
         """
         # 1. Settings and checks
+        past_key_values = one_cache(past_key_values, cache)
         from_mapping = isinstance(inputs, Mapping)
         model_inputs = dict(inputs) if from_mapping else {} if inputs is None else {"input_ids": inputs}
         config = self._generation_settings(generation_config, kwargs, model_inputs)
         input_ids, attention_mask, visual_inputs = self._split_inputs(model_inputs)
         settings = DecodingSettings.resolve(config, self.config, input_ids.shape[-1])
-        check_attention_implementation(self.config.text_config._attn_implementation)
+        check_attention_implementation(attention_of(self.config.text_config))
         attention_mask = check_prompt(self.config, input_ids, attention_mask, settings.mask_token_id)
         check_visual_inputs(self.config, input_ids, **visual_inputs)
         check_streamer(streamer, len(input_ids) * settings.num_return_sequences)
@@ -229,7 +226,7 @@ class BardVLGenerationMixin:
             return BardVLGenerationOutput(
                 sequences=sequences,
                 tokens_per_forward=decoder.tokens_per_forward(),
-                past_key_values=cache,
+                cache=cache,
                 block_step_counts=decoder.step_counts(),
                 num_forwards=decoder.forwards_by_kind(),
                 num_encoded_tokens=(prompt.lengths - reused).repeat_interleave(settings.num_return_sequences).cpu(),
@@ -308,7 +305,7 @@ class BardVLGenerationMixin:
         input_ids, attention_mask, visual_inputs = self._split_inputs(dict(inputs))
         block_size = resolve_block_size(block_size, self.config)
         mask_token_id = resolve_mask_token_id(mask_token_id, self.config)
-        check_attention_implementation(self.config.text_config._attn_implementation)
+        check_attention_implementation(attention_of(self.config.text_config))
         attention_mask = check_prompt(self.config, input_ids, attention_mask, mask_token_id)
         check_visual_inputs(self.config, input_ids, **visual_inputs)
         check_answers(self.config, answers, len(input_ids), mask_token_id)
@@ -339,17 +336,6 @@ class BardVLGenerationMixin:
                 targets = answers[:, chunk].clamp(min=0)
                 scores.append(log_probs.gather(-1, targets[..., None])[..., 0])
         return torch.cat(scores, dim=1).masked_fill(answers < 0, 0.0)
-
-    def _prepare_generation_config(
-        self, generation_config: GenerationConfig | None = None, use_model_defaults: bool | None = None, **kwargs: Any
-    ) -> tuple[BardVLGenerationConfig, dict[str, Any]]:
-        """What a pipeline of transformers 4.57 or 5.0 hands to `generate`: the model's settings, `kwargs` on top.
-
-        The inherited method puts them into a plain config, which refuses fields that are unset. `generation_config`,
-        the pipeline's defaults, says nothing else than the defaults of `generate`.
-        """
-        config = copy.deepcopy(self.generation_config or BardVLGenerationConfig())
-        return config, config.update(**kwargs)
 
     def _generation_settings(
         self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], model_inputs: dict[str, Any]

@@ -1,13 +1,11 @@
 """The settings of `generate`: one class that stores, loads and validates them, and one that holds them resolved."""
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import GenerationConfig
-
+from .compat_bard_vl import SettingsFile, plain_defaults
 from .configuration_bard_vl import check_integer
 from .remasking_bard_vl import REMASKING_RULES, REVISION_THRESHOLDS
 
@@ -63,7 +61,7 @@ SHARED_FIELDS = (
 FIELDS = BLOCK_DIFFUSION_FIELDS + SAMPLING_FIELDS + TOKEN_FIELDS + SHARED_FIELDS
 
 
-class BardVLGenerationConfig(GenerationConfig):
+class BardVLGenerationConfig(SettingsFile):
     """Settings of block-diffusion decoding, saved in and loaded from `generation_config.json`.
 
     A field that is None is unset: `generate` then takes the default named here.
@@ -113,7 +111,7 @@ class BardVLGenerationConfig(GenerationConfig):
 
     def __init__(self, **kwargs: Any):
         unknown = [name for name in kwargs if name not in FIELDS and not name.startswith("_")]
-        unknown = sorted(set(unknown) - set(_plain_defaults()) - {"transformers_version"})
+        unknown = sorted(set(unknown) - set(plain_defaults()) - {"transformers_version"})
         if unknown:
             raise ValueError(f"unknown generation settings: {', '.join(unknown)}")
         for name in BLOCK_DIFFUSION_FIELDS:
@@ -163,7 +161,7 @@ class BardVLGenerationConfig(GenerationConfig):
             "sequence_bias", bias_pairs(self.sequence_bias), is_bias, "pairs of a list of token ids and a number"
         )
         check_seed(self.seed)
-        for name, neutral in _plain_defaults().items():
+        for name, neutral in plain_defaults().items():
             value = getattr(self, name, None)
             if name not in FIELDS and value not in (None, False, *neutral):
                 raise ValueError(f"`{name}={value!r}` is not supported by block-diffusion decoding")
@@ -182,9 +180,9 @@ class BardVLGenerationConfig(GenerationConfig):
         return {**stored, "transformers_version": self.to_dict()["transformers_version"]}
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+    def read_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
         """Read a file as `readable_settings` does."""
-        return readable_settings(super()._dict_from_json_file(json_file))
+        return readable_settings(settings)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -194,7 +192,7 @@ class BardVLGenerationConfig(GenerationConfig):
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
-    def from_plain(cls, config: GenerationConfig) -> "BardVLGenerationConfig":
+    def from_plain(cls, config: Any) -> "BardVLGenerationConfig":
         """Convert a config of transformers' own class as `readable_settings` does."""
         return cls(**readable_settings(drop_plain_defaults(config.to_dict())))
 
@@ -396,26 +394,18 @@ def readable_settings(settings: dict[str, Any]) -> dict[str, Any]:
     decodes greedily, as the published ones are meant to.
     """
     unread: set[str] = set() if settings.get("remasking_strategy") else {*SAMPLING_FIELDS, "repetition_penalty"}
-    known = {*FIELDS, *_plain_defaults(), "transformers_version"} - unread
+    known = {*FIELDS, *plain_defaults(), "transformers_version"} - unread
     return {name: value for name, value in settings.items() if name in known}
 
 
 def drop_plain_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     """Without None, private entries, and what equals the default of a plain `GenerationConfig`."""
-    neutral = _plain_defaults()
+    neutral = plain_defaults()
     return {
         name: value
         for name, value in settings.items()
         if value is not None and not name.startswith("_") and value not in neutral.get(name, ())
     }
-
-
-@functools.lru_cache(maxsize=1)
-def _plain_defaults() -> dict[str, list[Any]]:
-    """Per field of a plain `GenerationConfig`, what asks for nothing: its default, and the value None stands for."""
-    applied: dict[str, Any] = getattr(GenerationConfig, "_get_default_generation_params", dict)()
-    plain = {name: value for name, value in vars(GenerationConfig()).items() if name != "transformers_version"}
-    return {name: [value, applied.get(name)] for name, value in plain.items() if not name.startswith("_")}
 
 
 __all__ = ["BardVLGenerationConfig", "DecodingSettings"]

@@ -5,7 +5,7 @@ in the same columns.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,24 @@ class VisualFeatures:
     index: torch.Tensor
     embeds: torch.Tensor
     deepstack: list[torch.Tensor]
+
+    def show(self, embeds: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Put the features in the place of the tokens that show them.
+
+        Args:
+            embeds: (batch, length, hidden) input embeddings.
+
+        Returns:
+            The embeddings, and the text model's arguments for the deepstack features.
+        """
+        is_visual = self.index >= 0
+        chosen = self.index[is_visual].to(self.embeds.device)
+        shown = self.embeds[chosen].to(embeds.device, embeds.dtype)
+        embeds = embeds.masked_scatter(is_visual[..., None].to(embeds.device), shown)
+        return embeds, {
+            "visual_pos_masks": is_visual,
+            "deepstack_visual_embeds": [layer[chosen] for layer in self.deepstack],
+        }
 
 
 @dataclass
@@ -283,6 +301,13 @@ def check_visual_layout(config: Any, input_ids: torch.Tensor, **grids: torch.Ten
             )
 
 
+def check_known(call: str, arguments: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raise `ValueError` if an argument that asks for something, hence is not None, is none of the `known`."""
+    unknown = sorted(name for name, value in arguments.items() if value is not None and name not in known)
+    if unknown:
+        raise ValueError(f"`{call}` does not know {', '.join(f'`{name}`' for name in unknown)}")
+
+
 def check_ids(input_ids: Any) -> None:
     """Raise `ValueError` unless `input_ids` is an integer tensor (batch, length) with something in it."""
     if not isinstance(input_ids, torch.Tensor):
@@ -358,6 +383,7 @@ __all__ = [
     "PromptSize",
     "VisualFeatures",
     "check_ids",
+    "check_known",
     "check_length",
     "check_prompt",
     "check_visual_index",

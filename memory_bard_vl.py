@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from .compat_bard_vl import attention_of
 from .compilation_bard_vl import release_idle_buffers
 from .generation_config_bard_vl import DecodingSettings
 from .inputs_bard_vl import PromptSize, check_length, check_prompt, check_visual_inputs, pixel_advice
@@ -188,7 +189,7 @@ def vision_bytes(model: Any, size: PromptSize) -> int:
     positions = 4 * hidden * (element + 4 + copies) + hidden * element  # four neighbours of each, and their weights
     rotation = hidden * (5 * element + 4 * 4 + 2 * copies)
     attention = 0
-    if vision._attn_implementation == "eager":  # products and softmax; a frame sees itself alone
+    if attention_of(vision) == "eager":  # products and softmax; a frame sees itself alone
         frame = max((item.height * item.width for item in size.items), default=0)
         attention = vision.num_heads * frame**2 * softmax_bytes(element)
     mlp = (4 * hidden + 2 * vision.intermediate_size) * element
@@ -242,9 +243,9 @@ def window_bytes(model: Any, width: int, end: int) -> int:
     mlp = 3 * text.intermediate_size * element
     attention = 2 * heads * text.head_dim * element
     repeated = 2 * heads * text.head_dim * end * element // width  # keys and values, for each head of a group
-    if text._attn_implementation == "eager":  # products and softmax
+    if attention_of(text) == "eager":  # products and softmax
         attention += heads * end * softmax_bytes(element) + repeated
-    elif text._attn_implementation == "sdpa":  # the mask as numbers
+    elif attention_of(text) == "sdpa":  # the mask as numbers
         attention += end * (1 + element) + repeated
     else:  # the mask repeated for each head of a group, or keys and values where that is less
         attention += min(groups * end * (1 + element), end * (1 + element) + repeated)

@@ -4,19 +4,30 @@ The modules and their weights are Qwen3-VL's (arXiv 2604.16514 adds no parameter
 differs.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditionalGeneration, Qwen3VLModel
 
 # The loader of transformers 4.57 copies only what this file imports itself: the helpers of helpers are named here too.
 from .attention_bard_vl import ATTENTION_NAME
 from .cache_bard_vl import BardVLCache
+from .compat_bard_vl import (
+    MODEL_AUTO_CLASSES,
+    CacheOutput,
+    PortableModel,
+    attention_of,
+    cache_of,
+    encode_text,
+    multimodal_positions,
+    one_cache,
+    set_attention,
+    visual_features,
+)
 from .compilation_bard_vl import compiled_step
 from .configuration_bard_vl import BardVLConfig
 from .decoding_bard_vl import BlockDecoder
@@ -26,6 +37,7 @@ from .hooks_bard_vl import DecodingHooks
 from .inputs_bard_vl import (
     VISUAL_INPUTS,
     VisualFeatures,
+    check_known,
     check_visual_index,
     check_visual_inputs,
     check_visual_layout,
@@ -44,18 +56,40 @@ from .memory_bard_vl import MemoryEstimate
 from .remasking_bard_vl import REMASKING_RULES
 from .windows_bard_vl import WindowEncoder
 
-_MODEL_AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 AUTO_MAP = {
     "AutoConfig": "configuration_bard_vl.BardVLConfig",
-    **dict.fromkeys(_MODEL_AUTO_CLASSES, "modeling_bard_vl.BardVLForConditionalGeneration"),
+    **dict.fromkeys(MODEL_AUTO_CLASSES, "modeling_bard_vl.BardVLForConditionalGeneration"),
 }
 
 
-class BardVLModel(Qwen3VLModel):
+OTHER_INPUTS = ("use_cache", "output_hidden_states", "output_attentions")  # of the text model, and harmless
+
+
+@dataclass
+class BardVLModelOutput(CacheOutput):
+    """Hidden states (batch, length, hidden) after the last norm, and what else was asked for."""
+
+    last_hidden_state: torch.Tensor | None = None
+    cache: Any = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class BardVLOutput(CacheOutput):
+    """Loss, logits (batch, kept, vocabulary), and what else was asked for. `past_key_values` is the same as `cache`."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    cache: Any = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class BardVLModel(PortableModel, Qwen3VLModel):
     """Qwen3-VL's trunk with block-causal attention."""
 
     config_class = BardVLConfig
-    base_model_prefix = "model"  # 4.57 has "" and would silently re-initialise every weight
 
     def forward(
         self,
@@ -68,19 +102,25 @@ class BardVLModel(Qwen3VLModel):
         block_ids: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         visual_index: torch.Tensor | None = None,
+        cache: Any = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Encode tokens; the arguments are those of `BardVLForConditionalGeneration.forward`."""
+        visual_inputs = {name: kwargs.pop(name, None) for name in VISUAL_INPUTS}
+        check_known("forward", kwargs, OTHER_INPUTS)
+        cache = one_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
         tokens = next(given for given in (input_ids, inputs_embeds) if given is not None)
-        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-        visual_inputs = {name: kwargs.get(name) for name in VISUAL_INPUTS}
+        cached = cache.get_seq_length() if cache is not None else 0
         if visual_index is not None:
             check_visual_inputs(self.config, None, **visual_inputs)
             check_visual_index(self.config, visual_index, tokens, visual_inputs)
         elif input_ids is not None:
             check_visual_inputs(self.config, input_ids, **visual_inputs)
+        elif any(value is not None for value in visual_inputs.values()):
+            raise ValueError("`inputs_embeds` do not tell which tokens show images and videos: pass `visual_index`")
         mask = self.get_block_mask(tokens, cached, attention_mask, block_size, block_ids)
         if position_ids is None:
             if cached or input_ids is None or visual_index is not None:
@@ -90,31 +130,18 @@ class BardVLModel(Qwen3VLModel):
                     "whole sequence"
                 )
             padding = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
-            grids = {name: kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
+            grids = {name: visual_inputs[name] for name in ("image_grid_thw", "video_grid_thw")}
             position_ids = self.get_position_ids(input_ids, padding, **grids)
-        if visual_index is not None:
-            for name in VISUAL_INPUTS:
-                kwargs.pop(name, None)
-            embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-            embeds, deepstack = self.show_features(embeds, visual_index, visual_inputs)
-            outputs = self.language_model(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                **deepstack,
-                **kwargs,
-            )
-            outputs.rope_deltas = None  # older lines of transformers read it
-            return outputs
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        if visual_index is None:
+            features = None if input_ids is None else self.encode_visual(input_ids, visual_inputs)
+        else:
+            features = self.encode_indexed(visual_index, visual_inputs)
+        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds, deepstack = (embeds, {}) if features is None else features.show(embeds)
+        found = encode_text(self.language_model, embeds, mask, position_ids, cache, **deepstack, **kwargs)
+        others = (found.get(name) for name in ("hidden_states", "attentions"))
+        outputs = BardVLModelOutput(found[0], cache_of(found), *others)
+        return outputs if return_dict is None or return_dict else outputs.to_tuple()
 
     def get_block_mask(
         self,
@@ -125,7 +152,7 @@ class BardVLModel(Qwen3VLModel):
         block_ids: torch.Tensor | None,
     ) -> torch.Tensor | BlockMask:
         """The 4-D mask of (batch, queries, ...) `tokens` behind `cached` keys, in the form that the attention takes."""
-        implementation = self.config.text_config._attn_implementation
+        implementation = attention_of(self.config.text_config)
         check_attention_implementation(implementation)
         dtype = self.get_input_embeddings().weight.dtype
         batch, queries = tokens.shape[:2]
@@ -173,50 +200,25 @@ class BardVLModel(Qwen3VLModel):
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         grids = {"image_grid_thw": image_grid_thw, "video_grid_thw": video_grid_thw}
         check_visual_layout(self.config, input_ids, **grids)
-        types = {}
-        if "mm_token_type_ids" in inspect.signature(self.get_rope_index).parameters:  # transformers >= 5.3
-            image, video = (input_ids == token for token in (self.config.image_token_id, self.config.video_token_id))
-            types["mm_token_type_ids"] = image.int() + 2 * video.int()
-        multimodal, _ = self.get_rope_index(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            **grids,
-            **types,
-        )
+        multimodal = multimodal_positions(self, input_ids, attention_mask, grids)
         text = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         return torch.cat([text[None], multimodal], dim=0)
 
-    def show_features(
-        self, embeds: torch.Tensor, visual_index: torch.Tensor, visual_inputs: Mapping[str, torch.Tensor | None]
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Put visual features in the place of the tokens that show them.
+    def encode_indexed(
+        self, visual_index: torch.Tensor, visual_inputs: Mapping[str, torch.Tensor | None]
+    ) -> VisualFeatures | None:
+        """Encode all images and videos, for tokens that say themselves which feature they show.
 
         Args:
-            embeds: (batch, length, hidden) input embeddings.
             visual_index: (batch, length) row of the features, images before videos, that a token shows; -1 for none.
             visual_inputs: pixels and grids; also what no token shows is encoded, and gets gradients of zero, so that
                 under data parallelism all processes train the same parameters.
-
-        Returns:
-            The embeddings, and the language model's arguments for the deepstack features.
         """
         items = [(pixels, grids) for _, pixels, grids, _ in visual_items(self.config, visual_inputs)]
-        if not items:
-            return embeds, {}
-        # In one pass: processes that share sharded weights must run the tower equally often, videos or not.
-        pixels, grids = (torch.cat(parts) for parts in zip(*items, strict=True))
-        features, layers = _split_features(self.get_image_features(pixels, grids))
-        is_visual = visual_index >= 0
-        chosen = visual_index[is_visual].to(features.device)
-        shown = features[chosen].to(embeds.device, embeds.dtype)
-        embeds = embeds.masked_scatter(is_visual[..., None].to(embeds.device), shown)
-        return embeds, {
-            "visual_pos_masks": is_visual,
-            "deepstack_visual_embeds": [layer[chosen] for layer in layers],
-        }
+        return VisualFeatures(visual_index, *self._run_tower(items)) if items else None
 
     def encode_visual(
-        self, input_ids: torch.Tensor, visual_inputs: dict[str, torch.Tensor], first: int = 0
+        self, input_ids: torch.Tensor, visual_inputs: Mapping[str, torch.Tensor | None], first: int = 0
     ) -> VisualFeatures | None:
         """Encode the images and videos that have a token in column `first` or later.
 
@@ -228,8 +230,7 @@ class BardVLModel(Qwen3VLModel):
         Returns:
             The features, or None if none is needed.
         """
-        index = torch.full_like(input_ids, -1)
-        embeds, deepstack, offset = [], [], 0
+        index, items, offset = torch.full_like(input_ids, -1), [], 0
         columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         for token_id, pixels, grids, counts in visual_items(self.config, visual_inputs):
             placeholder = input_ids == token_id
@@ -240,44 +241,31 @@ class BardVLModel(Qwen3VLModel):
             keep = torch.isin(item, needed)
             patches = grids.prod(-1)
             of_patch = torch.arange(len(patches), device=patches.device).repeat_interleave(patches)
-            features, layers = _split_features(
-                self.get_image_features(pixels[torch.isin(of_patch, needed)], grids[needed])
-            )
+            items.append((pixels[torch.isin(of_patch, needed)], grids[needed]))
             index[placeholder] = torch.where(keep, keep.long().cumsum(0) - 1 + offset, -1)
-            embeds.append(features)
-            deepstack.append(layers)
-            offset += len(features)
-        if not embeds:
-            return None
-        return VisualFeatures(index, torch.cat(embeds), [torch.cat(parts) for parts in zip(*deepstack, strict=True)])
+            offset += int(counts[needed].sum())
+        return VisualFeatures(index, *self._run_tower(items)) if items else None
+
+    def _run_tower(self, items: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Features of (pixels, grids) pairs in one pass, images and videos together.
+
+        Processes that share sharded weights must run the tower equally often, whatever their prompts hold.
+        """
+        pixels, grids = (torch.cat(parts) for parts in zip(*items, strict=True))
+        return visual_features(self, pixels, grids)
 
 
-def _split_features(features: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Embeddings and deepstack features from `get_image_features`: a tuple in transformers 4, a model output in 5."""
-    if isinstance(features, tuple):
-        embeds, deepstack = features
-    else:
-        embeds, deepstack = features.pooler_output, features.deepstack_features
-    # Some versions split by image, others do not.
-    return _joined(embeds), [_joined(layer) for layer in deepstack]
-
-
-def _joined(parts: Any) -> torch.Tensor:
-    return parts if isinstance(parts, torch.Tensor) else torch.cat(list(parts))
-
-
-class BardVLForConditionalGeneration(BardVLGenerationMixin, Qwen3VLForConditionalGeneration):
+class BardVLForConditionalGeneration(BardVLGenerationMixin, PortableModel, Qwen3VLForConditionalGeneration):
     """Qwen3-VL's weights with block-causal attention, a same-position loss and block-diffusion decoding."""
 
     config_class = BardVLConfig
     accepts_loss_kwargs = True
-    _auto_class = "AutoModelForImageTextToText"  # makes `save_pretrained` copy the code, loaded as remote code or not
 
     def __init__(self, config: BardVLConfig):
         # Before transformers looks for the package of an implementation that would then be refused.
-        check_attention_implementation(config.text_config._attn_implementation or "sdpa")
-        if config.text_config._attn_implementation is None:  # nobody asked for another
-            config.text_config._attn_implementation = ATTENTION_NAME
+        check_attention_implementation(attention_of(config.text_config) or "sdpa")
+        if attention_of(config.text_config) is None:
+            set_attention(config.text_config, ATTENTION_NAME)
         # Not the parent's own `__init__`, which would build a second, causal trunk first.
         super(Qwen3VLForConditionalGeneration, self).__init__(config)
         self.model = BardVLModel(config)
@@ -308,6 +296,7 @@ class BardVLForConditionalGeneration(BardVLGenerationMixin, Qwen3VLForConditiona
         return_dict: bool | None = None,
         visual_index: torch.Tensor | None = None,
         objective: Callable[[torch.Tensor, nn.Module], torch.Tensor] | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Logits of every token given the tokens that its block sees; the prediction at a position is of that position.
@@ -318,6 +307,7 @@ class BardVLForConditionalGeneration(BardVLGenerationMixin, Qwen3VLForConditiona
                 boolean, additive or a `BlockMask` of FlexAttention, which is used as it is. With a cache and several
                 new tokens a 4-D mask or `block_ids` is required.
             position_ids: (4, batch, length) or (3, batch, length); derived for a whole sequence.
+            past_key_values, cache: two names of the keys and values of earlier tokens.
             labels: (batch, length) targets of the same positions (no shift), -100 where there is none. The loss is the
                 mean over the other labels, or their sum over `num_items_in_batch`.
             block_size: tokens per block, counted from the first real token; defaults to the config's.
@@ -329,39 +319,37 @@ class BardVLForConditionalGeneration(BardVLGenerationMixin, Qwen3VLForConditiona
                 and some features may be shown by none.
             objective: computes the loss from the hidden states (batch, length, hidden) after the last norm and the
                 output head; no logits are returned then. It runs in here, where sharded parameters are whole.
-            kwargs: `pixel_values`, `image_grid_thw`, `pixel_values_videos`, `video_grid_thw`, `use_cache` and what else
-                Qwen3-VL takes.
-
-        Returns:
-            Qwen3-VL's output with `loss`, `logits` (batch, kept, vocabulary) and `past_key_values`.
+            kwargs: `pixel_values`, `image_grid_thw`, `pixel_values_videos`, `video_grid_thw`, `use_cache`,
+                `output_hidden_states`, `output_attentions`; `mm_token_type_ids` follows from the ids and is not read.
 
         Raises:
-            ValueError: no block size is stated, the mask cannot be derived, placeholders and pixels differ in number,
-                the attention implementation is none that follows the mask, or both `labels` and `objective` are given.
+            ValueError: an argument is unknown, no block size is stated, the mask cannot be derived, placeholders and
+                pixels differ in number, the attention implementation is none that follows the mask, or both `labels`
+                and `objective` are given.
         """
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "block_size": block_size,
-            "block_ids": block_ids,
-            "visual_index": visual_index,
-            **kwargs,
-        }
+        if objective is not None and labels is not None:
+            raise ValueError("give `labels` or an `objective`, not both")
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            block_size=block_size,
+            block_ids=block_ids,
+            visual_index=visual_index,
+            cache=one_cache(past_key_values, cache),
+            **(kwargs if objective is None else {**kwargs, "use_cache": False}),
+        )
+        hidden_states, loss, logits = outputs.last_hidden_state, None, None
         if objective is not None:
-            if labels is not None:
-                raise ValueError("give `labels` or an `objective`, not both")
-            hidden_states = self.model(**{**inputs, "use_cache": False})[0]
-            outputs = CausalLMOutputWithPast(loss=objective(hidden_states, self.lm_head))
+            loss = objective(hidden_states, self.lm_head)
         else:
-            outputs = super().forward(**inputs, logits_to_keep=logits_to_keep, return_dict=True)
-        if labels is not None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            loss = same_position_loss(outputs.logits, labels[:, kept], num_items_in_batch)
-            outputs = type(outputs)(**{**outputs, "loss": loss})
-        return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
+            logits = self.lm_head(hidden_states[:, kept])
+            if labels is not None:
+                loss = same_position_loss(logits, labels[:, kept], num_items_in_batch)
+        found = BardVLOutput(loss, logits, outputs.cache, outputs.hidden_states, outputs.attentions)
+        return found if (self.config.return_dict if return_dict is None else return_dict) else found.to_tuple()
 
 
 def same_position_loss(

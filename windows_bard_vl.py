@@ -12,6 +12,7 @@ import torch
 
 from .attention_bard_vl import ATTENTION_NAME
 from .cache_bard_vl import BardVLCache, CacheWindow
+from .compat_bard_vl import attention_of, encode_text
 from .inputs_bard_vl import Prompt, VisualFeatures
 from .masking_bard_vl import partition_sequence, to_attention_mask
 
@@ -80,7 +81,7 @@ class WindowEncoder:
 
     def __init__(self, model: Any, table: TokenTable, cache: BardVLCache):
         self.model, self.table, self.cache = model, table, cache
-        self.attention = model.config.text_config._attn_implementation
+        self.attention = attention_of(model.config.text_config)
         self.device = table.ids.device
 
     def encode_prompts(
@@ -240,22 +241,11 @@ class WindowEncoder:
         text_model = self.model.model.language_model
         embeds = text_model.embed_tokens(ids)
         if features is not None:
-            is_visual = features.index >= 0
-            chosen = features.index[is_visual].to(features.embeds.device)
-            embeds = embeds.masked_scatter(
-                is_visual[..., None].to(embeds.device), features.embeds[chosen].to(embeds.device, embeds.dtype)
-            )
-            attention["visual_pos_masks"] = is_visual
-            attention["deepstack_visual_embeds"] = [layer[chosen] for layer in features.deepstack]
+            embeds, deepstack = features.show(embeds)
+            attention |= deepstack
+        mask = None if visible is None else to_attention_mask(visible, self.attention, embeds.dtype)
         with self.cache.writing(window):
-            return text_model(
-                inputs_embeds=embeds,
-                attention_mask=None if visible is None else to_attention_mask(visible, self.attention, embeds.dtype),
-                position_ids=positions,
-                past_key_values=self.cache,
-                use_cache=True,
-                **attention,
-            )[0]
+            return encode_text(text_model, embeds, mask, positions, self.cache, use_cache=True, **attention)[0]
 
 
 def take(hidden: torch.Tensor, offsets: torch.Tensor, count: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ from bard_vl import (
     memory_bard_vl,
 )
 from bard_vl.attention_bard_vl import with_own_code
+from bard_vl.compat_bard_vl import one_cache
 from bard_vl.compilation_bard_vl import (
     NUM_IDLE_BUFFERS,
     NUM_STEPS,
@@ -100,7 +101,7 @@ def addresses_in_steps(model: BardVLForConditionalGeneration) -> Iterator[list[i
     seen: list[int] = []
 
     def look(_module: object, _args: tuple, kwargs: dict) -> None:
-        if (layer := kwargs["past_key_values"].layers[-1]).is_lent:
+        if (layer := one_cache(kwargs.get("past_key_values"), kwargs.get("cache")).layers[-1]).is_lent:
             seen.append(layer.keys.data_ptr())
 
     hook = model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
@@ -283,7 +284,7 @@ def test_warming_up_runs_every_width_as_often_as_a_graph_needs(interval: int, bl
     widths: Counter[int] = Counter()
 
     def look(_module: object, _args: tuple, kwargs: dict) -> None:
-        widths[kwargs["inputs_embeds"].shape[1]] += kwargs["past_key_values"].layers[-1].is_lent
+        widths[kwargs["inputs_embeds"].shape[1]] += one_cache(kwargs.get("past_key_values"), kwargs.get("cache")).layers[-1].is_lent
 
     model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
     with torch.compiler.set_stance("force_eager"):
