@@ -21,11 +21,17 @@ logger = logging.get_logger(__name__)
 
 TESTED = ("4.57", "5.25")  # from the first, below the second
 
-if not Version(TESTED[0]) <= Version(transformers.__version__) < Version(TESTED[1]):
-    logger.warning_once(
-        f"Bard-VL is tested with transformers {TESTED[0]} up to, not including, {TESTED[1]}; "
-        f"this is {transformers.__version__}"
-    )
+
+def warn_if_untested() -> None:
+    """Say once which transformers this package was tested with, if this is another."""
+    if not Version(TESTED[0]) <= Version(transformers.__version__) < Version(TESTED[1]):
+        logger.warning_once(
+            f"Bard-VL is tested with transformers {TESTED[0]} up to, not including, {TESTED[1]}; "
+            f"this is {transformers.__version__}"
+        )
+
+
+warn_if_untested()
 
 # --- the cache: `past_key_values` until 5.23, `cache` since 5.24 ------------------------------------------------------
 
@@ -55,6 +61,11 @@ class CacheOutput(ModelOutput):
         return super().__getitem__(CACHE_NAMES[1] if key == CACHE_NAMES[0] else key)
 
 
+def cache_argument(cache: Any) -> dict[str, Any]:
+    """The keyword argument by which transformers' own models take a cache."""
+    return {_CACHE_NAME: cache}
+
+
 def encode_text(
     text_model: Any, embeds: torch.Tensor, mask: Any, positions: torch.Tensor, cache: Any = None, **options: Any
 ) -> ModelOutput:
@@ -71,9 +82,8 @@ def encode_text(
     Returns:
         its output; the first item is the hidden states (batch, length, hidden) after the last norm.
     """
-    return text_model(
-        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, **{_CACHE_NAME: cache}, **options
-    )
+    inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+    return text_model(**inputs, **cache_argument(cache), **options)
 
 
 def cache_of(output: ModelOutput) -> Any:
@@ -241,6 +251,7 @@ __all__ = [
     "PortableModel",
     "SettingsFile",
     "attention_of",
+    "cache_argument",
     "cache_of",
     "encode_text",
     "multimodal_positions",
@@ -252,5 +263,6 @@ __all__ = [
     "register_attention",
     "set_attention",
     "visual_features",
+    "warn_if_untested",
     "write_rope",
 ]

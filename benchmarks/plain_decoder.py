@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from bard_vl.attention_bard_vl import ATTENTION_NAME
+from bard_vl.compat_bard_vl import cache_argument
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, Qwen3VLForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicLayer
@@ -212,8 +213,8 @@ class LadderDecoder:
             input_ids=self.ids[:, first:end],
             attention_mask=None if unmasked else self.mask(first, end),
             position_ids=self.positions[:, :, first:end],
-            past_key_values=self.cache,
             use_cache=True,
+            **cache_argument(self.cache),
             **({} if first else self.visual_inputs),
             **settings,
         )[0]

@@ -284,7 +284,9 @@ def test_warming_up_runs_every_width_as_often_as_a_graph_needs(interval: int, bl
     widths: Counter[int] = Counter()
 
     def look(_module: object, _args: tuple, kwargs: dict) -> None:
-        widths[kwargs["inputs_embeds"].shape[1]] += one_cache(kwargs.get("past_key_values"), kwargs.get("cache")).layers[-1].is_lent
+        widths[kwargs["inputs_embeds"].shape[1]] += (
+            one_cache(kwargs.get("past_key_values"), kwargs.get("cache")).layers[-1].is_lent
+        )
 
     model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
     with torch.compiler.set_stance("force_eager"):
