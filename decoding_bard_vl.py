@@ -48,25 +48,32 @@ class BlockDecoder:
     """
 
     def __init__(
-        self, model: Any, prompt: Prompt, settings: DecodingSettings, cache: BardVLCache, hooks: DecodingHooks
+        self,
+        model: Any,
+        prompt: Prompt,
+        limits: list[int],
+        settings: DecodingSettings,
+        cache: BardVLCache,
+        hooks: DecodingHooks,
     ):
         self.model, self.prompt, self.settings, self.cache, self.hooks = model, prompt, settings, cache, hooks
         size, copies = settings.block_size, settings.num_return_sequences
         num_blocks = -(-settings.max_new_tokens // size)
         multiple = STATIC_COLUMNS if settings.is_static else 1
-        self.num_columns = num_blocks * size  # of a full response
-        self.table = TokenTable.lay_out(prompt, self.num_columns, size, settings.mask_token_id, multiple)
+        self.table = TokenTable.lay_out(prompt, num_blocks * size, size, settings.mask_token_id, multiple)
         self.encoder = WindowEncoder(model, self.table, cache)
         self.device = prompt.input_ids.device
         self.schedule = transfer_schedule(size, settings.denoising_steps).to(self.device)
         self.eos = torch.tensor(settings.eos_token_ids, dtype=torch.long, device=self.device)
         self.lengths = [n for n in prompt.host_lengths for _ in range(copies)]
+        self.limits = [limit for limit in limits for _ in range(copies)]  # most response tokens of each row
         num_rows = len(self.lengths)
 
         self.rows = list(range(num_rows))
         self.slots = torch.arange(num_rows, device=self.device)  # `rows` on the device
         self.starts = list(self.lengths)  # host: first column of each row's block, as last read
         self.block_start = torch.tensor(self.lengths, device=self.device)
+        self.device_limits = torch.tensor(self.limits, device=self.device)  # `limits` on the device
         self.steps = torch.zeros(num_rows, num_blocks, dtype=torch.long, device=self.device)  # per block
         self.carries = torch.zeros(num_rows, dtype=torch.bool, device=self.device)  # a finished block to encode clean
         self.ended = torch.zeros(num_rows, dtype=torch.bool, device=self.device)
@@ -195,12 +202,13 @@ class BlockDecoder:
 
     def _response_end(self, block: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Response tokens up to the end of each finished block (n, block size), EOS and limit heeded; is it the end?"""
-        room = (self.settings.max_new_tokens - offset).clamp(max=self.settings.block_size)
+        limits = self.device_limits[self.slots]
+        room = (limits - offset).clamp(max=self.settings.block_size)
         place = torch.arange(self.settings.block_size, device=self.device)
         is_eos = torch.isin(block, self.eos) & (place < room[:, None])
         kept = torch.where(is_eos.any(-1), is_eos.long().argmax(-1) + 1, room)
         length = offset + kept
-        return length, is_eos.any(-1) | (length == self.settings.max_new_tokens)
+        return length, is_eos.any(-1) | (length == limits)
 
     def _process_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """Run the logits processors at every undecided position with the committed tokens left of it."""
@@ -243,7 +251,7 @@ class BlockDecoder:
             if is_ended:
                 ended.append(row)
             else:
-                num_blocks = (self.lengths[row] + self.num_columns - start) // self.settings.block_size
+                num_blocks = -(-(self.lengths[row] + self.limits[row] - start) // self.settings.block_size)
                 self.num_left = max(self.num_left, num_blocks * self.settings.denoising_steps - num_steps)
                 if start > self.starts[row]:
                     moved_on.add(row)

@@ -5,7 +5,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from .inputs_bard_vl import (
     check_length,
     check_prompt,
     check_visual_inputs,
+    response_limits,
 )
 from .masking_bard_vl import check_attention_implementation
 from .memory_bard_vl import cache_columns, check_memory
@@ -192,7 +193,9 @@ class BardVLGenerationMixin(PortableGeneration):
 
         # 2. Layout and reuse
         prompt = self._realign(input_ids, attention_mask, visual_inputs)
-        check_length(self.config, prompt, settings.max_new_tokens, settings.block_size)
+        is_stated = config.max_new_tokens is not None or config.max_length is not None
+        limits = response_limits(self.config, prompt, settings.max_new_tokens, settings.block_size, is_stated)
+        settings = replace(settings, max_new_tokens=max(limits))
         cache = BardVLCache(self.config.text_config.num_hidden_layers) if past_key_values is None else past_key_values
         track = return_dict or past_key_values is not None
         contents = prompt.contents(self.config) if track else [prompt.input_ids[:0, 0].cpu()] * len(input_ids)
@@ -208,7 +211,7 @@ class BardVLGenerationMixin(PortableGeneration):
             check_memory(self, prompt, settings, reused, held)
             if streamer is not None:
                 streamer.put(input_ids.cpu())
-            decoder = BlockDecoder(self, prompt, settings, cache, hooks)
+            decoder = BlockDecoder(self, prompt, limits, settings, cache, hooks)
             with cache.generation(contents, scheme):
                 decoder.prefill(reused, buffers)
                 while decoder.rows:

@@ -67,7 +67,8 @@ class BardVLGenerationConfig(SettingsFile):
     A field that is None is unset: `generate` then takes the default named here.
 
     Args:
-        max_new_tokens (`int`, defaults to 256): response tokens at most.
+        max_new_tokens (`int`, defaults to 256): response tokens at most. A limit, as is the model's last position: a
+            response ends with the last whole block before it.
         max_length (`int`): prompt and response tokens at most, read where `max_new_tokens` is unset.
         max_time (`float`): seconds after which a row ends with the block that it finishes next.
         stop_strings (`str` or list): end a response at the first of these texts; needs `tokenizer=` in `generate`.

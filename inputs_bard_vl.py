@@ -10,8 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from .cache_bard_vl import fingerprint
+
+logger = logging.get_logger(__name__)
 
 VISUAL_INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
@@ -377,6 +380,27 @@ def check_length(config: Any, prompt: Prompt, num_new_tokens: int, block_size: i
     )
 
 
+def response_limits(config: Any, prompt: Prompt, num_new_tokens: int, block_size: int, is_stated: bool) -> list[int]:
+    """Most response tokens of each row: as many as are asked for, or the whole blocks before the model's last position.
+
+    A row's limit depends on its own prompt alone. If a number that `is_stated` is cut, a warning says so, once.
+
+    Raises:
+        ValueError: a prompt leaves no room for one block.
+    """
+    check_length(config, prompt, min(num_new_tokens, block_size), block_size)
+    limit = config.get_text_config().max_position_embeddings
+    limits = [
+        min(num_new_tokens, (limit - first) // block_size * block_size) for first in prompt.next_position.tolist()
+    ]
+    if is_stated and min(limits) < num_new_tokens:
+        logger.warning_once(
+            f"{num_new_tokens} new tokens are asked for: responses end earlier where prompt and response reach the "
+            f"model's {limit} positions (`max_position_embeddings`)"
+        )
+    return limits
+
+
 __all__ = [
     "VISUAL_INPUTS",
     "Prompt",
@@ -391,5 +415,6 @@ __all__ = [
     "check_visual_layout",
     "largest_pixels",
     "pixel_advice",
+    "response_limits",
     "visual_items",
 ]

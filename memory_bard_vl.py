@@ -16,7 +16,7 @@ from transformers.utils import logging
 from .compat_bard_vl import attention_of
 from .compilation_bard_vl import release_idle_buffers
 from .generation_config_bard_vl import DecodingSettings
-from .inputs_bard_vl import PromptSize, check_length, check_prompt, check_visual_inputs, pixel_advice
+from .inputs_bard_vl import PromptSize, check_prompt, check_visual_inputs, pixel_advice, response_limits
 from .windows_bard_vl import STATIC_COLUMNS
 
 logger = logging.get_logger(__name__)
@@ -83,7 +83,10 @@ def estimate_memory(model: Any, inputs: Any, generation_config: Any = None, **se
 def read_prompt(
     model: Any, inputs: Any, generation_config: Any = None, **settings: Any
 ) -> tuple[PromptSize, DecodingSettings]:
-    """Check and measure a prompt, and resolve the settings, as `generate` does; `ValueError` where it would refuse."""
+    """Check and measure a prompt, and resolve the settings, as `generate` does; `ValueError` where it would refuse.
+
+    Their `max_new_tokens` is that of the row with the most room.
+    """
     model_inputs = dict(inputs)
     config = model._generation_settings(generation_config, settings, model_inputs)
     input_ids, attention_mask, visual_inputs = model._split_inputs(model_inputs)
@@ -91,8 +94,8 @@ def read_prompt(
     attention_mask = check_prompt(model.config, input_ids, attention_mask, resolved.mask_token_id)
     check_visual_inputs(model.config, input_ids, **visual_inputs)
     prompt = model._realign(input_ids, attention_mask, visual_inputs)
-    check_length(model.config, prompt, resolved.max_new_tokens, resolved.block_size)
-    return PromptSize.of(model.config, prompt), resolved
+    limits = response_limits(model.config, prompt, resolved.max_new_tokens, resolved.block_size, is_stated=False)
+    return PromptSize.of(model.config, prompt), replace(resolved, max_new_tokens=max(limits))
 
 
 def estimate(model: Any, size: PromptSize, settings: DecodingSettings) -> MemoryEstimate:

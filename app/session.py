@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging
 
 from ..configuration_bard_vl import BardVLConfig
-from ..generation_config_bard_vl import FIELDS, BardVLGenerationConfig, DecodingSettings, resolve_mask_token_id
+from ..generation_config_bard_vl import FIELDS, BardVLGenerationConfig, resolve_mask_token_id
 from ..memory_bard_vl import MemoryEstimate, check_fits, estimate_memory, free_memory, read_prompt, readable
 from ..modeling_bard_vl import BardVLForConditionalGeneration
 from ..processing_bard_vl import BardVLProcessor
@@ -205,7 +205,7 @@ class Session:
             raise ValueError(out_of_memory(self.device, self.estimate(inputs.to("cpu"), **named))) from error
         seconds = time.perf_counter() - start
         response = output.sequences[0, length:].tolist()
-        settings = DecodingSettings.resolve(model._generation_settings(self.settings, named, {}), self.config, length)
+        _, settings = read_prompt(model, inputs, self.settings, **named)
         is_longest = len(response) == settings.max_new_tokens
         reason = "eos" if response[-1] in settings.eos_token_ids else "length" if is_longest else "stop"
         visual = torch.isin(

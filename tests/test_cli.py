@@ -173,6 +173,18 @@ def test_the_reason_of_an_end(run: Any, folder: Path) -> None:
     assert (cut.finish_reason, cut.num_tokens) == ("length", 6)
 
 
+def test_a_length_beyond_the_positions_is_a_limit(run: Any, folder: Path) -> None:
+    shutil.copytree(folder / "bard", folder / "tight", dirs_exist_ok=True)
+    config = json.loads((folder / "bard" / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 40
+    (folder / "tight" / "config.json").write_text(json.dumps(config))
+    code, out, err = run("run photo.png -m tight --max-new-tokens 9000 --json")
+    found = json.loads(out)
+    assert (code, err, found["finish_reason"]) == (0, "", "length")
+    assert found["num_tokens"] == json.loads(run("run photo.png -m tight --dry-run --json")[1])["new_tokens"] < 40
+    assert found["response"] == expected(folder, [user(draw())], max_new_tokens=found["num_tokens"])[0]
+
+
 def test_the_small_example_says_that_it_answers(run: Any, folder: Path) -> None:
     picture = ROOT / "examples" / "images" / "1.png"
     code, out, err = run(f"run {picture}")
@@ -334,7 +346,7 @@ def test_undecided_tokens_are_those_of_the_mask_id_in_force(run: Any, folder: Pa
         ("run text.png --model weightless", 1, "text.png cannot be read as a picture: cannot identify image file"),
         ("run empty --model weightless", 1, "empty cannot be read as a video: the folder holds no pictures"),
         ("run absent.mp4 --model weightless", 1, "absent.mp4 cannot be read as a video: no such file"),
-        ("run photo.png --model weightless --max-new-tokens 9000", 1, "`max_position_embeddings`); there is room for"),
+        ("run photo.png --model weightless --block-size 9000", 1, "`max_position_embeddings`); there is room for 0"),
         ("run photo.png --model weightless", 1, "weightless"),
         ("chat absent.png --model weightless", 1, "absent.png cannot be read as a picture: no such file"),
         ("demo --model qwen", 2, "qwen is no Bard-VL checkpoint"),

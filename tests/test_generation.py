@@ -1,19 +1,21 @@
 """Features of `generate` and `score`, against a slow twin where one exists."""
 
 import copy
+import logging
 import threading
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from bard_vl import BardVLGenerationOutput
+from bard_vl import BardVLGenerationOutput, inputs_bard_vl
 from golden_models import PROMPTS, calls_of, slow_generate, slow_score, word_tokenizer
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from ragged import MASK, PAD, Row, collate, load, rows, settings
+from ragged import MASK, NO_ID, PAD, Row, collate, load, rows, settings
 from transformers import (
     BatchFeature,
     GenerationConfig,
@@ -37,6 +39,71 @@ def tokens_of(output: BardVLGenerationOutput, row: int = 0) -> list[int]:
     length = int((output.confidences[row] > 0).sum())
     prompt = output.sequences.shape[1] - output.confidences.shape[1]
     return output.sequences[row, prompt : prompt + length].tolist()
+
+
+# Length --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tight() -> Iterator[Callable[[int], None]]:
+    """Gives the model fewer positions, for a test."""
+    text, before = load().config.text_config, load().config.text_config.max_position_embeddings
+    yield lambda positions: setattr(text, "max_position_embeddings", positions)
+    text.max_position_embeddings = before
+
+
+LONG = {"eos_token_id": NO_ID, "confidence_threshold": 0.1}
+WAYS = [{}, {"check_interval": 3}, {"cache_implementation": "static"}, {"num_return_sequences": 2}, {"max_length": 999}]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("size", [8, 5])
+def test_a_length_beyond_the_positions_is_a_limit_of_whole_blocks_to_each_row(
+    size: int, way: dict[str, Any], tight: Callable[[int], None]
+) -> None:
+    batch = [Row().add_text(length, length) for length in (3, 24, 40)] + [IMAGE]
+    visual = {name: value for name, value in collate([IMAGE]).items() if name == "image_grid_thw"}
+    first = int(load().get_position_ids(torch.tensor([IMAGE.ids]), None, **visual)[1:].max()) + 1
+    assert first < len(IMAGE.ids)
+    rooms = [(60 - position) // size * size for position in (3, 24, 40, first)]
+    wanted = [run(row, **LONG, block_size=size, max_new_tokens=room) for row, room in zip(batch, rooms, strict=True)]
+    tight(60)
+    asked = {"max_new_tokens": None if "max_length" in way else 1000, "block_size": size}
+    with torch.compiler.set_stance("force_eager"):
+        output = run(batch, **LONG, **asked, **way)
+    copies = way.get("num_return_sequences", 1)
+    for place, alone in enumerate(wanted):
+        for copy_of in range(copies):
+            assert tokens_of(output, place * copies + copy_of) == tokens_of(alone)
+    assert "overrun" not in output.num_forwards or way.get("check_interval", 1) > 1
+
+
+def test_a_stated_length_that_is_cut_is_told_once(tight: Callable[[int], None], caplog: Any) -> None:
+    tight(40)
+    inputs_bard_vl.logger.warning_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        run(TEXT, **LONG, max_new_tokens=None)  # the default of 256
+        assert not caplog.records
+        for _ in range(2):
+            run(TEXT, **LONG, max_new_tokens=1000)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "1000 new tokens are asked for: responses end earlier where prompt and response reach the model's 40 positions "
+        "(`max_position_embeddings`)"
+    )
+
+
+def test_the_last_block_has_room_or_the_prompt_is_refused(tight: Callable[[int], None]) -> None:
+    row = Row().add_text(9, 0)
+    expected = tokens_of(run(row, **LONG, block_size=8, max_new_tokens=8))
+    tight(17)
+    assert tokens_of(run(row, **LONG, block_size=8, max_new_tokens=99)) == expected
+    assert tokens_of(run(row, **LONG, block_size=8, max_new_tokens=5)) == expected[:5]
+    tight(16)
+    with pytest.raises(ValueError, match=r"with 5 new tokens in blocks of 8 it passes the model's 16 .* room for 0$"):
+        run(row, **LONG, block_size=8, max_new_tokens=5)
+    with pytest.raises(ValueError, match="there is room for 0"):  # a row of a batch, too
+        run([Row().add_text(2, 0), row], **LONG, block_size=8, max_new_tokens=99)
 
 
 # Decoding ------------------------------------------------------------------------------------------------------------

@@ -313,15 +313,15 @@ def test_a_size_under_a_limit_is_what_the_processor_makes(processor: Any, pixels
 def test_a_prompt_past_the_positions_is_refused_with_the_pixels_that_fit() -> None:
     model, inputs = load(), prompt((1, 64, 48), (1, 16, 40), rows=2)
     model = type(model)(BardVLConfig(**{**model.config.to_dict()}))
-    model.config.text_config.max_position_embeddings = 100
+    model.config.text_config.max_position_embeddings = 90
     with pytest.raises(
-        ValueError, match=r"reaches position 76: with 40 new tokens .* room for 16; it fits if"
+        ValueError, match=r"reaches position 76: with 16 new tokens .* room for 0; it fits if"
     ) as caught:
         model.generate(**inputs, **SETTINGS)
     limit = int(str(caught.value).rpartition(" is ")[2])
     size, _ = read_prompt(load(), inputs, **SETTINGS)
     vision = model.config.vision_config
-    assert max(size.within(limit, vision).positions) + 48 <= 100 < max(size.within(limit + 1024, vision).positions) + 48
+    assert max(size.within(limit, vision).positions) + 16 <= 90 < max(size.within(limit + 1024, vision).positions) + 16
     with pytest.raises(ValueError, match=r"no limit on the pixels of an image makes it fit$"):
         model.generate(**prompt((1, 64, 48), text=90), **SETTINGS)
 
