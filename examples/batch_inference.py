@@ -4,7 +4,8 @@ r"""Answer a file of questions about pictures, on as many GPUs and machines as t
 
 Each line of the input is a JSON object: `prompt` and `images` (a list of paths, relative to the file), or a chat under
 `messages` (its paths relative to the working directory); and `id`, by default the number of its line. Each line of the
-output has the `id`, and `text`, `tokens` and `tokens_per_forward`, or `error`, in the order of the input.
+output has the `id`, and `text`, `tokens` and `tokens_per_forward`, or `error`, in the order of the input. A line that
+cannot be read has an `error`, too. The exit code is 3 if there is any, 1 if the run did not end.
 
 Until the output is complete, finished answers stand in the folder OUTPUT.parts; the same command takes up the work from
 there, with any number of processes. With --retry-errors it asks again what ended in an error, even in a full output.
@@ -15,10 +16,12 @@ import argparse
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,11 +30,35 @@ import bard_vl
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from bard_vl.app.chats import check_chat
+from bard_vl.app.errors import one_line
 from bard_vl.app.media import read_picture
 from bard_vl.app.session import check_config, read_config
 from transformers import AutoModelForImageTextToText
 
+FAILED = 3  # exit code of a run that ended, with errors among its answers
 Record = dict[str, Any]
+
+
+@dataclass
+class Request:
+    """A line of the input.
+
+    Attributes:
+        line: its number, which its answer is kept by until the output is complete.
+        id: what it calls itself, else its number.
+        body: the whole object.
+        fault: why it cannot be asked at all.
+    """
+
+    line: int
+    id: Any
+    body: Record = field(default_factory=dict)
+    fault: str | None = None
+
+    def answer(self, **found: Any) -> Record:
+        """A line of the output, with the number of the input's."""
+        return {"line": self.line, "id": self.id, **found}
 
 
 class Answerer:
@@ -42,7 +69,7 @@ class Answerer:
         self.processor = bard_vl.BardVLProcessor.from_pretrained(model)
         self.model = AutoModelForImageTextToText.from_pretrained(model, dtype="auto").to(device)
 
-    def answer(self, requests: list[Record]) -> list[Record]:
+    def answer(self, requests: list[Request]) -> list[Record]:
         """One answer a request; what cannot be answered says why, and leaves the others alone.
 
         Raises:
@@ -54,12 +81,12 @@ class Answerer:
             if is_fault_of_device(error):
                 raise
             if len(requests) == 1:
-                return [{"id": requests[0]["id"], "error": " ".join(str(error).split()) or type(error).__name__}]
+                return [requests[0].answer(error=one_line(error))]
         return [answer for request in requests for answer in self.answer([request])]
 
-    def generate(self, requests: list[Record]) -> list[Record]:
+    def generate(self, requests: list[Request]) -> list[Record]:
         """Answers of requests that are decoded together."""
-        chats = [self.chat(request) for request in requests]
+        chats = [self.chat(request.body) for request in requests]
         inputs = self.processor.apply_chat_template(
             chats,
             tokenize=True,
@@ -74,19 +101,29 @@ class Answerer:
         tokens = (output.confidences > 0).sum(-1).tolist()  # 0 marks padding
         speeds = output.tokens_per_forward.tolist()
         return [
-            {"id": request["id"], "text": text, "tokens": count, "tokens_per_forward": round(speed, 3)}
+            request.answer(text=text, tokens=count, tokens_per_forward=round(speed, 3))
             for request, text, count, speed in zip(requests, texts, tokens, speeds, strict=True)
         ]
 
-    def chat(self, request: Record) -> list[Record]:
-        """A request's messages; pictures are opened here, so that a broken one is known by its request."""
-        if "messages" in request:
-            return request["messages"]
-        if "prompt" not in request:
+    def chat(self, body: Record) -> list[Record]:
+        """A request's messages; pictures are opened here, so that a broken one is known by its request.
+
+        Raises:
+            ValueError: the request is no question, or a picture cannot be read.
+        """
+        if "messages" in body:
+            check_chat(body["messages"])
+            return body["messages"]
+        if "prompt" not in body:
             raise ValueError("the request has neither `prompt` nor `messages`")
-        pictures = [read_picture(str(self.folder / path)) for path in request.get("images", [])]
+        prompt, images = body["prompt"], body.get("images", [])
+        if not isinstance(prompt, str):
+            raise ValueError(f"`prompt` must be a text, got {prompt!r:.80}")
+        if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
+            raise ValueError(f"`images` must be a list of paths, got {images!r:.80}")
+        pictures = [read_picture(str(self.folder / path)) for path in images]
         content = [{"type": "image", "image": picture} for picture in pictures]
-        return [{"role": "user", "content": [*content, {"type": "text", "text": request["prompt"]}]}]
+        return [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
 
 
 class Progress:
@@ -95,10 +132,11 @@ class Progress:
     def __init__(self, output: Path):
         self.output, self.parts = output, output.with_name(f"{output.name}.parts")
 
-    def begin(self, run: Record, retry_errors: bool = False) -> None:
-        """Gather what earlier runs have finished. For one process alone, which then owns the folder until it ends.
+    def begin(self, run: Record, requests: list[Request], retry_errors: bool = False) -> int:
+        """Gather what earlier runs have finished, and refuse what cannot be asked; how many answers there were.
 
-        With `retry_errors` a complete output counts as such a run, and errors do not count.
+        For one process alone, which then owns the folder until it ends. With `retry_errors` a complete output counts as
+        such a run, and errors do not count.
         """
         self.parts.mkdir(parents=True, exist_ok=True)
         self.lock = (self.parts / "lock").open("w")
@@ -107,34 +145,48 @@ class Progress:
         except OSError:
             raise ValueError(f"another run is writing {self.output}") from None
         begun = self.parts / "run.json"
-        if begun.exists() and json.loads(begun.read_text()) != run:
+        if begun.exists() and read_run(begun) != run:
             raise ValueError(f"{self.parts} was begun with other settings or requests: {begun.read_text().strip()}")
         write_whole(begun, json.dumps(run) + "\n")
-        answers = self.answers()
+        answers = self.answers(says=print_error)
         if retry_errors:
-            complete = whole_lines(self.output) if self.output.exists() else ()
-            answers = {**{answer["id"]: answer for answer in complete}, **answers}
-            answers = {request_id: answer for request_id, answer in answers.items() if "error" not in answer}
-        write_lines(self.parts / "done.jsonl", answers.values())
+            complete = read_output(self.output, requests) if self.output.exists() else ()
+            answers = {**{answer["line"]: answer for answer in complete}, **answers}
+            answers = {line: answer for line, answer in answers.items() if "error" not in answer}
+        refused = [request.answer(error=request.fault) for request in requests if request.fault is not None]
+        write_lines(self.parts / "done.jsonl", {**answers, **{answer["line"]: answer for answer in refused}}.values())
         for path in self.parts.glob("process-*.jsonl"):
             path.unlink()
+        return len(answers)
 
-    def answers(self) -> dict[Any, Record]:
-        """Every finished answer by its id, each once: a run may have been killed between gathering and clearing."""
-        records = (record for path in sorted(self.parts.glob("*.jsonl")) for record in whole_lines(path))
-        return {record["id"]: record for record in records}
+    def answers(self, says: Callable[[str], None] = lambda _: None) -> dict[int, Record]:
+        """Every finished answer by its line, each once: a run may have been killed between gathering and clearing.
+
+        `says` is told of each damaged line, whose request is asked again.
+        """
+        answers = {}
+        for path in sorted(self.parts.glob("*.jsonl")):
+            for number, record in enumerate(whole_lines(path), 1):
+                if record is not None and isinstance(record.get("line"), int) and "id" in record:
+                    answers[record["line"]] = record
+                else:
+                    says(f"{path}, line {number} is damaged: what it answered is asked again")
+        return answers
 
     def append(self, process: int, answers: list[Record]) -> None:
         """Write answers behind those of a process; they survive whatever ends it from here on."""
         with (self.parts / f"process-{process}.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+            file.writelines(map(as_line, answers))
             file.flush()
             os.fsync(file.fileno())
 
-    def finish(self, ids: list[Any]) -> list[Record]:
-        """Write the output in the order of the ids, and drop the parts."""
-        answers = self.answers()
-        ordered = [answers[request_id] for request_id in ids]
+    def finish(self, requests: list[Request]) -> list[Record]:
+        """Write the output in the order of the requests, and drop the parts."""
+        answers = self.answers(says=print_error)
+        gone = [request.line for request in requests if request.line not in answers]
+        if gone:
+            raise ValueError(f"{self.parts} has lost the answers of lines {gone}: the same command asks them again")
+        ordered = [{name: part for name, part in answers[r.line].items() if name != "line"} for r in requests]
         write_lines(self.output, ordered)
         leavings = self.parts.with_name(f"{self.parts.name}.done")
         shutil.rmtree(leavings, ignore_errors=True)
@@ -148,15 +200,51 @@ def is_fault_of_device(error: Exception) -> bool:
     return isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
 
 
-def whole_lines(path: Path) -> Iterator[Record]:
-    """The records of a file but the last one, if a kill cut it short."""
+def whole_lines(path: Path) -> Iterator[Record | None]:
+    """The records of a file but the last one, if a kill cut it short; None for a line that holds none."""
     *lines, _ = path.read_bytes().split(b"\n")
-    yield from map(json.loads, lines)
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):  # a machine that went down may have left NULs
+            record = None
+        yield record if isinstance(record, dict) else None
 
 
-def write_lines(path: Path, records: Any) -> None:
+def read_run(path: Path) -> Record:
+    """What the parts were begun with; `ValueError` if the file is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged: nothing says which settings the answers beside it belong to; remove {path.parent}"
+        ) from error
+
+
+def read_output(path: Path, requests: list[Request]) -> list[Record]:
+    """The answers of a complete output, with the lines of the input; `ValueError` if it answers other requests."""
+    answers = list(whole_lines(path))
+    if None in answers:
+        raise ValueError(f"{path}, line {answers.index(None) + 1} is damaged: remove the file to ask everything again")
+    if [answer.get("id") for answer in answers if answer] != [request.id for request in requests]:
+        raise ValueError(f"{path} answers other requests")
+    return [{**answer, "line": request.line} for answer, request in zip(answers, requests, strict=True) if answer]
+
+
+def as_line(record: Record) -> str:
+    """A record as a line of JSON; half a character of UTF-16, which UTF-8 cannot hold, by its number."""
+    text = json.dumps(record, ensure_ascii=False)
+    return (text if is_text(text) else json.dumps(record)) + "\n"
+
+
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def write_lines(path: Path, records: Iterable[Record]) -> None:
     """Write records; the file has all of them or is as before."""
-    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_whole(path, "".join(map(as_line, records)))
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -169,22 +257,39 @@ def write_whole(path: Path, text: str) -> None:
     draft.replace(path)
 
 
-def read_requests(path: Path) -> list[Record]:
-    """The lines of the input, each with an id; `ValueError` names the first that is wrong."""
-    requests = []
+def read_requests(path: Path) -> list[Request]:
+    """A request for each line of the input that is not empty; one that cannot be asked has a fault."""
+    requests, seen = [], {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line.strip():
-            try:
-                request = {"id": number, **json.loads(line)}
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: no JSON object: {error}") from error
-            if not isinstance(request["id"], str | int):
-                raise ValueError(f"{path}, line {number}: `id` must be a text or a number, got {request['id']!r}")
+            request = read_request(number, line)
+            if request.fault is None and seen.setdefault(request.id, number) != number:
+                request.fault = f"line {number}: `id` {request.id!r} is that of line {seen[request.id]}"
             requests.append(request)
-    ids = [request["id"] for request in requests]
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"{path}: `id` {next(one for one in ids if ids.count(one) > 1)!r} occurs twice")
     return requests
+
+
+def read_request(number: int, line: bytes) -> Request:
+    """The request of a line."""
+    try:
+        body = json.loads(line.decode("utf-8-sig"), parse_constant=refuse_constant)
+        is_whole = is_text(json.dumps(body, ensure_ascii=False))
+    except (ValueError, RecursionError) as error:
+        return Request(number, number, fault=f"line {number}: no JSON object: {one_line(error)}")
+    if not isinstance(body, dict):
+        return Request(number, number, fault=f"line {number}: no JSON object, but {body!r:.80}")
+    request = Request(number, body.get("id", number), body)
+    is_number = isinstance(request.id, int | float) and not isinstance(request.id, bool) and math.isfinite(request.id)
+    if not is_number and not isinstance(request.id, str):
+        request.fault = f"line {number}: `id` must be a text or a number, got {request.id!r:.80}"
+    elif not is_whole:
+        request.fault = f"line {number}: half a character (U+D800 to U+DFFF), which is no text"
+    return request
+
+
+def refuse_constant(name: str) -> None:
+    """Refuse what Python would take for a number."""
+    raise ValueError(f"{name} is no JSON")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -214,30 +319,33 @@ def read_settings(arguments: argparse.Namespace) -> Record:
     return settings.explicit()
 
 
-def check_output(output: Path, requests: list[Record], retry_errors: bool) -> None:
-    """Raise `ValueError` if the output is complete, unless errors are to be asked again and it answers the requests."""
-    if not retry_errors:
-        raise ValueError(f"{output} exists: a run that ended has written it; --retry-errors asks its errors again")
-    if [answer["id"] for answer in whole_lines(output)] != [request["id"] for request in requests]:
-        raise ValueError(f"{output} answers other requests")
+def print_error(message: str) -> None:
+    """Print a line on standard error."""
+    print(message, file=sys.stderr)
 
 
-def main() -> None:
-    """Answer what is left of the input, and gather the answers when all are there."""
+def main() -> int:
+    """Answer what is left of the input, and gather the answers when all are there; returns the exit code."""
     arguments = parse_arguments()
     settings, requests = read_settings(arguments), read_requests(arguments.input)
     # A process that is done waits for the others, however long they take.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
     accelerator, progress = Accelerator(kwargs_handlers=[patience]), Progress(arguments.output)
+    num_earlier = 0
     if accelerator.is_main_process:
         if arguments.output.exists() and not progress.parts.exists():
-            check_output(arguments.output, requests, arguments.retry_errors)
-        asked = hashlib.sha256(json.dumps(requests).encode()).hexdigest()
-        progress.begin({"model": arguments.model, **settings, "requests": asked}, arguments.retry_errors)
+            if not arguments.retry_errors:
+                raise ValueError(
+                    f"{arguments.output} exists: a run that ended has written it; --retry-errors asks its errors again"
+                )
+            read_output(arguments.output, requests)
+        asked = hashlib.sha256(json.dumps([[r.id, r.body, r.fault] for r in requests]).encode()).hexdigest()
+        run = {"model": arguments.model, **settings, "requests": asked}
+        num_earlier = progress.begin(run, requests, arguments.retry_errors)
     accelerator.wait_for_everyone()
 
-    finished = {record["id"] for record in whole_lines(progress.parts / "done.jsonl")}
-    left = [request for request in requests if request["id"] not in finished]
+    finished = {record["line"] for record in whole_lines(progress.parts / "done.jsonl") if record}
+    left = [request for request in requests if request.line not in finished]
     share = left[accelerator.process_index :: accelerator.num_processes]
     if share:
         answerer = Answerer(arguments.model, settings, arguments.input.parent, accelerator.device)
@@ -245,15 +353,17 @@ def main() -> None:
             answers = answerer.answer(share[start : start + arguments.batch_size])
             progress.append(accelerator.process_index, answers)
     accelerator.wait_for_everyone()
+    num_errors = 0
     if accelerator.is_main_process:
-        answers = progress.finish([request["id"] for request in requests])
-        errors = sum("error" in answer for answer in answers)
-        print(f"{len(answers)} answers in {arguments.output}, {len(finished)} from earlier runs, {errors} errors")
+        answers = progress.finish(requests)
+        num_errors = sum("error" in answer for answer in answers)
+        print(f"{len(answers)} answers in {arguments.output}, {num_earlier} from earlier runs, {num_errors} errors")
     accelerator.end_training()
+    return FAILED if num_errors else 0
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {one_line(error)}")
