@@ -21,13 +21,13 @@ from accelerate import skip_first_batches
 from bard_vl import BardVLForConditionalGeneration, BardVLProcessor
 from bard_vl.training import distill, merge_blocks
 from bard_vl.training.arguments import parse_recipe
+from bard_vl.training.checkpoints import complete_checkpoints
 from bard_vl.training.cost import Cost, activation_memory, state_memory
 from bard_vl.training.packing import Sample
 from bard_vl.training.stages import Run, Stage, build_trainer, write_checkpoint
 from bard_vl.training.trainer import (
     BlockDiffusionTrainer,
     EveryEpoch,
-    complete_checkpoints,
     cosine_with_floor,
     group_of,
     padding_blocks,

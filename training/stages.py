@@ -39,9 +39,10 @@ from .arguments import (
     require,
 )
 from .chats import ChatEncoder, ChatLimits
+from .checkpoints import GOES_ON, complete_checkpoints, damage, read_json, reading, writing
 from .cost import Cost
 from .data import ChatSamples, PackingCollator, limit_pixels, media_folder_of, open_chats, stream_chats
-from .trainer import BlockDiffusionTrainer, Teacher, complete_checkpoints, group_of
+from .trainer import BlockDiffusionTrainer, Teacher, group_of
 
 CODE_FOLDER = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -125,8 +126,11 @@ def run_recipe(kinds: Sequence[type], run: Callable[..., Any], arguments: Sequen
     except (RecipeError, ConversionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a full disk, most of all
+        print(f"error: {' '.join(str(error).split())}; {GOES_ON}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"error: interrupted; {GOES_ON}", file=sys.stderr)
         return 130
     return 0
 
@@ -216,7 +220,9 @@ def is_finished(stage: Stage) -> bool:
         return False
     config = stage.output / "config.json"
     require(config.is_file(), f"{stage.output} exists and is no checkpoint: remove it or choose another `output_dir`")
-    stated = json.loads(config.read_text("utf-8")).get("block_size")
+    fault = damage(stage.output)
+    require(fault is None, f"{stage.output} is damaged: {fault}; remove it to train it again")
+    stated = read_json(config).get("block_size")
     require(stated == stage.block_size, f"{stage.output} holds a checkpoint of block size {stated}")
     return True
 
@@ -241,6 +247,7 @@ def run_stage(run: Run, stage: Stage) -> Path:
     if run.args.should_save:
         print(Cost.of(trainer).table(f"{stage.output.name}: from {stage.source}"), flush=True)
         prepare_folder(stage, settings)
+    trainer.accelerator.wait_for_everyone()
     checkpoints = complete_checkpoints(stage.run_folder)
     trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
     finish(trainer, run, stage)
@@ -254,7 +261,8 @@ def run_stage(run: Run, stage: Stage) -> Path:
 
 def build_trainer(run: Run, stage: Stage, args: BlockDiffusionArguments) -> BlockDiffusionTrainer:
     """The trainer of a stage, with `max_steps` set."""
-    processor = BardVLProcessor.from_pretrained(stage.source)
+    with reading(stage.source):
+        processor = BardVLProcessor.from_pretrained(stage.source)
     set_seed(args.seed)  # new adapters are random
     model = load_student(run, stage)
     config = model.get_base_model().config if run.model.use_lora else model.config
@@ -319,7 +327,7 @@ def load(folder: Path, dtype: Any, attention: str | None, **settings: Any) -> An
     """Weights of a folder."""
     if attention is not None:
         settings["attn_implementation"] = attention
-    with one_line():
+    with reading(folder):
         return BardVLForConditionalGeneration.from_pretrained(folder, dtype=dtype, **settings)
 
 
@@ -424,7 +432,9 @@ def decisive_data(trainer: BlockDiffusionTrainer) -> dict[str, Any]:
 def check_settings(stage: Stage, settings: dict[str, Any]) -> None:
     """Refuse to go on with a stage, or to take a finished one, that was begun with other settings."""
     path = stage.run_folder / "settings.json"
-    before = json.loads(path.read_text("utf-8")) if path.is_file() else settings
+    with reading(stage.run_folder):
+        before = read_json(path) if path.is_file() else settings
+    require(isinstance(before, dict), f"{path} is damaged: {before!r:.80} are no settings")
     for name, value in settings.items():
         require(
             before.get(name) == value,
@@ -434,12 +444,15 @@ def check_settings(stage: Stage, settings: dict[str, Any]) -> None:
 
 
 def prepare_folder(stage: Stage, settings: dict[str, Any]) -> None:
-    """Note the settings that a stage is begun with, and remove checkpoints that an interruption left half-written."""
+    """Note the settings that a stage is begun with, and remove checkpoints that are not whole.
+
+    Those that an interruption left half-written go in silence, damaged ones are named.
+    """
     stage.run_folder.mkdir(parents=True, exist_ok=True)
     partial = stage.run_folder / "settings.partial"
     partial.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
     partial.rename(stage.run_folder / "settings.json")
-    complete = complete_checkpoints(stage.run_folder)
+    complete = complete_checkpoints(stage.run_folder, says=lambda fault: print(fault, file=sys.stderr, flush=True))
     for folder in stage.run_folder.glob("checkpoint-*"):
         if folder not in complete:
             shutil.rmtree(folder)
@@ -453,10 +466,11 @@ def finish(trainer: BlockDiffusionTrainer, run: Run, stage: Stage) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         if run.model.use_lora:
             state = trainer.accelerator.unwrap_model(trainer.model_wrapped).merge_and_unload().state_dict()
-        write_checkpoint(trainer.mask_token_id, state, trainer.processing_class, run, stage, partial)
-        trainer.state.save_to_json(str(partial / "trainer_state.json"))
-        os.sync()
-        partial.rename(stage.output)
+        with writing(partial):
+            write_checkpoint(trainer.mask_token_id, state, trainer.processing_class, run, stage, partial)
+            trainer.state.save_to_json(str(partial / "trainer_state.json"))
+            os.sync()
+            partial.rename(stage.output)
         for checkpoint in stage.run_folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     trainer.accelerator.wait_for_everyone()

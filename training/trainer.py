@@ -1,9 +1,7 @@
 """The trainer: transformers' loop over packed rows, with the noise, the loss and the teacher of block diffusion."""
 
 import itertools
-import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -18,12 +16,12 @@ from transformers import Trainer, TrainerState
 
 from ..attention_bard_vl import ATTENTION_NAME
 from .arguments import BlockDiffusionArguments, DistillArguments, RecipeError
+from .checkpoints import COMPLETE, complete_checkpoints, mark_complete, writing
 from .data import PackedBatch, PackingCollator, SkippedChats
 from .losses import LinearLosses, linear_losses, position_weights
 from .noise import corrupt_rows, corruption_probabilities, replacement_ids
 from .packing import Layout, PackedRows, Sample, dense_mask, flex_mask
 
-COMPLETE = "complete.json"  # in a checkpoint folder: every process has written its part
 NUM_TIMES = 4  # metrics by quarters of t
 NOISES = ("masked", "replaced", "visible")  # what the noise did to a token
 EVALUATION_SEED = 0
@@ -422,15 +420,16 @@ class BlockDiffusionTrainer(Trainer):
         Older checkpoints go only then.
         """
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial, *args, **kwargs)
+            with writing(folder):
+                super()._save_checkpoint(model, trial, *args, **kwargs)
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            os.sync()
-            (folder / COMPLETE).write_text(json.dumps({"global_step": self.state.global_step}) + "\n")
+            with writing(folder):
+                mark_complete(folder, self.state.global_step)
             kept = complete_checkpoints(Path(self.args.output_dir))
             for old in kept[: -limit if limit else 0]:
                 (old / COMPLETE).unlink()
@@ -613,9 +612,3 @@ def cosine_with_floor(step: int, warmup: int, steps: int, floor: float) -> float
         return step / max(1, warmup)
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a stage under way that every process has finished, by step."""
-    found = (path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}"))
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
