@@ -12,8 +12,8 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLForConditionalGeneration
 
 from ..configuration_bard_vl import BardVLConfig
@@ -36,7 +37,7 @@ from .scenes import conversations
 from .tiny_model import MASK_TOKEN_ID, Shape, train_autoregressive, write_json, write_parent
 
 RESULTS = Path(__file__).with_name("results")
-WORK = Path(tempfile.gettempdir()) / "bard-vl-study"
+WORK = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "bard-vl-study"
 SCENES_SEED = 0
 ROLES = ["user\n", "assistant\n"] * 10  # often enough to become whole tokens
 PARENT_SEED = 0  # seeds of the study vary what comes after the parent
@@ -151,8 +152,8 @@ class Study:
                 settings = json.loads((self.random() / "config.json").read_text())
                 config = BardVLConfig(**{name: value for name, value in settings.items() if name != "model_type"})
                 chats = conversations(split == "held-out", SCENES_SEED, num_scenes)
-                torch.save(encode(self.processor, config, chats), partial / "samples.pt")
-        return torch.load(folder / "samples.pt", weights_only=False)
+                write_samples(encode(self.processor, config, chats), partial / "samples.safetensors")
+        return read_samples(folder / "samples.safetensors")
 
     def parent(self, large: bool = False) -> Path:
         """Folder of the trained autoregressive parent."""
@@ -237,6 +238,45 @@ def load(folder: Path) -> BardVLForConditionalGeneration:
     return BardVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device).eval()
 
 
+def write_samples(samples: list[Sample], path: Path) -> None:
+    """Write samples as tensors whose names begin with the sample's number."""
+    tensors: dict[str, torch.Tensor] = {}
+    for number, sample in enumerate(samples):
+        parts = {name: getattr(sample, name) for name in ("input_ids", "position_ids", "visual_index")}
+        parts |= {"responses": torch.tensor(sample.responses)}
+        parts |= {name: torch.tensor(getattr(sample, name)) for name in ("sample_id", "merge_size")}
+        tensors |= {f"{number} {name}": part.clone() for name, part in {**parts, **sample.visual_inputs}.items()}
+    save_file(tensors, path)
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The samples that `write_samples` wrote."""
+    samples: dict[int, dict[str, Any]] = {}
+    for key, part in load_file(path).items():
+        number, _, name = key.partition(" ")
+        samples.setdefault(int(number), {})[name] = part
+    return [
+        Sample(
+            input_ids=parts.pop("input_ids"),
+            position_ids=parts.pop("position_ids"),
+            responses=[(start, end) for start, end in parts.pop("responses").tolist()],
+            visual_index=parts.pop("visual_index"),
+            sample_id=int(parts.pop("sample_id")),
+            merge_size=int(parts.pop("merge_size")),
+            visual_inputs=parts,
+        )
+        for _, parts in sorted(samples.items())
+    ]
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that no other user can write to; exit where there is one that others can."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise SystemExit(f"error: {folder} is another user's, or others can write to it: choose another --work")
+
+
 @contextlib.contextmanager
 def once(path: Path) -> Iterator[Path | None]:
     """Make a folder once, whoever comes first, and whole: yields where to write it, or None where it is there."""
@@ -305,6 +345,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     results = given.results or (RESULTS if scale is FULL else given.work / scale.name / "results")
+    make_private(given.work)
     names = given.cells or scale.cells
     cells = [cell for cell in CELLS if names is None or cell.name in names]
     if given.publish is not None:

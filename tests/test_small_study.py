@@ -1,11 +1,14 @@
 """The small-scale study: its scenes, its measurements, its controls, and all of it at once at minute sizes."""
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bard_vl import BardVLConfig
 from bard_vl.evaluation import cells, experiment, report, scenes, small_study, tiny_model
 from bard_vl.training.packing import Sample, pack
 from bard_vl.training.trainer import BlockDiffusionTrainer
@@ -172,6 +175,46 @@ def test_answers_are_long_enough_for_large_blocks(work: Path) -> None:
     study = small_study.Study(small_study.SMOKE, 0, work)
     captions = study.held_out[::2]
     assert min(len(experiment.answer(sample)) for sample in captions) > 32
+
+
+def test_samples_are_kept_as_they_are(work: Path, tmp_path: Path) -> None:
+    study = small_study.Study(small_study.SMOKE, 0, work)
+    config = BardVLConfig(
+        **{n: v for n, v in json.loads((study.random() / "config.json").read_text()).items() if n != "model_type"}
+    )
+    samples = [*experiment.encode(study.processor, config, scenes.conversations(False, 0, 8)), plain_sample(4, 6)]
+    samples.append(replace(plain_sample(4, 6), responses=[(2, 4), (6, 9)], sample_id=7, merge_size=3))
+    assert len({frozenset(sample.visual_inputs) for sample in samples}) == 2
+    small_study.write_samples(samples, tmp_path / "samples.safetensors")
+    again = small_study.read_samples(tmp_path / "samples.safetensors")
+    assert len(again) == len(samples) > 10, "so many that their numbers sort otherwise as texts"
+    for sample, read in zip(samples, again, strict=True):
+        for name in ("responses", "sample_id", "merge_size"):
+            assert getattr(read, name) == getattr(sample, name)
+        for name in ("input_ids", "position_ids", "visual_index"):
+            assert torch.equal(getattr(read, name), getattr(sample, name))
+        assert read.visual_inputs.keys() == sample.visual_inputs.keys()
+        assert all(torch.equal(read.visual_inputs[name], part) for name, part in sample.visual_inputs.items())
+
+
+def test_the_study_reads_no_pickles(work: Path) -> None:
+    suffixes = {path.suffix for path in work.rglob("*") if path.is_file()}
+    assert suffixes <= {".json", ".safetensors", ".lock", ".md", ".png", ".txt", ".jinja", ".py", ".yaml", ""}, suffixes
+    assert not {path.name for path in work.rglob("*.bin")}
+
+
+def test_the_work_folder_is_of_one_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert small_study.WORK.parent == Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    small_study.make_private(tmp_path / "own")
+    assert (tmp_path / "own").stat().st_mode & 0o777 == 0o700
+    with pytest.raises(SystemExit, match=r"^error: .*open is another user's, or others can write to it"):
+        small_study.main(["--smoke", "--work", str(tmp_path / "open")])
+    monkeypatch.setattr(os, "getuid", lambda: (tmp_path / "own").stat().st_uid + 1)
+    with pytest.raises(SystemExit, match="own is another user's"):
+        small_study.main(["--smoke", "--work", str(tmp_path / "own")])
+    assert [path for name in ("open", "own") for path in (tmp_path / name).iterdir()] == []
 
 
 # Report --------------------------------------------------------------------------------------------------------------
