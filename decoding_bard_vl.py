@@ -16,7 +16,7 @@ from .compilation_bard_vl import compiled_step
 from .generation_config_bard_vl import DecodingSettings
 from .hooks_bard_vl import DecodingHooks
 from .inputs_bard_vl import Prompt
-from .remasking_bard_vl import REMASKING_RULES, Choice, Chooser, overwritten, remasked, transfer_schedule
+from .remasking_bard_vl import REMASKING_RULES, Choice, Chooser, in_order, overwritten, remasked, transfer_schedule
 from .windows_bard_vl import STATIC_COLUMNS, TokenTable, WindowEncoder
 
 
@@ -141,7 +141,8 @@ class BlockDecoder:
         those have zeros then.
         """
         settings, hooks = self.settings, self.hooks
-        all_matter = settings.revision or settings.temperature or hooks.processors or hooks.keep_history
+        processed = hooks.own_processors or hooks.processors
+        all_matter = settings.revision or settings.temperature or processed or hooks.keep_history
         if all_matter or {hidden.device.type, self.device.type} != {"cpu"}:
             return self._choose_by(self.model.lm_head(hidden))
         held = self.table.ids[self._cell()]
@@ -153,10 +154,13 @@ class BlockDecoder:
 
     def _choose_by(self, logits: torch.Tensor) -> Choice:
         """The same by logits of every position."""
-        logits = logits.to(self.device)
-        if self.hooks.processors:
-            logits = self._process_logits(logits)
-        return self.chooser.choose(logits, self.table.ids[self._cell()], self.hooks.generator)
+        logits, hooks = logits.to(self.device), self.hooks
+        then = self._process_logits if hooks.processors else None
+        if hooks.own_processors:
+            ids, start = self.table.ids[self.slots], self.block_start[self.slots]
+            return hooks.own_processors.choose(logits, ids, start, self.chooser, hooks.generator, then)
+        logits = logits if then is None else then(logits.float(), 0)
+        return self.chooser.choose(logits, self.table.ids[self._cell()], hooks.generator)
 
     def _cell(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Index of each row's block in the table."""
@@ -175,6 +179,8 @@ class BlockDecoder:
         quota = torch.where(is_last, size, self.schedule[self.steps[step].clamp(max=len(self.schedule) - 1)])
         rule = REMASKING_RULES[settings.remasking_strategy]
         commit = rule.commit(choice.measure, masked, quota, getattr(settings, rule.bound))
+        if choice.reads is not None:
+            commit = in_order(commit, masked, quota, choice.reads)
         revised = self._revise(block, ~masked & running[:, None], is_last)
         again = revised & (settings.revision == "remask")
         block = torch.where(commit | revised, choice.ids, block).masked_fill(again, settings.mask_token_id)
@@ -210,12 +216,15 @@ class BlockDecoder:
         length = offset + kept
         return length, is_eos.any(-1) | (length == limits)
 
-    def _process_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """Run the logits processors at every undecided position with the committed tokens left of it."""
-        logits, mask_token_id = logits.float(), self.settings.mask_token_id
+    def _process_logits(self, logits: torch.Tensor, first: int) -> torch.Tensor:
+        """Run the caller's processors at every undecided position with the committed tokens left of it.
+
+        The logits (rows, n, vocabulary) are those of `n` positions of each row's block, from index `first` on.
+        """
+        mask_token_id = self.settings.mask_token_id
         for slot, row in enumerate(self.rows):
-            start = self.starts[row]
-            block = self.table.ids[row, start : start + self.settings.block_size]
+            start = self.starts[row] + first
+            block = self.table.ids[row, start : start + logits.shape[1]]
             for offset in (block == mask_token_id).nonzero()[:, 0].tolist():
                 left = self.table.ids[row, : start + offset]
                 left = left[left != mask_token_id]
@@ -321,7 +330,8 @@ class BlockDecoder:
         table, encoder, size = self.table, self.encoder, self.settings.block_size
         carried = size * self.carries
         columns = (self.block_start - carried)[:, None] + torch.arange(width, device=self.device)
-        chooser = None if self.hooks.processors or self.settings.temperature else self.chooser
+        hooks = self.hooks
+        chooser = None if hooks.own_processors or hooks.processors or self.settings.temperature else self.chooser
         step = compiled_step(self.model, (*self.static_shape, width, size, chooser))
         with self.cache.writing(encoder.batch_window(columns, None, table.num_columns)):
             found = step(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers.generation import GenerationConfig
+from transformers.generation import GenerationConfig, LogitsProcessorList
 
 from .cache_bard_vl import BardVLCache
 from .compat_bard_vl import CacheOutput, PortableGeneration, attention_of, one_cache
@@ -27,9 +27,9 @@ from .generation_config_bard_vl import (
 from .hooks_bard_vl import (
     DecodingHooks,
     build_generator,
-    build_logits_processors,
     build_stopping_criteria,
     check_banned_tokens,
+    check_callables,
     check_streamer,
 )
 from .inputs_bard_vl import (
@@ -43,6 +43,7 @@ from .inputs_bard_vl import (
 )
 from .masking_bard_vl import check_attention_implementation
 from .memory_bard_vl import cache_columns, check_memory
+from .processors_bard_vl import build_processors
 from .windows_bard_vl import TokenTable, WindowEncoder
 
 
@@ -180,10 +181,13 @@ class BardVLGenerationMixin(PortableGeneration):
             raise ValueError(
                 f"`past_key_values` must be a cache that `generate` returned, got {type(past_key_values).__name__}"
             )
-        check_banned_tokens(config, settings, self.config.get_text_config().vocab_size)
+        vocab_size = self.config.get_text_config().vocab_size
+        check_banned_tokens(config, settings, vocab_size)
+        check_callables("logits_processor", logits_processor)
         stated = config.seed if seed is None else seed
         hooks = DecodingHooks(
-            processors=build_logits_processors(config, logits_processor, input_ids.device),
+            own_processors=build_processors(config, settings, vocab_size, input_ids.device),
+            processors=LogitsProcessorList(logits_processor or []),
             criteria=build_stopping_criteria(config, stopping_criteria, tokenizer),
             streamer=streamer,
             generator=build_generator(generator, stated if generator is None else seed, input_ids.device),

@@ -91,7 +91,9 @@ class BardVLGenerationConfig(SettingsFile):
         top_k (`int`, defaults to 0, off), top_p (`float`, defaults to 1, off): sample among the most probable tokens.
         seed (`int`): repeats a call that samples, whatever other calls do; arguments `seed`, `generator` come first.
         repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens, sequence_bias: as in transformers,
-            applied to each position given the prompt and the committed tokens left of it.
+            a penalty counts the prompt and the committed tokens left of a position. No banned phrase and no repeated
+            n-gram comes out, also where tokens commit together; biased phrases do as if chosen from left to right:
+            a token whose bias depends on an undecided one waits, and the leftmost commit in its stead.
         num_return_sequences (`int`, defaults to 1): responses per prompt; the prompt is encoded once.
         check_interval (`int`, defaults to 1): forwards between two looks of the host at who has ended. With 1 the
             counts are exact and windows as narrow as can be; more saves synchronisations on a GPU, makes every window

@@ -8,23 +8,20 @@ from typing import Any
 import torch
 from transformers.generation import (
     LogitsProcessorList,
-    NoBadWordsLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
     StoppingCriteriaList,
     StopStringCriteria,
-    SuppressTokensLogitsProcessor,
 )
 
-from .generation_config_bard_vl import BardVLGenerationConfig, DecodingSettings, check_seed, token_ids
+from .generation_config_bard_vl import BardVLGenerationConfig, DecodingSettings, check_seed
+from .processors_bard_vl import TokenProcessors
 
 
 @dataclass
 class DecodingHooks:
-    """The caller's parts of the loop."""
+    """The caller's parts of the loop, and the processors that the settings name."""
 
-    processors: LogitsProcessorList
+    own_processors: TokenProcessors | None  # of the settings, on the device
+    processors: LogitsProcessorList  # the caller's, on the host
     criteria: StoppingCriteriaList
     streamer: Any
     generator: torch.Generator | None
@@ -67,31 +64,12 @@ def check_banned_tokens(config: BardVLGenerationConfig, settings: DecodingSettin
         largest = max((token_id for ids in given for token_id in ids), default=0)
         if largest >= vocab_size:
             raise ValueError(f"`{name}`: {largest} lies outside the vocabulary of {vocab_size} tokens")
+    if config.bad_words_ids is not None and not words:
+        raise ValueError(f"`bad_words_ids` must be a non-empty list of lists of token ids, got {words!r}")
     # A bad word that is an EOS bans nothing, as in transformers.
     single = {word[0] for word in words if len(word) == 1} - set(settings.eos_token_ids)
     if len({*suppressed, *single, settings.mask_token_id}) == vocab_size:
         raise ValueError("`suppress_tokens` and `bad_words_ids` leave no token to choose")
-
-
-def build_logits_processors(
-    config: BardVLGenerationConfig, extra: list[Callable] | None, device: torch.device
-) -> LogitsProcessorList:
-    """transformers' processors for the settings that name one, then the caller's."""
-    check_callables("logits_processor", extra)
-    processors = LogitsProcessorList()
-    if config.repetition_penalty not in (None, 1.0):
-        processors.append(RepetitionPenaltyLogitsProcessor(penalty=config.repetition_penalty))
-    if config.no_repeat_ngram_size:
-        processors.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
-    if config.bad_words_ids is not None:
-        processors.append(NoBadWordsLogitsProcessor(config.bad_words_ids, list(token_ids(config.eos_token_id)) or None))
-    if config.sequence_bias:
-        biases = [[ids, float(bias)] for ids, bias in config.sequence_bias]
-        processors.append(SequenceBiasLogitsProcessor(biases))
-    if config.suppress_tokens is not None:
-        processors.append(SuppressTokensLogitsProcessor(config.suppress_tokens, device=device))
-    processors.extend(extra or [])
-    return processors
 
 
 def build_stopping_criteria(
@@ -129,8 +107,8 @@ def build_generator(
 __all__ = [
     "DecodingHooks",
     "build_generator",
-    "build_logits_processors",
     "build_stopping_criteria",
     "check_banned_tokens",
+    "check_callables",
     "check_streamer",
 ]

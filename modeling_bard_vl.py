@@ -53,6 +53,7 @@ from .masking_bard_vl import (
     to_attention_mask,
 )
 from .memory_bard_vl import MemoryEstimate
+from .processors_bard_vl import TokenProcessors
 from .remasking_bard_vl import REMASKING_RULES
 from .windows_bard_vl import WindowEncoder
 
@@ -371,6 +372,7 @@ __all__ = [
     "BlockDecoder",
     "DecodingHooks",
     "MemoryEstimate",
+    "TokenProcessors",
     "WindowEncoder",
     "compiled_step",
 ]

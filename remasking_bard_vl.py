@@ -174,19 +174,33 @@ def choose_tokens(
     Returns:
         ids (batch, block) and confidence (batch, block) in float32.
     """
-    log_normaliser = torch.logsumexp(logits.float(), dim=-1)
+    ids = pick_tokens(logits, mask_token_id, temperature, top_k, top_p, generator)
+    return ids, probability_of(logits, ids)
+
+
+def pick_tokens(
+    logits: torch.Tensor,
+    mask_token_id: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """The ids (batch, block) of `choose_tokens` alone."""
     scores = logits.clone()
     scores[..., mask_token_id] = float("-inf")
     if temperature == 0:
-        ids = scores.argmax(dim=-1)
-    else:
-        # Relative to the largest, which then stays finite; a temperature that float32 takes for 0 would make it 0 / 0.
-        relative = scores.float() - scores.amax(-1, keepdim=True).float()
-        weights = filter_scores(relative / max(temperature, 1e-30), top_k, top_p).softmax(-1)
-        # What `torch.multinomial` draws, without its checks, for which the host waits.
-        ids = (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(-1)
-    chosen = scores.gather(-1, ids[..., None])[..., 0]
-    return ids, (chosen.float() - log_normaliser).exp()
+        return scores.argmax(dim=-1)
+    # Relative to the largest, which then stays finite; a temperature that float32 takes for 0 would make it 0 / 0.
+    relative = scores.float() - scores.amax(-1, keepdim=True).float()
+    weights = filter_scores(relative / max(temperature, 1e-30), top_k, top_p).softmax(-1)
+    # What `torch.multinomial` draws, without its checks, for which the host waits.
+    return (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(-1)
+
+
+def probability_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The model's own probability (batch, block), in float32, of the tokens `ids`."""
+    return (logits.gather(-1, ids[..., None])[..., 0].float() - logits.float().logsumexp(-1)).exp()
 
 
 def filter_scores(scores: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
@@ -210,12 +224,15 @@ class Choice(NamedTuple):
         confidence: its probability.
         measure: what the remasking rule ranks by.
         present: probability of the token that each position holds, where tokens may be masked again.
+        reads: (batch, block, block) bool, where the choice at the first position holds only once the second, on its
+            left, is decided; None where every choice holds.
     """
 
     ids: torch.Tensor
     confidence: torch.Tensor
     measure: torch.Tensor
     present: torch.Tensor | None
+    reads: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -237,11 +254,38 @@ class Chooser:
 
     def choose(self, logits: torch.Tensor, held: torch.Tensor, generator: torch.Generator | None = None) -> Choice:
         """Choose a token for every position of (batch, block, vocabulary) logits; `held` (batch, block) is there."""
-        ids, confidence = choose_tokens(logits, self.mask_token_id, self.temperature, self.top_k, self.top_p, generator)
-        present = None
-        if self.keeps_present:
-            present = (logits.gather(-1, held[..., None])[..., 0].float() - logits.float().logsumexp(-1)).exp()
+        return self.weigh(logits, self.pick(logits, generator), held)
+
+    def pick(self, logits: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """A token (batch, block) for every position."""
+        return pick_tokens(logits, self.mask_token_id, self.temperature, self.top_k, self.top_p, generator)
+
+    def weigh(self, logits: torch.Tensor, ids: torch.Tensor, held: torch.Tensor) -> Choice:
+        """The choice of `ids`, which `pick` gave, with how sure the model is."""
+        confidence = probability_of(logits, ids)
+        present = probability_of(logits, held) if self.keeps_present else None
         return Choice(ids, confidence, self.measure(logits, confidence), present)
+
+
+def in_order(commit: torch.Tensor, masked: torch.Tensor, quota: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
+    """What of `commit` does not wait for a position on its left, and in its stead the leftmost ones up to the quota.
+
+    A block so keeps its schedule: a choice waits only for positions on its left, and the leftmost for none.
+
+    Args:
+        commit, masked: (batch, block) bool, what a rule would commit, and what is undecided.
+        quota: (batch,) positions to commit at least.
+        reads: `Choice.reads`.
+
+    Returns:
+        (batch, block) bool.
+    """
+    still_open = masked.clone()
+    for place in range(masked.shape[1]):
+        waits = (still_open & reads[:, place]).any(-1)
+        still_open[:, place] &= waits | ~commit[:, place]
+    missing = quota - (masked & ~still_open).sum(-1)
+    return masked & (~still_open | (still_open.cumsum(-1) <= missing[:, None]))
 
 
 __all__ = [
@@ -254,11 +298,14 @@ __all__ = [
     "entropy_bounded",
     "factor",
     "filter_scores",
+    "in_order",
     "low_confidence_dynamic",
     "low_confidence_static",
     "negative_entropy",
     "overwritten",
+    "pick_tokens",
     "probability_margin",
+    "probability_of",
     "rank_by_confidence",
     "remasked",
     "transfer_schedule",
