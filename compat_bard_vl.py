@@ -175,21 +175,32 @@ class SettingsFile(GenerationConfig):
     """A `GenerationConfig` that reads of its file what `read_settings` makes of it."""
 
     @classmethod
-    def read_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """What is kept of a file's settings; all, unless a subclass says otherwise."""
+    def read_settings(cls, settings: dict[str, Any], json_file: Any) -> dict[str, Any]:
+        """What is kept of the settings in a file; all, unless a subclass says otherwise."""
         return settings
 
     @classmethod
     def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
-        return cls.read_settings(super()._dict_from_json_file(json_file))
+        return cls.read_settings(super()._dict_from_json_file(json_file), json_file)
+
+
+@functools.lru_cache(maxsize=1)
+def plain_fields() -> dict[str, Any]:
+    """The fields of a plain `GenerationConfig` and their defaults, None for most since 5.0."""
+    stored = vars(GenerationConfig())
+    return {name: stored[name] for name in stored if name != "transformers_version" and not name.startswith("_")}
+
+
+@functools.lru_cache(maxsize=1)
+def applied_defaults() -> dict[str, Any]:
+    """What transformers takes for None, where a plain `GenerationConfig` has that."""
+    return getattr(GenerationConfig, "_get_default_generation_params", dict)()
 
 
 @functools.lru_cache(maxsize=1)
 def plain_defaults() -> dict[str, list[Any]]:
     """Values that leave a plain `GenerationConfig` field without effect: its default, and what None resolves to."""
-    applied: dict[str, Any] = getattr(GenerationConfig, "_get_default_generation_params", dict)()
-    plain = {name: value for name, value in vars(GenerationConfig()).items() if name != "transformers_version"}
-    return {name: [value, applied.get(name)] for name, value in plain.items() if not name.startswith("_")}
+    return {name: [value, applied_defaults().get(name)] for name, value in plain_fields().items()}
 
 
 class PortableGeneration:
@@ -199,14 +210,19 @@ class PortableGeneration:
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load as transformers does, with the settings that `generation_config.json` states and no others.
 
-        transformers loads them into its own class, whose defaults 4.57 cannot tell from what the file states.
+        transformers loads them into its own class, whose defaults 4.57 cannot tell from what the file states. They are
+        read here first: what is wrong in the file is said before any weights are read.
         """
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
-        if kwargs.get("generation_config") is None and pretrained_model_name_or_path is not None:
+        config = kwargs.pop("generation_config", None)
+        if config is None and pretrained_model_name_or_path is not None:
             names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
             where = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-            model = loaded[0] if isinstance(loaded, tuple) else loaded
-            model.read_generation_config(pretrained_model_name_or_path, **where)
+            config = cls.read_generation_config(pretrained_model_name_or_path, **where)  # type: ignore[attr-defined]
+        loaded = super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, *args, generation_config=config, **kwargs
+        )
+        if config is not None:
+            (loaded[0] if isinstance(loaded, tuple) else loaded).generation_config = config
         return loaded
 
     def _prepare_generation_config(
@@ -250,6 +266,7 @@ __all__ = [
     "PortableGeneration",
     "PortableModel",
     "SettingsFile",
+    "applied_defaults",
     "attention_of",
     "cache_argument",
     "cache_of",
@@ -258,6 +275,7 @@ __all__ = [
     "name_multimodal",
     "one_cache",
     "plain_defaults",
+    "plain_fields",
     "read_rope",
     "register",
     "register_attention",

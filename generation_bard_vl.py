@@ -20,6 +20,7 @@ from .generation_config_bard_vl import (
     BardVLGenerationConfig,
     DecodingSettings,
     drop_plain_defaults,
+    merged_settings,
     resolve_block_size,
     resolve_mask_token_id,
     setting,
@@ -97,10 +98,12 @@ class BardVLGenerationMixin(PortableGeneration):
             config = BardVLGenerationConfig.from_plain(config)
         self.__dict__["_generation_config"] = config
 
-    def read_generation_config(self, name: Any, **where: Any) -> None:
-        """Take the settings of a folder's or repository's `generation_config.json`, if there is one."""
-        with contextlib.suppress(OSError):  # no such file
-            self.generation_config = BardVLGenerationConfig.from_pretrained(name, **where)
+    @classmethod
+    def read_generation_config(cls, name: Any, **where: Any) -> BardVLGenerationConfig | None:
+        """The settings of a folder's or repository's `generation_config.json`, None if there is no such file."""
+        with contextlib.suppress(OSError):
+            return BardVLGenerationConfig.from_pretrained(name, **where)
+        return None
 
     def stored_settings(self) -> BardVLGenerationConfig:
         """A copy of the model's own settings."""
@@ -197,7 +200,7 @@ class BardVLGenerationMixin(PortableGeneration):
 
         # 2. Layout and reuse
         prompt = self._realign(input_ids, attention_mask, visual_inputs)
-        is_stated = config.max_new_tokens is not None or config.max_length is not None
+        is_stated = bool({"max_new_tokens", "max_length"} & config.explicit().keys())
         limits = response_limits(self.config, prompt, settings.max_new_tokens, settings.block_size, is_stated)
         settings = replace(settings, max_new_tokens=max(limits))
         cache = BardVLCache(self.config.text_config.num_hidden_layers) if past_key_values is None else past_key_values
@@ -363,12 +366,7 @@ class BardVLGenerationMixin(PortableGeneration):
                 model_inputs[name] = value
             else:
                 settings[name] = value
-        merged: dict[str, Any] = {}
-        for source in (_explicit(self.generation_config), _explicit(generation_config), settings):
-            # The steps that go with one block size do not bind a source that names another.
-            if source.get("block_size") is not None:
-                merged.pop("denoising_steps", None)
-            merged.update(source)
+        merged = merged_settings(_explicit(self.generation_config), _explicit(generation_config), settings)
         # As in the reference, an explicit None takes the value of the steps, where the checkpoint states no size.
         if "block_size" in settings and merged["block_size"] is None and self.config.block_size is None:
             merged["block_size"] = merged.get("denoising_steps")

@@ -1,111 +1,240 @@
-"""The settings of `generate`: one class that stores, loads and validates them, and one that holds them resolved."""
+"""The settings of `generate`: a table of them, a class that stores and loads them, one that holds them resolved."""
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from .compat_bard_vl import SettingsFile, plain_defaults
+from transformers.utils import logging
+
+from .compat_bard_vl import SettingsFile, applied_defaults, plain_defaults, plain_fields
 from .configuration_bard_vl import check_integer
 from .remasking_bard_vl import REMASKING_RULES, REVISION_THRESHOLDS
 
+logger = logging.get_logger(__name__)
+
 DEFAULT_EOS_TOKEN_ID = 151645  # <|im_end|>, for published checkpoints that state none
 
-DEFAULTS: dict[str, Any] = {
-    "max_new_tokens": 256,
-    "remasking_strategy": "low_confidence_dynamic",
-    "confidence_threshold": 0.9,
-    "entropy_bound": 0.1,
-    "factor": 1.0,
-    "check_interval": 1,
-    "top_k": 0,
-    "top_p": 1.0,
-    "num_return_sequences": 1,
-    "return_dict_in_generate": False,
-    "return_step_stats": False,
-    "output_history": False,
-}
-BLOCK_DIFFUSION_FIELDS = (
-    "block_size",
-    "denoising_steps",
-    "remasking_strategy",
-    "confidence_threshold",
-    "entropy_bound",
-    "factor",
-    "revision",
-    "revision_threshold",
-    "check_interval",
-    "mask_token_id",
-    "seed",
-    "return_step_stats",
-    "output_history",
+
+def check_number(name: str, value: Any, low: float, high: float, open_below: bool = False) -> None:
+    """Raise `ValueError` unless `value` is a finite number in [low, high], or (low, high] if `open_below`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not low <= value <= high or (open_below and value == low):
+        end = ")" if high == math.inf else "]"
+        raise ValueError(f"`{name}` must be a number in {'(' if open_below else '['}{low}, {high}{end}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: list[Any]) -> None:
+    """Raise `ValueError` unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {choices}, got {value!r}")
+
+
+def check_texts(name: str, value: Any) -> None:
+    """Raise `ValueError` unless `value` is a text (empty for none) or a list of texts, none of them empty."""
+    texts = value if isinstance(value, list) else [value] if value != "" else []
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"`{name}` must be a non-empty text or a list of them, got {value!r}")
+
+
+def check_ids_of(name: str, value: Any) -> None:
+    """Raise `ValueError` unless `value` is a token id or a list of them."""
+    for token_id in token_ids(value):
+        check_integer(name, token_id, minimum=0)
+
+
+def check_seed(name: str, value: Any) -> None:
+    """Raise `ValueError` unless `value` is an integer that seeds a `torch.Generator`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"`{name}` must be an integer, got {value!r}")
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"`{name}` must lie in [-2**63, 2**64), got {value}")
+
+
+def integer(minimum: int) -> Callable[[str, Any], Any]:
+    """The check for an integer of at least `minimum`."""
+    return functools.partial(check_integer, minimum=minimum)
+
+
+def number(low: float, high: float, open_below: bool = False) -> Callable[[str, Any], None]:
+    """The check for a number in a range."""
+    return functools.partial(check_number, low=low, high=high, open_below=open_below)
+
+
+def choice(*choices: Any) -> Callable[[str, Any], None]:
+    """The check for one of some values."""
+    return functools.partial(check_choice, choices=list(choices))
+
+
+def list_of(is_item: Callable[[Any], bool], items: str) -> Callable[[str, Any], None]:
+    """The check for a list of what `is_item` accepts and `items` names."""
+
+    def check(name: str, value: Any) -> None:
+        if not (isinstance(value, list) and all(map(is_item, value))):
+            raise ValueError(f"`{name}` must be a list of {items}, got {value!r}")
+
+    return check
+
+
+def is_id(value: Any) -> bool:
+    """Whether `value` is an integer of at least 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_word(value: Any) -> bool:
+    """Whether `value` is a non-empty list of token ids."""
+    return isinstance(value, list) and len(value) > 0 and all(map(is_id, value))
+
+
+def is_bias(value: Any) -> bool:
+    """Whether `value` is a pair of a non-empty list of token ids and a finite number."""
+    if not (isinstance(value, list) and len(value) == 2 and is_word(value[0])):
+        return False
+    return isinstance(value[1], int | float) and not isinstance(value[1], bool) and math.isfinite(value[1])
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of the table of settings.
+
+    Attributes:
+        name: of the keyword argument, of the field of the config, and in the file.
+        check: called with name and value; raises `ValueError` if the value is wrong.
+        shown: the default in words, for the manual.
+        help: what it does.
+        default: what `generate` takes where nothing states it; None where that depends on something else.
+        kind: `"diffusion"` (only block diffusion knows it), `"sampling"`, `"token"`, `"shared"` with other decoding.
+        reaches: the calls that it matters to, beside `generate` and the estimate of its memory.
+    """
+
+    name: str
+    check: Callable[[str, Any], Any]
+    shown: str
+    help: str
+    default: Any = None
+    kind: str = "shared"
+    reaches: tuple[str, ...] = ()
+
+
+WARM_UP = ("warm_up",)
+SCORE = ("score", "warm_up")
+SETTINGS = {
+    row.name: row
+    for row in (
+        Setting("block_size", integer(1), "the checkpoint's",
+                "tokens denoised together; use the size trained with", kind="diffusion", reaches=SCORE),
+        Setting("denoising_steps", integer(1), "`block_size`",
+                "steps per block at most; fewer are faster and less exact", kind="diffusion"),
+        Setting("remasking_strategy", choice(*REMASKING_RULES), "`low_confidence_dynamic`",
+                "which positions commit at a step: every token more probable than the threshold, and `block_size / "
+                "denoising_steps` a step at least; `low_confidence_static`: exactly those; `margin` ranks by the "
+                "lead over the second token; `entropy_bounded` ([paper](https://arxiv.org/abs/2505.24857)) and "
+                "`factor` ([paper](https://arxiv.org/abs/2505.22618)) bound what commits together",
+                "low_confidence_dynamic", "diffusion", WARM_UP),
+        Setting("confidence_threshold", number(0.0, 1.0), "0.9",
+                "lower is faster: more tokens a step; the checkpoints' authors recommend 0.5 at block 16; for "
+                "`margin` the lead", 0.9, "diffusion"),
+        Setting("entropy_bound", number(0.0, math.inf), "0.1",
+                "nats, for `entropy_bounded`", 0.1, "diffusion"),
+        Setting("factor", number(0.0, math.inf, open_below=True), "1",
+                "for the rule `factor`", 1.0, "diffusion"),
+        Setting("revision", choice(*REVISION_THRESHOLDS), "off",
+                "`overwrite` or `remask` committed tokens of the block that a later step disagrees with; for models"
+                " trained for it (`visible_weight` in [docs/training.md](docs/training.md)), others `overwrite` "
+                "spoils", kind="diffusion", reaches=WARM_UP),
+        Setting("revision_threshold", number(0.0, 1.0), "0.9, 0.1",
+                "overwrite by what is more probable, remask what is less probable", kind="diffusion"),
+        Setting("max_new_tokens", integer(1), "256",
+                "response tokens at most, any number; a limit, as is the model's last position: a response ends with "
+                "the last whole block before it", 256, reaches=WARM_UP),
+        Setting("max_length", integer(1), "unset",
+                "prompt and response tokens at most, where no `max_new_tokens` is stated beside it", reaches=WARM_UP),
+        Setting("max_time", number(0.0, math.inf), "unset",
+                "seconds after which a row ends with the block that it finishes next"),
+        Setting("temperature", number(0.0, math.inf), "0, or 1 with `do_sample=True`",
+                "0 is greedy; confidence stays the model's own probability", kind="sampling", reaches=WARM_UP),
+        Setting("do_sample", choice(True, False), "unset",
+                "`False` forces greedy decoding whatever the temperature", kind="sampling", reaches=WARM_UP),
+        Setting("top_k", integer(0), "0, off",
+                "sample among the most probable tokens", 0, "sampling"),
+        Setting("top_p", number(0.0, 1.0, open_below=True), "1, off",
+                "sample among the most probable tokens that have this probability together", 1.0, "sampling"),
+        Setting("seed", check_seed, "none",
+                "repeats a call that samples, whatever other calls do; so does the argument `generator`",
+                kind="diffusion"),
+        Setting("repetition_penalty", number(0.0, math.inf, open_below=True), "none",
+                "as in transformers; counts the prompt and the committed tokens left of a position"),
+        Setting("no_repeat_ngram_size", integer(0), "none",
+                "no sequence of so many tokens comes out twice, however many tokens commit together"),
+        Setting("bad_words_ids", list_of(is_word, "non-empty lists of token ids"), "none",
+                "sequences that never come out, however many tokens commit together"),
+        Setting("suppress_tokens", list_of(is_id, "token ids"), "none",
+                "tokens that never come out"),
+        Setting("sequence_bias", list_of(is_bias, "pairs of a list of token ids and a number"), "none",
+                "what is added to the scores of sequences, which come out as if chosen from left to right; a token "
+                "whose bias depends on an undecided one waits, and the leftmost commit in its stead"),
+        Setting("stop_strings", check_texts, "none",
+                "end a response at the first of these texts, looked for on every prefix of a finished block, in "
+                "order; needs `tokenizer=`"),
+        Setting("eos_token_id", check_ids_of, "the checkpoint's",
+                "ids that end a response, looked for alike", kind="token"),
+        Setting("pad_token_id", integer(0), "the checkpoint's, or the first EOS",
+                "fills up shorter rows", kind="token"),
+        Setting("bos_token_id", check_ids_of, "the checkpoint's",
+                "kept for other programs", kind="token"),
+        Setting("mask_token_id", integer(0), "the checkpoint's, 151671",
+                "stands for an undecided token", kind="diffusion", reaches=SCORE),
+        Setting("num_return_sequences", integer(1), "1",
+                "responses per prompt, which is encoded once for all", 1),
+        Setting("return_dict_in_generate", choice(True, False), "`False`",
+                "sequences, tokens per forward, forwards by kind, step counts, confidences, the cache", False),
+        Setting("return_step_stats", choice(True, False), "`False`",
+                "the reference's counts", False, "diffusion"),
+        Setting("output_history", choice(True, False), "`False`",
+                "every step of every block", False, "diffusion"),
+        Setting("use_cache", choice(True), "`True`",
+                "there is no other choice"),
+        Setting("prefill_chunk_size", integer(1), "whole prompts",
+                "tokens of a prompt encoded together, cut to whole blocks; bounds the memory of long prompts, costs"
+                " a forward a chunk"),
+        Setting("cache_implementation", choice("dynamic", "static"), "`dynamic`",
+                "`static`: fixed shapes, compiled steps; ended rows stay until all have ended"),
+        Setting("check_interval", integer(1), "1",
+                "forwards between two checks for finished rows; more spares a GPU's synchronisations, and may run "
+                "so many forwards too many; streamers, criteria, processors and history look at every step",
+                1, "diffusion", WARM_UP),
+    )
+}  # fmt: skip
+FIELDS = tuple(SETTINGS)
+DEFAULTS = {name: row.default for name, row in SETTINGS.items() if row.default is not None}
+SAMPLING_FIELDS = tuple(name for name, row in SETTINGS.items() if row.kind == "sampling")
+TOKEN_FIELDS = tuple(name for name, row in SETTINGS.items() if row.kind == "token")
+
+# (name, value) stated by one source takes (name, value) of an earlier one back.
+SUPERSEDES: tuple[tuple[str, Callable[[Any], bool], str, Callable[[Any], bool]], ...] = (
+    ("max_length", lambda _: True, "max_new_tokens", lambda _: True),
+    ("block_size", lambda _: True, "denoising_steps", lambda _: True),
+    ("revision", lambda _: True, "revision_threshold", lambda _: True),
+    ("temperature", lambda value: value > 0, "do_sample", lambda value: value is False),
+    ("do_sample", lambda value: value is True, "temperature", lambda value: value == 0),
 )
-SAMPLING_FIELDS = ("do_sample", "temperature", "top_k", "top_p")
-TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-SHARED_FIELDS = (
-    "max_new_tokens",
-    "max_length",
-    "max_time",
-    "stop_strings",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "bad_words_ids",
-    "suppress_tokens",
-    "sequence_bias",
-    "num_return_sequences",
-    "return_dict_in_generate",
-    "use_cache",
-    "prefill_chunk_size",
-    "cache_implementation",
-)
-FIELDS = BLOCK_DIFFUSION_FIELDS + SAMPLING_FIELDS + TOKEN_FIELDS + SHARED_FIELDS
+
+
+def settings_table() -> str:
+    """The settings as the Markdown table of the manual."""
+    rows = [f"| `{row.name}` | {row.shown} | {row.help} |" for row in SETTINGS.values()]
+    return "\n".join(["| setting | default | what it does |", "|---|---|---|", *rows])
 
 
 class BardVLGenerationConfig(SettingsFile):
     """Settings of block-diffusion decoding, saved in and loaded from `generation_config.json`.
 
-    A field that is None is unset: `generate` then takes the default named here.
+    A field that is None is unset: `generate` then takes the default. Numbers, arrays and tensors of numpy, pandas and
+    torch become Python's numbers and lists. `block_size` is never stored in the file: it is a fact of the weights.
 
     Args:
-        max_new_tokens (`int`, defaults to 256): response tokens at most. A limit, as is the model's last position: a
-            response ends with the last whole block before it.
-        max_length (`int`): prompt and response tokens at most, read where `max_new_tokens` is unset.
-        max_time (`float`): seconds after which a row ends with the block that it finishes next.
-        stop_strings (`str` or list): end a response at the first of these texts; needs `tokenizer=` in `generate`.
-        block_size (`int`, defaults to the model config's): tokens denoised together. Never stored in the file: it
-            is a fact of the weights.
-        denoising_steps (`int`, defaults to `block_size`): steps per block at most, 1 to `block_size`.
-        remasking_strategy (`str`, defaults to `"low_confidence_dynamic"`): which positions commit at a step.
-            `"low_confidence_static"` and `"low_confidence_dynamic"` are the reference's; `"margin"` ranks by the lead
-            of the first token over the second; `"entropy_bounded"` and `"factor"` bound what commits together.
-        confidence_threshold (`float` in [0, 1], defaults to 0.9): commit what the model finds more probable than this;
-            for `"margin"`, what leads by more.
-        entropy_bound (`float`, defaults to 0.1): nats, for `"entropy_bounded"`.
-        factor (`float`, defaults to 1): for `"factor"`.
-        revision (`"overwrite"` or `"remask"`): let later steps of a block change tokens committed before: to another
-            token more probable than the threshold, or back to a mask when less probable. Off by default; for models
-            trained with visible corruption.
-        revision_threshold (`float` in [0, 1], defaults to 0.9 for overwriting, 0.1 for remasking).
-        temperature (`float`, defaults to 0, or 1 with `do_sample=True`): 0 is greedy.
-        do_sample (`bool`): False forces greedy decoding whatever the temperature.
-        top_k (`int`, defaults to 0, off), top_p (`float`, defaults to 1, off): sample among the most probable tokens.
-        seed (`int`): repeats a call that samples, whatever other calls do; arguments `seed`, `generator` come first.
-        repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens, sequence_bias: as in transformers,
-            a penalty counts the prompt and the committed tokens left of a position. No banned phrase and no repeated
-            n-gram comes out, also where tokens commit together; biased phrases do as if chosen from left to right:
-            a token whose bias depends on an undecided one waits, and the leftmost commit in its stead.
-        num_return_sequences (`int`, defaults to 1): responses per prompt; the prompt is encoded once.
-        check_interval (`int`, defaults to 1): forwards between two looks of the host at who has ended. With 1 the
-            counts are exact and windows as narrow as can be; more saves synchronisations on a GPU, makes every window
-            two blocks wide, and may run up to that many forwards too many. Streamers, criteria, processors and history
-            look at every step.
-        prefill_chunk_size (`int`): tokens of a prompt that are encoded together, cut to whole blocks; bounds the
-            memory that a long prompt takes, and costs a forward a chunk.
-        cache_implementation (`"dynamic"` or `"static"`): a static cache has fixed shapes, and its steps are compiled,
-            once a shape: rows, block size, columns in multiples of 256, and what the rule ranks by. Ended rows stay
-            until all have ended.
-        mask_token_id, eos_token_id, pad_token_id, bos_token_id: token ids; default to the model config's.
-        return_dict_in_generate, return_step_stats, output_history (`bool`): what `generate` returns.
+        The rows of `SETTINGS`; a table of them follows.
 
     Raises:
         ValueError: a value is out of range, or asks for something that block diffusion decoding does not do (beams,
@@ -113,68 +242,80 @@ class BardVLGenerationConfig(SettingsFile):
     """
 
     def __init__(self, **kwargs: Any):
-        unknown = [name for name in kwargs if name not in FIELDS and not name.startswith("_")]
+        unknown = [name for name in kwargs if name not in SETTINGS and not name.startswith("_")]
         unknown = sorted(set(unknown) - set(plain_defaults()) - {"transformers_version"})
         if unknown:
             raise ValueError(f"unknown generation settings: {', '.join(unknown)}")
-        for name in BLOCK_DIFFUSION_FIELDS:
-            setattr(self, name, kwargs.pop(name, None))
-        kwargs["sequence_bias"] = bias_pairs(kwargs.get("sequence_bias"))
+        for name, row in SETTINGS.items():
+            if row.kind == "diffusion":
+                setattr(self, name, kwargs.pop(name, None))
         self._known = False  # the parent validates before all fields are there
         super().__init__(**{name: value for name, value in kwargs.items() if value is not None})
         # transformers 4 has defaults where 5 has None: what nobody set is None here on both.
-        for name in SAMPLING_FIELDS + TOKEN_FIELDS + SHARED_FIELDS:
-            setattr(self, name, kwargs.get(name))
+        for name, row in SETTINGS.items():
+            if row.kind != "diffusion":
+                setattr(self, name, kwargs.get(name))
         del self._known
         self.validate()
+        if self.max_length is None:  # transformers 4 compares it with lengths
+            self._fill("max_length", plain_fields()["max_length"])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field, which is stated then."""
+        self._filled.pop(name, None)
+        super().__setattr__(name, python_value(value) if name in SETTINGS else value)
+
+    @property
+    def _filled(self) -> dict[str, Any]:
+        """Values that transformers reads or fills in, and nobody stated."""
+        return vars(self).setdefault("_filled_in", {})
+
+    def _fill(self, name: str, value: Any) -> None:
+        setattr(self, name, value)
+        self._filled[name] = value
+
+    def update(self, defaults_only: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """Set fields, or with `defaults_only` those that are unset, which then still count as unset.
+
+        Returns:
+            The arguments that are no fields.
+        """
+        if not defaults_only:
+            settings = {name: value for name, value in kwargs.items() if name != "allow_custom_entries"}
+            for name in superseded(self.explicit(), settings):
+                setattr(self, name, None)
+            return super().update(**kwargs)
+        for name, value in kwargs.items():
+            if hasattr(self, name) and getattr(self, name) is None:
+                self._fill(name, value)
+        return {name: value for name, value in kwargs.items() if not hasattr(self, name)}
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
         """Check every field; raise `ValueError` with the name and the value of the first that is wrong."""
         if "_known" in vars(self):
             return
-        for name, minimum in (("max_new_tokens", 1), ("max_length", 1), ("block_size", 1), ("denoising_steps", 1),
-                              ("num_return_sequences", 1), ("top_k", 0), ("mask_token_id", 0), ("pad_token_id", 0),
-                              ("no_repeat_ngram_size", 0),
-                              ("check_interval", 1), ("prefill_chunk_size", 1)):  # fmt: skip
-            check_integer(name, getattr(self, name), minimum=minimum, optional=True)
-        check_number("confidence_threshold", self.confidence_threshold, 0.0, 1.0)
-        check_number("entropy_bound", self.entropy_bound, 0.0, math.inf)
-        check_number("factor", self.factor, 0.0, math.inf, open_below=True)
-        check_number("revision_threshold", self.revision_threshold, 0.0, 1.0)
-        check_choice("revision", self.revision, list(REVISION_THRESHOLDS))
-        check_number("temperature", self.temperature, 0.0, math.inf)
-        check_number("top_p", self.top_p, 0.0, 1.0, open_below=True)
-        check_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_below=True)
-        check_number("max_time", self.max_time, 0.0, math.inf)
-        check_choice("remasking_strategy", self.remasking_strategy, list(REMASKING_RULES))
-        check_choice("cache_implementation", self.cache_implementation, ["dynamic", "static"])
-        check_choice("use_cache", self.use_cache, [True])
-        for name in ("do_sample", "return_dict_in_generate", "return_step_stats", "output_history"):
-            check_choice(name, getattr(self, name), [True, False])
-        if self.block_size is not None and self.denoising_steps is not None and self.denoising_steps > self.block_size:
-            raise ValueError(
-                f"`denoising_steps` must be between 1 and `block_size` = {self.block_size}, got {self.denoising_steps}"
-            )
-        for token_id in token_ids(self.eos_token_id):
-            check_integer("eos_token_id", token_id, minimum=0)
-        check_texts("stop_strings", self.stop_strings)
-        check_banned("suppress_tokens", self.suppress_tokens, is_id, "token ids")
-        check_banned("bad_words_ids", self.bad_words_ids, is_word, "non-empty lists of token ids")
-        check_banned(
-            "sequence_bias", bias_pairs(self.sequence_bias), is_bias, "pairs of a list of token ids and a number"
-        )
-        check_seed(self.seed)
-        for name, neutral in plain_defaults().items():
-            value = getattr(self, name, None)
-            if name not in FIELDS and value not in (None, False, *neutral):
-                raise ValueError(f"`{name}={value!r}` is not supported by block-diffusion decoding")
+        for name, value in self.explicit().items():
+            SETTINGS[name].check(name, value)
+        if self.block_size is not None and self.denoising_steps is not None:
+            check_steps(self.denoising_steps, self.block_size)
+        for name, value in self._unsupported().items():
+            raise ValueError(f"`{name}={value!r}` is not supported by block-diffusion decoding")
 
     def explicit(self) -> dict[str, Any]:
         """The fields that are set, by name."""
-        fields = {name: getattr(self, name) for name in FIELDS if getattr(self, name, None) is not None}
-        if "sequence_bias" in fields:  # servers set the other form on a copy
-            fields["sequence_bias"] = bias_pairs(fields["sequence_bias"])
-        return fields
+        stated = {name: getattr(self, name, None) for name in FIELDS if name not in self._filled}
+        return {name: value for name, value in stated.items() if value is not None}
+
+    def _unsupported(self) -> dict[str, Any]:
+        """Fields of other decoding that ask for something."""
+        others = {name: getattr(self, name, None) for name in plain_defaults() if name not in SETTINGS}
+        return {name: value for name, value in others.items() if asks_for_something(name, value)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name."""
+        output = super().to_dict()
+        output.pop("_filled_in", None)
+        return {name: None if name in self._filled else value for name, value in output.items()}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What a file stores: the rule, and the set fields but `block_size`, which config.json owns."""
@@ -182,10 +323,31 @@ class BardVLGenerationConfig(SettingsFile):
         stored.pop("block_size", None)
         return {**stored, "transformers_version": self.to_dict()["transformers_version"]}
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, without what `readable_settings` sets aside."""
+        settings = readable_settings({**self.to_diff_dict(), **self._unsupported()}, f"saving to {save_directory}")
+        super(BardVLGenerationConfig, type(self)(**settings)).save_pretrained(save_directory, *args, **kwargs)
+
     @classmethod
-    def read_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
+    def from_pretrained(cls, pretrained_model_name: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does; an error about what a file states names it."""
+        try:
+            return super().from_pretrained(pretrained_model_name, *args, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"generation_config.json of {pretrained_model_name}: {error}") from error
+        except OSError as error:
+            if isinstance(error.__context__, ValueError):  # it is there, and no JSON
+                raise ValueError(f"generation_config.json of {pretrained_model_name}: {error.__context__}") from error
+            raise
+
+    @classmethod
+    def read_settings(cls, settings: dict[str, Any], json_file: Any) -> dict[str, Any]:
         """Read a file as `readable_settings` does."""
-        return readable_settings(settings)
+        if not isinstance(settings, dict):
+            raise ValueError(f"it must hold an object, got {settings!r:.80}")
+        if "remasking_strategy" not in settings:
+            settings = drop_plain_defaults(settings)
+        return readable_settings(settings, str(json_file))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -197,14 +359,17 @@ class BardVLGenerationConfig(SettingsFile):
     @classmethod
     def from_plain(cls, config: Any) -> "BardVLGenerationConfig":
         """Convert a config of transformers' own class as `readable_settings` does."""
-        return cls(**readable_settings(drop_plain_defaults(config.to_dict())))
+        return cls(**readable_settings(drop_plain_defaults(config.to_dict()), "the model's generation config"))
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> "BardVLGenerationConfig":
         """Start from the token ids that a model config states."""
         text = model_config.get_text_config()
         ids = {name: getattr(text, name, None) for name in TOKEN_FIELDS}
-        return cls(**ids)
+        return cls(**readable_settings(ids, "the model's config"))
+
+
+BardVLGenerationConfig.__doc__ = f"{BardVLGenerationConfig.__doc__}\n{settings_table()}\n"
 
 
 @dataclass(frozen=True)
@@ -239,12 +404,10 @@ class DecodingSettings:
             ValueError: nothing states a block size, or a value does not fit the model.
         """
         block_size, denoising_steps = resolve_block_size(config.block_size, model_config), config.denoising_steps
-        if denoising_steps is not None and denoising_steps > block_size:
-            raise ValueError(
-                f"`denoising_steps` must be between 1 and `block_size` = {block_size}, got {denoising_steps}"
-            )
+        if denoising_steps is not None:
+            check_steps(denoising_steps, block_size)
         max_new_tokens = setting(config, "max_new_tokens")
-        if config.max_new_tokens is None and config.max_length is not None:
+        if config.max_new_tokens is None and "max_length" in config.explicit():
             max_new_tokens = config.max_length - prompt_length
             if max_new_tokens < 1:
                 raise ValueError(
@@ -266,34 +429,28 @@ class DecodingSettings:
                 raise ValueError(f"`{name}` = {token_id} lies outside the vocabulary of {vocab_size} tokens")
             if token_id == mask_token_id:
                 raise ValueError(f"`{name}` = {token_id} is the mask token")
-        return cls(
-            block_size=block_size,
-            denoising_steps=block_size if denoising_steps is None else denoising_steps,
-            max_new_tokens=max_new_tokens,
-            remasking_strategy=setting(config, "remasking_strategy"),
-            confidence_threshold=setting(config, "confidence_threshold"),
-            entropy_bound=setting(config, "entropy_bound"),
-            factor=setting(config, "factor"),
-            revision=config.revision,
-            revision_threshold=REVISION_THRESHOLDS.get(config.revision, 0.0)
-            if config.revision_threshold is None
-            else config.revision_threshold,
-            temperature=1.0 if temperature is None else temperature,
-            top_k=setting(config, "top_k") if samples else DEFAULTS["top_k"],
-            top_p=setting(config, "top_p") if samples else DEFAULTS["top_p"],
-            mask_token_id=mask_token_id,
-            eos_token_ids=eos,
-            pad_token_id=pad,
-            num_return_sequences=setting(config, "num_return_sequences"),
-            check_interval=setting(config, "check_interval"),
-            is_static=config.cache_implementation == "static",
-            prefill_chunk_size=chunk and max(chunk // block_size, 1) * block_size,
-        )
+        resolved = {field.name: setting(config, field.name) for field in fields(cls) if field.name in DEFAULTS}
+        resolved |= {} if samples else {name: DEFAULTS[name] for name in ("top_k", "top_p")}
+        threshold = config.revision_threshold
+        resolved |= {
+            "block_size": block_size,
+            "denoising_steps": block_size if denoising_steps is None else denoising_steps,
+            "max_new_tokens": max_new_tokens,
+            "revision": config.revision,
+            "revision_threshold": REVISION_THRESHOLDS.get(config.revision, 0.0) if threshold is None else threshold,
+            "temperature": 1.0 if temperature is None else temperature,
+            "mask_token_id": mask_token_id,
+            "eos_token_ids": eos,
+            "pad_token_id": pad,
+            "is_static": config.cache_implementation == "static" and not getattr(config, "disable_compile", False),
+            "prefill_chunk_size": chunk and max(chunk // block_size, 1) * block_size,
+        }
+        return cls(**resolved)
 
 
-def resolve_block_size(block_size: int | None, model_config: Any) -> int:
+def resolve_block_size(block_size: Any, model_config: Any) -> int:
     """The block size stated by an argument, else by the model config; `ValueError` if neither does."""
-    block_size = check_integer("block_size", block_size, minimum=1, optional=True)
+    block_size = check_integer("block_size", python_value(block_size), minimum=1, optional=True)
     block_size = model_config.block_size if block_size is None else block_size
     if block_size is None:
         raise ValueError(
@@ -303,13 +460,19 @@ def resolve_block_size(block_size: int | None, model_config: Any) -> int:
     return block_size
 
 
-def resolve_mask_token_id(mask_token_id: int | None, model_config: Any) -> int:
+def resolve_mask_token_id(mask_token_id: Any, model_config: Any) -> int:
     """The mask id stated by an argument, else by the model config; `ValueError` if the vocabulary lacks it."""
-    mask_token_id = model_config.mask_token_id if mask_token_id is None else mask_token_id
+    mask_token_id = python_value(model_config.mask_token_id if mask_token_id is None else mask_token_id)
     vocab_size = model_config.get_text_config().vocab_size
     if check_integer("mask_token_id", mask_token_id, minimum=0) >= vocab_size:
         raise ValueError(f"`mask_token_id` = {mask_token_id} lies outside the vocabulary of {vocab_size} tokens")
     return mask_token_id
+
+
+def check_steps(denoising_steps: int, block_size: int) -> None:
+    """Raise `ValueError` if there are more steps than tokens in a block."""
+    if denoising_steps > block_size:
+        raise ValueError(f"`denoising_steps` must be between 1 and `block_size` = {block_size}, got {denoising_steps}")
 
 
 def setting(config: BardVLGenerationConfig, name: str) -> Any:
@@ -320,95 +483,112 @@ def setting(config: BardVLGenerationConfig, name: str) -> Any:
 
 def token_ids(value: Any) -> tuple[int, ...]:
     """One id, a list or tensor of ids, or None as a tuple of ids."""
-    if value is None:
-        return ()
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return tuple(value) if isinstance(value, list | tuple | set) else (value,)
+    value = python_value(value)
+    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
 
 
-def check_number(name: str, value: Any, low: float, high: float, open_below: bool = False) -> None:
-    """Raise `ValueError` unless `value` is None or a finite number in [low, high], or (low, high] if `open_below`."""
-    if value is None:
-        return
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high or (open_below and value == low):
-        end = ")" if high == math.inf else "]"
-        raise ValueError(f"`{name}` must be a number in {'(' if open_below else '['}{low}, {high}{end}, got {value!r}")
+def python_value(value: Any) -> Any:
+    """Numbers and lists of Python's own for those of numpy, pandas and torch, tuples and sets; a dict as pairs."""
+    if callable(getattr(value, "tolist", None)):
+        value = value.tolist()
+    if isinstance(value, dict):
+        value = list(value.items())
+    return (
+        [python_value(part) for part in value] if isinstance(value, list | tuple | set | frozenset | range) else value
+    )
 
 
-def check_choice(name: str, value: Any, choices: list[Any]) -> None:
-    """Raise `ValueError` unless `value` is None or one of `choices`."""
-    if value is not None and value not in choices:
-        raise ValueError(f"`{name}` must be one of {choices}, got {value!r}")
+def merged_settings(model: dict[str, Any], config: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a call states over what the model's settings state, by name; None in `arguments` unsets.
 
-
-def check_texts(name: str, value: Any) -> None:
-    """Raise `ValueError` unless `value` is None, a text (empty for none), or a list of texts, none of them empty."""
-    if value is None or value == "":
-        return
-    if not all(isinstance(text, str) and text for text in (value if isinstance(value, list | tuple) else [value])):
-        raise ValueError(f"`{name}` must be a non-empty text or a list of them, got {value!r}")
-
-
-def check_banned(name: str, value: Any, is_item: Callable[[Any], bool], items: str) -> None:
-    """Raise `ValueError` unless `value` is None or a list of what `is_item` accepts and `items` names."""
-    if value is not None and not (isinstance(value, list) and all(map(is_item, value))):
-        raise ValueError(f"`{name}` must be a list of {items}, got {value!r}")
-
-
-def bias_pairs(biases: Any) -> Any:
-    """`sequence_bias` as a list of pairs: of the two forms that transformers knows, the one that JSON can hold."""
-    if not isinstance(biases, dict):
-        return biases
-    return [[list(ids) if isinstance(ids, tuple) else ids, bias] for ids, bias in biases.items()]
-
-
-def is_id(value: Any) -> bool:
-    """Whether `value` is an integer of at least 0."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def is_word(value: Any) -> bool:
-    """Whether `value` is a non-empty list of token ids."""
-    return isinstance(value, list) and len(value) > 0 and all(map(is_id, value))
-
-
-def is_bias(value: Any) -> bool:
-    """Whether `value` is a pair of a non-empty list of token ids and a finite number."""
-    if not (isinstance(value, list | tuple) and len(value) == 2 and is_word(value[0])):
-        return False
-    return isinstance(value[1], int | float) and not isinstance(value[1], bool) and math.isfinite(value[1])
-
-
-def check_seed(value: Any) -> None:
-    """Raise `ValueError` unless `value` is None or an integer that seeds a `torch.Generator`."""
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"`seed` must be an integer, got {value!r}")
-    if not -(2**63) <= value < 2**64:
-        raise ValueError(f"`seed` must lie in [-2**63, 2**64), got {value}")
-
-
-def readable_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """What carries over of a file's settings: known fields, and sampling only beside a rule of block diffusion.
-
-    A file that names no rule was written for autoregressive decoding. A checkpoint that kept the file of its source
-    decodes greedily, as the published ones are meant to.
+    Args:
+        model: settings of the model.
+        config: of the call's config, which may be a changed copy of the model's: only what differs is new.
+        arguments: of the call.
     """
-    unread: set[str] = set() if settings.get("remasking_strategy") else {*SAMPLING_FIELDS, "repetition_penalty"}
-    known = {*FIELDS, *plain_defaults(), "transformers_version"} - unread
-    return {name: value for name, value in settings.items() if name in known}
+    new = {name: value for name, value in config.items() if name not in model or model[name] != value}
+    dropped = superseded(model, new)
+    merged = {name: value for name, value in {**model, **config}.items() if name not in dropped}
+    dropped = superseded(merged, arguments)
+    return {**{name: value for name, value in merged.items() if name not in dropped}, **arguments}
+
+
+def superseded(earlier: dict[str, Any], stated: dict[str, Any]) -> list[str]:
+    """Names of `earlier` settings that a later source takes back by what it `stated`, and does not state again."""
+
+    def holds(source: dict[str, Any], name: str, condition: Callable[[Any], bool]) -> bool:
+        value = python_value(source.get(name))
+        return value is not None and condition(value)
+
+    return [
+        other
+        for name, condition, other, other_condition in SUPERSEDES
+        if holds(stated, name, condition) and other not in stated and holds(earlier, other, other_condition)
+    ]
+
+
+def readable_settings(settings: dict[str, Any], where: str) -> dict[str, Any]:
+    """What carries over of settings that were not made for a call: from a file, or set in code for training.
+
+    What other decoding left in them is set aside, with one warning: unknown fields, what block diffusion does not do,
+    and values that only other decoding knows. Settings that name no rule of block diffusion were written for
+    autoregressive decoding: of those sampling is not read, as the published checkpoints are meant to decode greedily,
+    and nothing in them is an error.
+    """
+    is_own = bool(settings.get("remasking_strategy"))
+    unread = set() if is_own else {*SAMPLING_FIELDS, "repetition_penalty"}
+    kept, aside = {}, {}
+    for name, value in settings.items():
+        if name == "transformers_version" or (name in SETTINGS and value is None):
+            kept[name] = value
+        elif name in SETTINGS and name not in unread:
+            row, value = SETTINGS[name], python_value(value)
+            foreign = row.kind == "token" or name in ("use_cache", "cache_implementation") or not is_own
+            if row.kind != "diffusion" and foreign and not passes(row, value):
+                aside[name] = value
+            else:
+                kept[name] = value
+        elif name in plain_defaults() and name not in SETTINGS and asks_for_something(name, value):
+            aside[name] = value
+    if aside:
+        listed = ", ".join(f"`{name}={value!r}`" for name, value in aside.items())
+        logger.warning(f"{where}: block-diffusion decoding has no use for {listed}, set aside")
+    return kept
+
+
+def passes(row: Setting, value: Any) -> bool:
+    """Whether a value passes the row's check."""
+    try:
+        row.check(row.name, value)
+    except ValueError:
+        return False
+    return True
+
+
+def asks_for_something(name: str, value: Any) -> bool:
+    """Whether a field of a plain `GenerationConfig` has an effect by this value."""
+    return value not in (None, False, *plain_defaults()[name], *NEUTRAL.get(name, ()))
 
 
 def drop_plain_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without None, private entries, and what equals the default of a plain `GenerationConfig`."""
-    neutral = plain_defaults()
-    return {
-        name: value
-        for name, value in settings.items()
-        if value is not None and not name.startswith("_") and value not in neutral.get(name, ())
-    }
+    """What a plain config states: without None, private entries, and what cannot be told from its own defaults.
+
+    Under `do_sample=True`, and for what is no setting of sampling, a value is stated even where it is the one that
+    transformers 5 takes for None.
+    """
+    plain, applied = plain_fields(), applied_defaults()
+    samples = settings.get("do_sample") is True
+
+    def is_stated(name: str, value: Any) -> bool:
+        if value is None or name.startswith("_") or (name in plain and value == plain[name]):
+            return False
+        return samples or name not in SAMPLING_FIELDS or value != applied.get(name)
+
+    return {name: value for name, value in settings.items() if is_stated(name, value)}
+
+
+# Values of other settings that are heeded, or change nothing here.
+NEUTRAL: dict[str, tuple[Any, ...]] = {"disable_compile": (True,)}
 
 
 __all__ = ["BardVLGenerationConfig", "DecodingSettings"]

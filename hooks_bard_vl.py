@@ -12,7 +12,7 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
-from .generation_config_bard_vl import BardVLGenerationConfig, DecodingSettings, check_seed
+from .generation_config_bard_vl import BardVLGenerationConfig, DecodingSettings, check_seed, python_value
 from .processors_bard_vl import TokenProcessors
 
 
@@ -100,8 +100,8 @@ def build_generator(
         return generator
     if generator is not None:
         raise ValueError("give `generator` or `seed`, not both")
-    check_seed(seed)
-    return torch.Generator(device=device).manual_seed(seed)
+    check_seed("seed", python_value(seed))
+    return torch.Generator(device=device).manual_seed(python_value(seed))
 
 
 __all__ = [

@@ -1,10 +1,14 @@
 """Settings of `generate`: stored, loaded, merged and validated in one place."""
 
+import copy
 import json
 import shutil
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from bard_vl import BardVLConfig, BardVLForConditionalGeneration, BardVLGenerationConfig
@@ -372,6 +376,186 @@ def test_published_vocabulary_ends_at_im_end_by_default() -> None:
     config = BardVLConfig(text_config={"vocab_size": 151_936}, block_size=4)
     settings = DecodingSettings.resolve(BardVLGenerationConfig(), config, 5)
     assert (settings.eos_token_ids, settings.pad_token_id, settings.mask_token_id) == ((151645,), 151645, 151671)
+
+
+STORED = {"remasking_strategy": "low_confidence_dynamic", "max_new_tokens": 30}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda folder: {"max_length": 24},
+        lambda folder: {"generation_config": GenerationConfig(max_length=24)},
+        lambda folder: {"generation_config": BardVLGenerationConfig(max_length=24)},
+        lambda folder: {"generation_config": GenerationConfig.from_pretrained(folder, max_length=24)},
+        lambda folder: {"generation_config": BardVLGenerationConfig.from_pretrained(folder, max_length=24)},
+    ],
+)
+def test_max_length_of_a_call_wins_over_the_files_new_tokens(tmp_path: Path, how: Any) -> None:
+    folder = checkpoint(tmp_path / "model", STORED, block_size=4)
+    model, prompt = open_checkpoint(folder), collate([PROMPTS["text"]])
+    assert model.generate(**prompt).shape == (1, 13 + 30)
+    assert model.generate(**prompt, **how(folder)).shape == (1, 24)
+    assert model.generate(**prompt, max_length=24, max_new_tokens=30).shape == (1, 13 + 30)
+
+
+@pytest.mark.parametrize(
+    ("stored", "stated", "found"),
+    [
+        ({"do_sample": False}, {"temperature": 0.7}, {"temperature": 0.7}),
+        ({"do_sample": False}, {"top_k": 5}, {"temperature": 0.0}),
+        ({"temperature": 0.0}, {"do_sample": True}, {"temperature": 1.0}),
+        ({"temperature": 0.5}, {"do_sample": True}, {"temperature": 0.5}),
+        ({"temperature": 0.5}, {"do_sample": False}, {"temperature": 0.0}),
+        ({"revision": "overwrite", "revision_threshold": 0.7}, {"revision": "remask"}, {"revision_threshold": 0.1}),
+        ({"denoising_steps": 2}, {"block_size": 16}, {"denoising_steps": 16}),
+        ({"max_length": 50}, {"max_new_tokens": 3}, {"max_new_tokens": 3}),
+    ],
+)
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_a_call_states_wins_over_what_the_file_states(
+    stored: dict[str, Any], stated: dict[str, Any], found: dict[str, Any], copied: bool
+) -> None:
+    """Also where the call's config is a changed copy of the model's, as servers make it."""
+    model = own_copy(block_size=8)
+    model.generation_config = BardVLGenerationConfig(**stored)
+    if copied:
+        given = copy.deepcopy(model.generation_config)
+        for name, value in stated.items():
+            setattr(given, name, value)
+        config = model._generation_settings(given, {}, {})
+    else:
+        config = model._generation_settings(None, stated, {})
+    settings = DecodingSettings.resolve(config, model.config, 10)
+    assert {name: getattr(settings, name) for name in found} == found
+
+
+def test_sampling_at_a_stated_temperature_of_one_wins_over_the_files() -> None:
+    model = own_copy(block_size=8)
+    model.generation_config = BardVLGenerationConfig(temperature=0.0, repetition_penalty=1.2)
+    plain = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
+    merged = model._generation_settings(plain, {}, {})
+    assert DecodingSettings.resolve(merged, model.config, 10).temperature == 1.0
+    if (
+        GenerationConfig().repetition_penalty is None
+    ):  # transformers 4 cannot tell a stated default from an unstated one
+        assert merged.repetition_penalty == 1.0
+
+
+LEFTOVERS: list[dict[str, Any]] = [
+    *({"use_cache": False}, {"early_stopping": True}, {"min_new_tokens": 1}, {"min_length": 5}, {"num_beams": 4}),
+    *({"disable_compile": True}, {"begin_suppress_tokens": [220]}, {"cache_implementation": "hybrid"}),
+    *({"cache_implementation": "offloaded"}, {"pad_token_id": -1}, {"eos_token_id": [3, -1]}, {"bos_token_id": -1}),
+    *({"output_hidden_states": True}, {"output_scores": True}, {"penalty_alpha": 0.6}, {"guidance_scale": 1.5}),
+    *({"forced_eos_token_id": 3}, {"is_assistant": True}, {"token_healing": True}, {"renormalize_logits": True}),
+    *({"length_penalty": 2.0}, {"max_new_tokens": 0}, {"top_k": -1}, {"temperature": 0.0}, {"stop_strings": []}),
+    *({"no_such_field": [1, {"a": 2}]}, {"prompt_lookup_num_tokens": 3}, {"max_matching_ngram_size": 2}),
+    *({"suppress_tokens": [-1]}, {"bad_words_ids": [[]]}, {"sequence_bias": [[[3], "x"]]}, {"max_time": "soon"}),
+]
+
+
+@pytest.mark.parametrize("leftover", LEFTOVERS, ids=str)
+def test_what_other_decoding_left_in_a_file_stops_neither_loading_nor_saving(
+    tmp_path: Path, leftover: dict[str, Any]
+) -> None:
+    model = open_checkpoint(checkpoint(tmp_path / "model", {"do_sample": True, **leftover}, block_size=4))
+    assert model.generate(**collate([PROMPTS["text"]]), max_new_tokens=4).shape == (1, 17)
+    model.save_pretrained(tmp_path / "saved")
+    again = open_checkpoint(tmp_path / "saved").generation_config.explicit()
+    assert again == {"remasking_strategy": "low_confidence_dynamic"} | model.generation_config.explicit()
+
+
+def test_what_is_set_aside_is_said_once_with_its_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = checkpoint(tmp_path / "model", {"use_cache": False, "num_beams": 4, "num_beam_groups": 1}, block_size=4)
+    open_checkpoint(folder)
+    said = [record.getMessage() for record in caplog.records if "set aside" in record.getMessage()]
+    assert len(said) == 1
+    assert str(folder / "generation_config.json") in said[0]
+    assert "`use_cache=False`, `num_beams=4`, set aside" in said[0]
+
+
+@pytest.mark.parametrize("field", [{"use_cache": False}, {"num_beams": 4}, {"pad_token_id": -1}], ids=str)
+def test_settings_of_training_do_not_stop_saving(tmp_path: Path, field: dict[str, Any]) -> None:
+    model = own_copy(block_size=4)
+    for name, value in field.items():
+        setattr(model.generation_config, name, value)
+    model.save_pretrained(tmp_path)
+    assert not {*field} & {*json.loads((tmp_path / "generation_config.json").read_text())}
+    open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"remasking_strategy": "best"}', "`remasking_strategy`.*'best'"),
+        ('{"confidence_threshold": 7}', "`confidence_threshold`.*7"),
+        ('{"remasking_strategy": "margin", "max_new_tokens": 0}', "`max_new_tokens`.*0"),
+        ("[1]", "must hold an object"),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_an_error_about_a_file_names_it_before_weights_are_read(tmp_path: Path, text: str, message: str) -> None:
+    folder = checkpoint(tmp_path / "model", {}, block_size=4)
+    (folder / "generation_config.json").write_text(text)
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=rf"generation_config.json of {folder}: .*{message}"):
+        open_checkpoint(folder)
+
+
+def test_defaults_that_a_trainer_fills_in_are_not_stated() -> None:
+    """`Seq2SeqTrainer` compares `max_length` with lengths, and since 5.0 fills the model's config with defaults."""
+    model = own_copy(block_size=4)
+    model.generation_config = BardVLGenerationConfig(temperature=0.5)
+    defaults = getattr(GenerationConfig, "_get_default_generation_params", dict)()
+    if defaults:
+        assert model.generation_config.update(**defaults, defaults_only=True) == {}
+    assert model.generation_config.max_length == 20
+    assert model.generation_config.explicit() == {"temperature": 0.5}
+    assert copy.deepcopy(model.generation_config).explicit() == {"temperature": 0.5}
+    assert model.generate(**collate([PROMPTS["text"]]), denoising_steps=1).shape == (1, 13 + 256)
+    model.generation_config.max_length = 20
+    assert model.generation_config.explicit() == {"temperature": 0.5, "max_length": 20}
+
+
+NUMBERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"max_new_tokens": np.int64(5)}, {"max_new_tokens": 5}),
+    ({"max_new_tokens": pd.Series([5])[0]}, {"max_new_tokens": 5}),
+    ({"max_new_tokens": torch.tensor(5)}, {"max_new_tokens": 5}),
+    ({"block_size": np.int32(4), "denoising_steps": np.uint8(2)}, {"block_size": 4, "denoising_steps": 2}),
+    ({"confidence_threshold": np.float64(0.5)}, {"confidence_threshold": 0.5}),
+    ({"temperature": np.float32(0.5), "top_k": np.int16(3)}, {"temperature": 0.5, "top_k": 3}),
+    ({"do_sample": np.bool_(True)}, {"do_sample": True}),
+    ({"eos_token_id": (3, 4)}, {"eos_token_id": [3, 4]}),
+    ({"eos_token_id": np.array([3, 4])}, {"eos_token_id": [3, 4]}),
+    ({"eos_token_id": torch.tensor(3)}, {"eos_token_id": 3}),
+    ({"suppress_tokens": range(3)}, {"suppress_tokens": [0, 1, 2]}),
+    ({"suppress_tokens": pd.Series([1, 2])}, {"suppress_tokens": [1, 2]}),
+    ({"bad_words_ids": (torch.tensor([1, 2]), np.array([3]))}, {"bad_words_ids": [[1, 2], [3]]}),
+    ({"sequence_bias": {(np.int64(1), 2): np.float32(0.5)}}, {"sequence_bias": [[[1, 2], 0.5]]}),
+    ({"stop_strings": ("a", "b")}, {"stop_strings": ["a", "b"]}),
+    ({"seed": np.uint64(2**63)}, {"seed": 2**63}),
+]
+
+
+@pytest.mark.parametrize(("given_fields", "plain"), NUMBERS, ids=str)
+def test_numbers_and_lists_of_other_libraries_become_pythons(
+    tmp_path: Path, given_fields: dict[str, Any], plain: dict[str, Any]
+) -> None:
+    config, later = BardVLGenerationConfig(**given_fields), BardVLGenerationConfig()
+    for name, value in given_fields.items():
+        setattr(later, name, value)
+    for found in (config, later):
+        found.validate()
+        assert found.explicit() == plain
+        assert {type(value) for value in found.explicit().values()} <= {int, float, bool, list}
+    config.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", [pd.NA, Decimal(5), "5", object(), [5], {5: 5}, 5j, np.datetime64("2020"), np.nan])
+def test_what_is_no_number_is_refused_by_name(value: Any) -> None:
+    for name in ("max_new_tokens", "temperature", "seed", "block_size", "pad_token_id"):
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            BardVLGenerationConfig(**{name: value})
 
 
 def test_assigned_plain_config_becomes_the_own_class() -> None:

@@ -133,11 +133,11 @@ def extras_of_tests() -> set[str]:
 
 
 def test_tables_name_every_setting_and_every_file() -> None:
-    from bard_vl.generation_config_bard_vl import FIELDS
+    from bard_vl.generation_config_bard_vl import settings_table
 
+    assert f"\n\n{settings_table()}\n\n" in README
     rows = re.findall(r"^\| (`.*?`) \|", README, flags=re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
-    assert named >= {*FIELDS} - {"use_cache"}  # of which there is no choice
     assert named >= {path.name for path in REPOSITORY.glob("*_bard*.py")}
 
 
