@@ -505,6 +505,14 @@ on tiny checkpoints. *yes* means that it ran and gave what it should; a number l
 On {system}, Python {python}, CPU alone, with torch {torch}{others}.
 """
 TAIL = """
+## Folders with the code of 0.1.0
+
+The code that 0.1.0 wrote beside a checkpoint runs on all of these lines: `generate`, the model card's call, `forward`
+and its loss, `score`, saving, with the same tokens. Since transformers 5.24 two uses end in `TypeError:
+BardVLGenerationOutput.__init__() got an unexpected keyword argument 'cache'`: `return_dict_in_generate=True`, and so
+a second turn on the cache. Either `import bard_vl` first (the installed package then runs in the place of the
+folder's code), or give the folder new code: `python convert_qwen3vl_to_bard.py --source OLD --output NEW`.
+
 ## Made again
 
 ```bash

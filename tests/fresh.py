@@ -46,10 +46,11 @@ def python(*command: Any, home: Path, line: str = "", cwd: Path | None = None, *
 
 
 def convert(source: Path, output: Path, *options: Any) -> Path:
-    """Run the converter as the command that the manual names."""
-    script = ROOT / "convert_qwen3vl_to_bard.py"
-    home = output.parent / f"{output.name}-home"
-    python(script, "--source", source, "--output", output, "--quiet", *options, home=home)
+    """Convert a folder by the script's own `main`."""
+    from bard_vl import convert_qwen3vl_to_bard  # not in the processes that must not see the package
+
+    arguments = ["--source", source, "--output", output, "--quiet", *options]
+    assert convert_qwen3vl_to_bard.main([*map(str, arguments)]) == 0
     return output
 
 
