@@ -21,4 +21,9 @@ def check_chat(messages: Any) -> None:
         raise ValueError("`messages` ends with the assistant's turn: nothing asks for an answer")
 
 
-__all__ = ["check_chat"]
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it: half a character of UTF-16, as JSON may name it, is none."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+__all__ = ["check_chat", "is_text"]

@@ -30,7 +30,7 @@ import bard_vl
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from bard_vl.app.chats import check_chat
+from bard_vl.app.chats import check_chat, is_text
 from bard_vl.app.errors import one_line
 from bard_vl.app.media import read_picture
 from bard_vl.app.session import check_config, read_config
@@ -235,11 +235,6 @@ def as_line(record: Record) -> str:
     """A record as a line of JSON; half a character of UTF-16, which UTF-8 cannot hold, by its number."""
     text = json.dumps(record, ensure_ascii=False)
     return (text if is_text(text) else json.dumps(record)) + "\n"
-
-
-def is_text(text: str) -> bool:
-    """Whether UTF-8 can hold it."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def write_lines(path: Path, records: Iterable[Record]) -> None:

@@ -1,7 +1,8 @@
 """`python -m bard_vl.serving MODEL [OPTIONS]`: `transformers serve`, with this package's classes, not remote code.
 
 A folder that carries its code needs no more than `transformers serve FOLDER --trust-remote-code`. This serves it
-without that trust, and checkpoints that carry none. Options beside those of `transformers serve`:
+without that trust, and checkpoints that carry none. It opens no file and no address that a request names, and tells a
+client what is wrong with a request. Options beside those of `transformers serve`:
 """
 
 import argparse
@@ -12,6 +13,7 @@ import transformers
 from packaging.version import Version
 
 from .. import BardVLConfig, BardVLForConditionalGeneration, BardVLGenerationConfig
+from ..configuration_bard_vl import check_integer
 
 PROGRAM = "python -m bard_vl.serving"
 OLDEST = "5.9.0"  # the first transformers whose `serve` loads other classes than its own
@@ -24,27 +26,45 @@ def main() -> None:
     from transformers import AutoModelForMultimodalLM
     from transformers.cli.transformers import app
 
-    settings, others = parse_arguments(sys.argv[1:])
+    stated, settings, others = parse_arguments(sys.argv[1:])
     AutoModelForMultimodalLM.register(BardVLConfig, model_with(settings))
     try:
+        from transformers.cli.serving import server
+
+        from .gate import Limits, guarded
+
+        # `serve` looks its factory up when it starts, and has no other place for what goes around its handlers.
+        server.build_server = guarded(server.build_server, Limits(stated.max_picture_pixels, stated.allow_addresses))
         app(["serve", *others], prog_name=PROGRAM)
-    except ImportError as error:  # what serving needs beside transformers
+    except (ImportError, ValueError) as error:  # what serving needs beside transformers, or a model
         sys.exit(f"error: {' '.join(str(error).split())}")
 
 
-def parse_arguments(arguments: list[str]) -> tuple[BardVLGenerationConfig, list[str]]:
-    """The settings that requests begin with, and the arguments of `transformers serve`; exit code 2 if one is wrong."""
+def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, BardVLGenerationConfig, list[str]]:
+    """What is stated, the settings that requests begin with, and the arguments of `transformers serve`.
+
+    Exit code 2 if one is wrong.
+    """
     parser = argparse.ArgumentParser(PROGRAM, f"{PROGRAM} MODEL [OPTIONS]", __doc__, add_help=False, allow_abbrev=False)
     parser.add_argument("--block-size", type=int, help="needed where the checkpoint's config.json does not state it")
     parser.add_argument("--threshold", type=float, help="confidence_threshold, default: the checkpoint's")
+    parser.add_argument("--allow-addresses", action="store_true", help="open pictures at http(s) addresses, too")
+    parser.add_argument(
+        "--max-picture-pixels",
+        type=int,
+        default=100_000_000,
+        metavar="N",
+        help="of a request's pictures together, default: %(default)s",
+    )
     stated, others = parser.parse_known_args(arguments)
     if "--help" in others:
         parser.print_help()
     try:
         settings = BardVLGenerationConfig(block_size=stated.block_size, confidence_threshold=stated.threshold)
+        check_integer("--max-picture-pixels", stated.max_picture_pixels, minimum=1)
     except ValueError as error:
         parser.error(str(error))
-    return settings, others
+    return stated, settings, others
 
 
 def model_with(settings: BardVLGenerationConfig) -> type[BardVLForConditionalGeneration]:

@@ -7,13 +7,19 @@ import os
 import re
 import shlex
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -362,16 +368,237 @@ def test_a_checkpoint_without_code_or_block_size_is_served_by_the_package(folder
             assert answer.choices[0].message.content == server.expected(CHATS["image"], **own)[0]
 
 
-def test_code_in_the_folder_needs_no_trust_if_the_package_serves_it(folder: Path) -> None:
-    with serving(printed(OURS, folder), folder.parent / "home without trust") as url:
-        server = Server(folder, url)
-        assert server.ask(CHATS["text"]).choices[0].message.content == server.expected(CHATS["text"])[0]
+@pytest.fixture(scope="module")
+def ours(folder: Path) -> Iterator[Server]:
+    """The package's own server of a folder whose code it does not trust."""
+    with serving(f"{printed(OURS, folder)} --max-picture-pixels 20000", folder.parent / "home without trust") as url:
+        yield Server(folder, url)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", CHATS)
+def test_code_in_the_folder_needs_no_trust_if_the_package_serves_it(ours: Server, name: str, stream: bool) -> None:
+    text, _ = ours.expected(CHATS[name])
+    answer = ours.ask(CHATS[name], stream=stream)
+    if stream:
+        assert "".join(part.choices[0].delta.content or "" for part in answer) == streamed(text)
+    else:
+        assert answer.choices[0].message.content == text
+
+
+def picture(data: bytes, kind: str = "png") -> list[dict[str, Any]]:
+    return asked_about(f"data:image/{kind};base64,{base64.b64encode(data).decode()}")
+
+
+def asked_about(address: Any) -> list[dict[str, Any]]:
+    return [
+        {"role": "user", "content": [{"type": "image_url", "image_url": address}, {"type": "text", "text": "What?"}]}
+    ]
+
+
+def header_of(width: int, height: int) -> bytes:
+    """A PNG that says it is so large, and holds nothing."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = (head, b"IDAT" + zlib.compress(b""), b"IEND")
+    chunks = (struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+TEXT = user(QUESTION)
+NOT_TOLD = "a picture must be `data:image/...;base64,...`, got"
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "no messages": ({}, "malformed request: KeyError: 'messages'"),
+    "empty": ({"messages": []}, "`messages` must be a list of turns with something in it, got []"),
+    "a number": ({"messages": 5}, "`messages` must be a list of turns"),
+    "no role": ({"messages": [{"content": "a"}]}, "a turn of `messages` must have a `role` of"),
+    "no content": ({"messages": [{"role": "user"}]}, "the `content` of a turn must be a text or a list"),
+    "an answer at the end": (
+        {"messages": [*TEXT, {"role": "assistant", "content": "a"}]},
+        "ends with the assistant's turn",
+    ),
+    "half an emoji": ({"messages": user("\ud83d")}, "the request holds half a character"),
+    "an unknown item": ({"messages": [{"role": "user", "content": [{"type": "file"}]}]}, "must be a text or a picture"),
+    "a sound": (
+        {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": "x"}]}]},
+        "a text or a p",
+    ),
+    "a number as text": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
+        "a text or a picture",
+    ),
+    "calls that are none": (
+        {"messages": [{"role": "assistant", "tool_calls": [{"a": 1}]}, *TEXT]},
+        "malformed request",
+    ),
+    "a path": ({"messages": asked_about({"url": "/etc/hostname"})}, f"{NOT_TOLD} '/etc/hostname'"),
+    "a file address": ({"messages": asked_about("file:///etc/hostname")}, NOT_TOLD),
+    "an address": ({"messages": asked_about("http://127.0.0.1:1/a.png")}, NOT_TOLD),
+    "bare base64": ({"messages": asked_about("aGVsbG8=")}, NOT_TOLD),
+    "no address": ({"messages": asked_about({"url": 5})}, "`image_url` must be an address, got 5"),
+    "a video": (
+        {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "/a"}}]}]},
+        "a text or",
+    ),
+    "no base64": ({"messages": asked_about("data:image/png;base64,?!")}, "a picture cannot be read: "),
+    "no picture": ({"messages": picture(b"hello")}, "a picture cannot be read: cannot identify image file"),
+    "half a picture": ({"messages": picture(header_of(60, 60))}, "a picture cannot be read: "),
+    "400 megapixels": ({"messages": picture(header_of(20_000, 20_000))}, "400000000 pixels"),
+    "together": (
+        {"messages": user(*[tiny.draw((100, 90))] * 3)},
+        "a picture of 9000 pixels is too large: this server takes 2000 more",
+    ),
+    "seed": ({"seed": 2**70}, "`seed` must lie in"),
+    "temperature": ({"temperature": "hot"}, "could not convert string to float: 'hot'"),
+    "tokens": ({"max_tokens": -1}, "`max_new_tokens` must be an integer of at least 1, got -1"),
+    "tokens of a list": ({"max_tokens": [1]}, "malformed request: TypeError"),
+    "infinite tokens": ({"max_tokens": 1e400}, "cannot convert float infinity to integer"),
+    "stop": ({"stop": 5}, "`stop_strings` must be a non-empty text or a list of them, got 5"),
+    "bias of a word": ({"logit_bias": {"red": 1}}, "invalid literal for int"),
+    "bias outside": ({"logit_bias": {"999999": 1}}, "`sequence_bias`: 999999 lies outside the vocabulary"),
+    "a list of biases": ({"logit_bias": [1]}, "malformed request: AttributeError"),
+    "another model": ({"model": "/etc"}, "Server is pinned to"),
+    "an unknown field": ({"colour": "red"}, "Unexpected fields in the request: {'colour'}"),
+    "settings that are none": (
+        {"generation_config": "[1]"},
+        "`generation_config` must be a JSON object of settings, got [1]",
+    ),
+    "broken settings": ({"generation_config": "{"}, "Expecting property name"),
+    "a wrong setting": (
+        {"generation_config": '{"confidence_threshold": 7}'},
+        "`confidence_threshold` must be a number in",
+    ),
+    "the server's setting": ({"generation_config": '{"cache_implementation": "static"}'}, "is the server's to set"),
+    "another output": ({"generation_config": '{"return_dict_in_generate": true}'}, "is the server's to set, got True"),
+    "another template": (
+        {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+        "may set add_vision_id, enable_thinking",
+    ),
+    "other pixels": ({"chat_template_kwargs": {"processor_kwargs": {}}}, "may set add_vision_id, enable_thinking, got"),
+    "no room": ({"messages": user("a " * 6000)}, "a prompt reaches position"),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_of_a_client_are_4xx_with_their_message(ours: Server, name: str, stream: bool) -> None:
+    change, message = FAULTS[name]
+    body = {
+        "model": ours.name,
+        **({} if "messages" in change or name == "no messages" else {"messages": TEXT}),
+        **change,
+    }
+    status, told = post(f"{ours.url}/v1/chat/completions", {**body, "stream": stream})
+    assert 400 <= status < 500, told
+    if "detail" in told:  # of transformers' own checks
+        assert message in told["detail"]
+    else:
+        assert message in told["error"]["message"]
+        assert told["error"]["type"] == "invalid_request_error"
+
+
+def post(url: str, body: dict[str, Any] | bytes) -> tuple[int, dict[str, Any]]:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read())
+
+
+def test_the_client_knows_its_fault_and_the_server_goes_on(ours: Server) -> None:
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as error:
+            ours.ask(CHATS["text"], settings={**SETTINGS, "confidence_threshold": 7}, stream=stream)
+        assert error.value.body["message"] == "`confidence_threshold` must be a number in [0.0, 1.0], got 7"
+    plain = ours.client.chat.completions.create(model=ours.name, messages=CHATS["text"], max_tokens=9)
+    assert (
+        plain.choices[0].message.content == ours.expected(CHATS["text"], max_new_tokens=9, confidence_threshold=0.9)[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"input": []}),
+        (
+            "/v1/responses",
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "/etc/passwd"}]}]},
+        ),
+        ("/v1/responses", {"input": [{"type": "input_image", "image_url": "http://127.0.0.1:1/a.png"}]}),
+        ("/v1/responses", {"input": "a", "max_output_tokens": -1}),
+        ("/v1/responses", {"input": [5]}),
+        ("/v1/completions", {"prompt": ["a"]}),
+        ("/v1/completions", {"prompt": ""}),
+        ("/v1/completions", {"prompt": "a", "max_tokens": "x"}),
+        ("/load_model", {"model": "/etc"}),
+        ("/load_model", {"model": 5}),
+        ("/reset", {}),
+        ("/v1/systemone", {"state": "a", "questions": {"a": {}}}),
+        ("/v1/audio/transcriptions", {}),
+        ("/v1/chat/completions", b"[" * 100_000),
+        ("/v1/chat/completions", b"[1]"),
+        ("/v1/chat/completions", b"\xff"),
+    ],
+    ids=lambda part: str(part)[:40],
+)
+def test_other_doors_are_closed_or_tell_their_faults(ours: Server, path: str, body: Any) -> None:
+    status, told = post(f"{ours.url}{path}", body)
+    assert 400 <= status < 500
+    assert told
+
+
+def test_responses_and_completions_answer(ours: Server) -> None:
+    text, _ = ours.expected(CHATS["text"], max_new_tokens=9, confidence_threshold=0.9)
+    answer = ours.client.responses.create(model=ours.name, input=QUESTION, max_output_tokens=9, stream=False)
+    assert answer.output_text == text
+    events = list(ours.client.responses.create(model=ours.name, input=QUESTION, max_output_tokens=9, stream=True))
+    assert events[-1].response.output_text == streamed(text)
+    assert ours.client.completions.create(model=ours.name, prompt="The image shows", max_tokens=5).choices[0].text
+
+
+def test_a_body_says_how_large_it_is_and_is_not_too_large(ours: Server) -> None:
+    for header, told in (("Content-Length: 99999999", "413"), ("Transfer-Encoding: chunked", "411")):
+        with socket.create_connection(("127.0.0.1", int(ours.url.rpartition(":")[2])), timeout=30) as connection:
+            connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n{header}\r\n\r\n".encode())
+            assert connection.recv(4096).split()[1].decode() == told
+
+
+def test_pictures_at_addresses_are_opened_on_request(folder: Path, tmp_path: Path) -> None:
+    """Within the same limit of pixels, which Pillow then keeps."""
+    tiny.draw((100, 90)).save(tmp_path / "small.png")
+    (tmp_path / "large.png").write_bytes(header_of(20_000, 20_000))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as pictures:
+        threading.Thread(target=pictures.serve_forever, daemon=True).start()
+        options = "--allow-addresses --max-picture-pixels 20000"
+        with serving(f"{printed(OURS, folder)} {options}", folder.parent / "home that opens addresses") as url:
+            server = Server(folder, url)
+            address = f"http://127.0.0.1:{pictures.server_port}"
+            expected = server.expected(user(Image.open(tmp_path / "small.png"), "What?"))[0]
+            assert server.ask(asked_about(f"{address}/small.png")).choices[0].message.content == expected
+            for place, message in (
+                (f"{address}/large.png", "400000000 pixels"),
+                (str(tmp_path / "small.png"), "or an http"),
+            ):
+                with pytest.raises(openai.BadRequestError, match=message):
+                    server.ask(asked_about(place))
+        pictures.shutdown()
+
+
+def test_a_server_without_a_model_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bard_vl.serving", "--port", "0"]
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: no model: give a folder or Hub id")
 
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
         ("--block-size", "0", "error: `block_size` must be an integer of at least 1, got 0"),
+        ("--max-picture-pixels", "0", "error: `--max-picture-pixels` must be an integer of at least 1, got 0"),
         ("--threshold", "7", "error: `confidence_threshold` must be a number in [0.0, 1.0], got 7.0"),
     ],
 )

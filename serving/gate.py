@@ -1,0 +1,267 @@
+"""What a client may ask of our server: requests are checked before `transformers serve` reads them, faults told as 4xx.
+
+`transformers serve` opens any path and any address that a request names, loads any model, runs any chat template, and
+answers most of a client's faults with 500.
+"""
+
+import base64
+import binascii
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from jinja2 import TemplateError
+from PIL import Image
+from transformers.cli.serving.utils import BaseGenerateManager, BaseHandler
+from transformers.utils import logging
+
+from ..app.chats import check_chat, is_text
+from ..app.errors import one_line
+from ..generation_config_bard_vl import check_seed
+from ..hooks_bard_vl import check_banned_tokens
+from ..memory_bard_vl import check_fits, free_memory, read_prompt
+
+logger = logging.get_logger(__name__)
+
+OPEN = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
+MAX_BODY = 64 * 2**20  # bytes
+TIMEOUT = 10.0  # seconds without a byte from an address
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+TEXTS = ("text", "input_text", "output_text")
+PICTURES = ("image_url", "input_image")
+TEMPLATE_SETTINGS = ("add_vision_id", "enable_thinking")
+# Settings of `generate` that are the server's: they compile for minutes, or change what it gets back.
+OWN_SETTINGS = (
+    "cache_implementation",
+    "num_return_sequences",
+    "output_history",
+    "return_dict_in_generate",
+    "return_step_stats",
+)
+# What reading a request raises if it is wrong: our checks, those of `generate`, a template, and code that takes a
+# request for what it should be.
+FAULTS = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    TemplateError,
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the pictures of a request may be.
+
+    Attributes:
+        max_pixels: of all of them together, before they are made smaller.
+        allow_addresses: whether they may be at an http(s) address, which the server then opens.
+    """
+
+    max_pixels: int
+    allow_addresses: bool = False
+
+
+def guarded(build_server: Callable[..., FastAPI], limits: Limits) -> Callable[..., FastAPI]:
+    """The factory of `transformers serve`'s application, with `limits` on what it is asked."""
+
+    def build(model_manager: Any, chat_handler: Any, *others: Any, **named: Any) -> FastAPI:
+        if model_manager.force_model is None:
+            raise ValueError("no model: give a folder or Hub id; without one any client could load any model")
+        state = chat_handler.generation_state
+        get_manager = state.get_manager
+        state.get_manager = lambda *args, **kwargs: CheckedGeneration(get_manager(*args, **kwargs))
+        parts = [model_manager, *(checked(part, limits) for part in (chat_handler, *others))]
+        app = build_server(*parts, **{name: checked(part, limits) for name, part in named.items()})
+        app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in OPEN]
+        app.middleware("http")(limit_body)
+
+        @app.post("/load_model")  # by which `transformers chat` begins
+        async def load_model(body: dict[str, Any]) -> Any:
+            if body.get("model") != model_manager.force_model:
+                return fault(f"this server has the model {model_manager.force_model!r}, got {body.get('model')!r:.80}")
+            name = model_manager.process_model_name(model_manager.force_model)
+            return StreamingResponse(model_manager.load_model_streaming(name), media_type="text/event-stream")
+
+        return app
+
+    return build
+
+
+def checked(part: Any, limits: Limits) -> Any:
+    """A handler of requests within `limits`; anything else as it is."""
+    return CheckedHandler(part, limits) if isinstance(part, BaseHandler) else part
+
+
+async def limit_body(request: Request, call_next: Callable[..., Any]) -> Any:
+    """Refuse a body that is too large, or does not say how large it is, before it is read."""
+    stated = request.headers.get("content-length", "" if "transfer-encoding" in request.headers else "0")
+    if not stated.isdecimal():
+        return fault("the request must state its `content-length`", 411)
+    if int(stated) > MAX_BODY:
+        return fault(f"the request has {stated} bytes, this server takes {MAX_BODY}", 413)
+    return await call_next(request)
+
+
+def fault(message: str, status: int = 400) -> JSONResponse:
+    """A client's fault in the form of OpenAI's protocol."""
+    told = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    return JSONResponse({"error": told}, status_code=status)
+
+
+class CheckedHandler:
+    """A handler of `transformers serve` that is asked no more than `limits` allow, and tells faults as 4xx."""
+
+    def __init__(self, handler: Any, limits: Limits):
+        self.handler = handler
+        read = handler.get_processor_inputs_from_messages
+
+        def read_checked(messages: Any, modality: Any) -> Any:
+            check_chat(messages)
+            check_items(messages)
+            return with_pictures(read(messages, modality), limits)
+
+        handler.get_processor_inputs_from_messages = read_checked
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        """The handler's answer, or what is wrong with the request."""
+        try:
+            check_fields(body)
+            return await self.handler.handle_request(body, request_id)
+        except FAULTS as error:
+            logger.info("refused request %s", request_id, exc_info=error)
+            is_named = isinstance(error, ValueError | TemplateError) or not isinstance(error, FAULTS[1:4])
+            return fault(one_line(error) if is_named else f"malformed request: {type(error).__name__}: {error}")
+
+
+class CheckedGeneration:
+    """A generation manager that refuses what `generate` would, before a stream begins."""
+
+    def __init__(self, manager: BaseGenerateManager):
+        self.manager = manager
+
+    def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **others: Any) -> Any:
+        """Start a stream; `ValueError` if the request is wrong."""
+        check_call(model, inputs, gen_config)
+        return self.manager.generate_streaming(model, processor, inputs, gen_config, **others)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.manager, name)
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, **others: Any
+    ) -> Any:
+        """Generate to the end; `ValueError` if the request is wrong, `RuntimeError` if anything else is."""
+        try:
+            return await self.manager.generate_non_streaming(model, processor, inputs, gen_config, **others)
+        except ValueError:
+            raise
+        except FAULTS as error:  # ours, not the client's
+            raise RuntimeError(f"generation failed: {type(error).__name__}: {error}") from error
+
+
+def check_call(model: Any, inputs: Any, config: Any) -> None:
+    """Raise `ValueError` if `generate` would refuse a prompt and settings."""
+    size, settings = read_prompt(model, inputs, config)
+    check_banned_tokens(model._generation_settings(config, {}, {}), settings, model.config.get_text_config().vocab_size)
+    device = inputs["input_ids"].device
+    check_fits(model, size, settings, device, free_memory(device))
+
+
+def check_fields(body: dict[str, Any]) -> None:
+    """Raise `ValueError` if a request sets what is the server's, or holds what is no text."""
+    if not is_text(json.dumps(body, ensure_ascii=False)):
+        raise ValueError("the request holds half a character (U+D800 to U+DFFF), which is no text")
+    check_seed(body.get("seed"))
+    template = body.get("chat_template_kwargs") or {}
+    for name in template if isinstance(template, dict) else [template]:
+        if name not in TEMPLATE_SETTINGS:
+            raise ValueError(f"`chat_template_kwargs` may set {', '.join(TEMPLATE_SETTINGS)}, got {name!r:.80}")
+    if body.get("generation_config") is not None:
+        settings = json.loads(body["generation_config"])
+        if not isinstance(settings, dict):
+            raise ValueError(f"`generation_config` must be a JSON object of settings, got {settings!r:.80}")
+        for name in OWN_SETTINGS:
+            if settings.get(name) is True or settings.get(name) not in (None, False, 1):
+                raise ValueError(f"`{name}` is the server's to set, got {settings[name]!r:.80}")
+
+
+def check_items(messages: list[dict[str, Any]]) -> None:
+    """Raise `ValueError` if a chat holds what is no text or picture: `transformers serve` drops it, or opens it."""
+    for message in messages:
+        for item in message["content"] if isinstance(message.get("content"), list) else []:
+            kind = item.get("type") if isinstance(item, dict) else None
+            if kind not in PICTURES and not (kind in TEXTS and isinstance(item.get("text"), str)):
+                raise ValueError(f"a content item must be a text or a picture, got {item!r:.80}")
+
+
+def with_pictures(messages: list[dict[str, Any]], limits: Limits) -> list[dict[str, Any]]:
+    """Messages for the processor with their pictures opened, for which they have addresses.
+
+    By Pillow: torchvision, which transformers would decode them by, brings the process down at some that are broken.
+
+    Raises:
+        ValueError: a picture cannot be read, or `limits` do not allow it.
+    """
+    left = limits.max_pixels
+    for message in messages:
+        for item in message["content"]:
+            if item["type"] == "image":
+                item["image"] = open_picture(read_address(item.pop("url"), limits), left)
+                left -= item["image"].width * item["image"].height
+    return messages
+
+
+def open_picture(data: bytes, max_pixels: int) -> Image.Image:
+    """A picture of at most `max_pixels`, which its header is asked for first; `ValueError` if it is none."""
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        pixels = picture.width * picture.height
+        if pixels <= max_pixels:
+            picture.load()
+    except Exception as error:  # every format has its own
+        raise ValueError(f"a picture cannot be read: {one_line(error).partition(' <')[0]}") from error
+    if pixels > max_pixels:
+        raise ValueError(f"a picture of {pixels} pixels is too large: this server takes {max_pixels} more of a request")
+    return picture
+
+
+def read_address(address: Any, limits: Limits) -> bytes:
+    """What is at a picture's address; `ValueError` if it may not be there."""
+    if not isinstance(address, str):
+        raise ValueError(f"`image_url` must be an address, got {address!r:.80}")
+    if limits.allow_addresses and address.startswith(("http://", "https://")):
+        return download(address)
+    kind, _, data = address.partition(",")
+    if not (kind.startswith("data:image/") and kind.endswith(";base64")):
+        also = " or an http(s) address" if limits.allow_addresses else ""
+        raise ValueError(f"a picture must be `data:image/...;base64,...`{also}, got {address!r:.80}")
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"a picture cannot be read: {error}") from error
+
+
+def download(address: str) -> bytes:
+    """What is at an http(s) address; `ValueError` if nothing is, or too much."""
+    data = b""
+    try:
+        with httpx.stream("GET", address, timeout=TIMEOUT, follow_redirects=True) as answer:
+            answer.raise_for_status()
+            for part in answer.iter_bytes():
+                data += part
+                if len(data) > MAX_BODY:
+                    raise ValueError(f"{address} has more than {MAX_BODY} bytes")
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ValueError(f"{address} cannot be opened: {one_line(error)}") from error
+    return data
+
+
+__all__ = ["Limits", "guarded"]
