@@ -179,7 +179,8 @@ def check_fields(body: dict[str, Any]) -> None:
     """Raise `ValueError` if a request sets what is the server's, or holds what is no text."""
     if not is_text(json.dumps(body, ensure_ascii=False)):
         raise ValueError("the request holds half a character (U+D800 to U+DFFF), which is no text")
-    check_seed(body.get("seed"))
+    if body.get("seed") is not None:
+        check_seed("seed", body["seed"])
     template = body.get("chat_template_kwargs") or {}
     for name in template if isinstance(template, dict) else [template]:
         if name not in TEMPLATE_SETTINGS:
