@@ -27,7 +27,7 @@ def started(model: BardVLForConditionalGeneration, prompts: list[torch.Tensor], 
     inputs = collate(prompts)
     settings = DecodingSettings.resolve(config, model.config, inputs["input_ids"].shape[1])
     cache = BardVLCache(model.config.text_config.num_hidden_layers)
-    hooks = DecodingHooks([], [], None, None, keep_history=False, deadline=float("inf"))
+    hooks = DecodingHooks(None, [], [], None, None, keep_history=False, deadline=float("inf"))
     prompt = model._realign(inputs["input_ids"], inputs["attention_mask"], {})
     decoder = BlockDecoder(model, prompt, settings, cache, hooks)
     decoder.prefill(0, None)

@@ -103,7 +103,7 @@ def test_steps_between_two_looks_wait_for_nothing(way: dict[str, Any], is_static
     cache_kind = {"cache_implementation": "static"} if is_static else {}
     config = BardVLGenerationConfig(**SETTINGS, mask_token_id=MASK, check_interval=8, **way, **cache_kind)
     settings = DecodingSettings.resolve(config, model.config, inputs["input_ids"].shape[1])
-    hooks = DecodingHooks([], [], None, None, keep_history=False, deadline=float("inf"))
+    hooks = DecodingHooks(None, [], [], None, None, keep_history=False, deadline=float("inf"))
     for is_measured in (False, True):  # what is made at first use may wait
         prompt = model._realign(inputs["input_ids"], inputs["attention_mask"], {})
         block_cache = BardVLCache(model.config.text_config.num_hidden_layers)
