@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from functools import cache
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,20 @@ def run_script(
     """Run the script to its end."""
     variables = {**os.environ, **environment}
     return subprocess.run(command(source, output, *options), capture_output=True, text=True, env=variables, timeout=120)
+
+
+def start(source: Path | str, output: Path, *options: str, errors: Path = Path(os.devnull)) -> BaseProcess:
+    """Start the script's `main` in a process of its own, a fork, which need not import torch first."""
+    process = multiprocessing.get_context("fork").Process(
+        target=_main, args=(command(source, output, *options)[2:], errors)
+    )
+    process.start()
+    return process
+
+
+def _main(arguments: list[str], errors: Path) -> None:
+    with errors.open("w") as sys.stderr:
+        sys.exit(converter.main(arguments))
 
 
 def read_json(path: Path) -> Any:

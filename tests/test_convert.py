@@ -56,6 +56,33 @@ def test_no_tensor_byte_changes_when_chunks_cut_tensors(tmp_path: Path, monkeypa
         assert cases.tensor_bytes(output) == cases.tensor_bytes(source)
 
 
+@pytest.mark.parametrize("damage", [None, "metadata", "head"])
+def test_shards_are_copied_unless_one_must_change(damage: str | None, tmp_path: Path) -> None:
+    """A file whose metadata names another framework does not load; a tied head is left out."""
+    source = cases.write_source(tmp_path / "source", shard_size="300KB")
+    index = cases.read_json(source / "model.safetensors.index.json")["weight_map"]
+    first = source / index[EMBEDDING]
+    header, data = cases.read_shard(first)
+    if damage == "metadata":
+        header["__metadata__"] = {"format": "tf"}
+    if damage == "head":
+        start, end = header[EMBEDDING]["data_offsets"]
+        header["lm_head.weight"] = {**header[EMBEDDING], "data_offsets": [len(data), len(data) + end - start]}
+        data += data[start:end]
+        cases.edit_json(source / "model.safetensors.index.json", {"lm_head.weight": first.name}, "weight_map")
+    if damage:
+        cases.write_shard(first, header, data)
+    output = cases.convert(source, tmp_path / "out")
+    before, after = cases.file_digests(source), cases.file_digests(output)
+    changed = {name for name in before if name.endswith(".safetensors") and before[name] != after[name]}
+    assert changed == ({first.name} if damage else set())
+    with safe_open(output / first.name, "pt") as shard:
+        assert shard.metadata() == {"format": "pt"}
+    expected = cases.tensor_bytes(source)
+    expected.pop("lm_head.weight", None)
+    assert cases.tensor_bytes(output) == expected
+
+
 def test_shards_keep_to_their_limit_and_the_index_covers_them(tmp_path: Path) -> None:
     source = cases.write_source(tmp_path / "source", tied=False)
     output = cases.convert(source, tmp_path / "out", max_shard_size=250_000)
@@ -116,9 +143,12 @@ def test_mask_row_mean_changes_that_row_alone(
 
 
 def test_mean_leaves_the_mask_token_itself_out(tmp_path: Path) -> None:
-    """The tokenizer may have an entry for the mask: its row is no part of the mean."""
+    """The tokenizer may have a mask token of its own: its row is no part of the mean."""
     source = cases.write_source(tmp_path / "source")
     last = len(cases.read_json(source / "vocab.json")) + len(tiny.ADDED_TOKENS) - 1
+    with pytest.raises(ConversionError, match=r"is a token added to the tokenizer \('</think>'\)"):
+        cases.convert(source, tmp_path / "out", mask_row="mean", mask_token_id=last)
+    cases.edit_json(source / "tokenizer_config.json", {"mask_token": tiny.ADDED_TOKENS[-1]})
     output = cases.convert(source, tmp_path / "out", mask_row="mean", mask_token_id=last)
     with safe_open(source / "model.safetensors", "pt") as old, safe_open(output / "model.safetensors", "pt") as new:
         expected, actual = old.get_tensor(EMBEDDING), new.get_tensor(EMBEDDING)
@@ -147,20 +177,6 @@ def test_head_that_repeats_tied_embeddings_is_left_out(tmp_path: Path, capsys: p
     assert "lm_head.weight repeats the tied embeddings" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "num_key_value_heads": 4, "num_hidden_layers": 2}])
-def test_expected_tensors_are_those_of_transformers(changes: dict[str, Any]) -> None:
-    """Names and shapes against the model itself, built without memory, at 4B's proportions."""
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
-    config = tiny.qwen3vl_config(tie_word_embeddings=False, tokenizer="qwen")
-    config["text_config"] |= {"hidden_size": 2560, "head_dim": 128, "num_attention_heads": 32, **changes}
-    config["vision_config"] |= {"out_hidden_size": 2560, "depth": 5, "spatial_merge_size": 2, "in_channels": 3}
-    shapes = converter.expected_shapes(config, tied=False)
-    with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**json.loads(json.dumps(config))))
-    assert shapes == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
 # --- Settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +199,7 @@ def test_config_gains_what_the_loader_needs_and_keeps_the_rest(tmp_path: Path) -
         },
         "block_size": 4,
         "mask_token_id": MASK,
+        "trained": False,
     }
     assert after == {**before, **added}
 
@@ -261,6 +278,87 @@ def test_published_bard_vl_gets_code_block_size_and_settings(
     assert "The source is a Bard-VL checkpoint" in card
     assert "starting point" not in card
     assert ("base_model: fudan-generative-ai/" in card) is (name != "mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "block_size", "stated", "expected"),
+    [
+        ("Bard-VL-B16-Mask-4B-Distil-Instruct", None, None, 0.5),
+        (BARD_NAME, None, None, 0.5),
+        (BARD_NAME, 8, None, 0.9),
+        ("Bard-VL-B32-Mask-4B-Instruct", None, None, 0.9),
+        ("Bard-VL-B16-of-mine", None, None, 0.9),
+        ("Bard-VL-B16-of-mine", None, 0.7, 0.7),
+        (BARD_NAME, None, 0, 0),
+    ],
+)
+def test_bard_vl_sources_keep_their_threshold(
+    name: str,
+    block_size: int | None,
+    stated: float | None,
+    expected: float,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    source = write_bard_source(tmp_path / name)
+    cases.edit_json(source / "generation_config.json", {"confidence_threshold": stated})
+    output = cases.convert(source, tmp_path / "out", block_size=block_size, progress=True)
+    assert cases.read_json(output / "generation_config.json")["confidence_threshold"] == expected
+    assert f"`confidence_threshold` of {expected}" in (output / "README.md").read_text()
+    note = f"the confidence threshold is 0.5, as the authors of fudan-generative-ai/{name} recommend at block size 16"
+    assert (note in capsys.readouterr().out) is (expected == 0.5)
+    again = cases.convert(output, tmp_path / "again")
+    assert cases.read_json(again / "generation_config.json")["confidence_threshold"] == expected
+
+
+@pytest.mark.parametrize("threshold", ["x", True, 1.5, -1, [0.5]])
+def test_odd_threshold_of_a_source_is_named(threshold: Any, tmp_path: Path) -> None:
+    source = write_bard_source(tmp_path / BARD_NAME)
+    cases.edit_json(source / "generation_config.json", {"confidence_threshold": threshold})
+    with pytest.raises(ConversionError, match=r"generation_config.json: confidence_threshold is .* instead of"):
+        cases.convert(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["Qwen3-VL", "seed", "trained", "published"])
+def test_seeds_are_marked_and_said_to_be_untrained(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = cases.write_source(tmp_path / "source") if kind == "Qwen3-VL" else write_bard_source(tmp_path / BARD_NAME)
+    if kind in ("seed", "trained"):
+        cases.edit_json(source / "config.json", {"trained": kind == "trained"})
+    output = cases.convert(source, tmp_path / "out", progress=True)
+    is_seed = kind in ("Qwen3-VL", "seed")
+    assert cases.read_json(output / "config.json").get("trained") is {"trained": True, "published": None}.get(
+        kind, False
+    )
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert ("a seed: until it is trained for block diffusion" in last) is is_seed
+    assert ("These weights are a starting point" in (output / "README.md").read_text()) is is_seed
+
+
+@pytest.mark.parametrize("level", [None, "text_config", "vision_config"])
+def test_settings_that_equal_their_defaults_need_not_be_stated(level: str | None, tmp_path: Path) -> None:
+    """transformers leaves them out when it saves a config."""
+    source = cases.write_source(tmp_path / "source")
+    names = {None: ("block_size", "mask_token_id"), "text_config": ("attention_bias", "rms_norm_eps", "hidden_act")}
+    changes = dict.fromkeys(names.get(level, ("in_channels", "patch_size", "temporal_patch_size")), 0)
+    cases.edit_json(source / "config.json", changes, level)
+    cases.edit_json(source / "config.json", dict.fromkeys(changes), level)
+    assert cases.tensor_bytes(cases.convert(source, tmp_path / "out")) == cases.tensor_bytes(source)
+
+
+def test_stated_nothing_is_as_good_as_unstated(tmp_path: Path) -> None:
+    source = write_bard_source(tmp_path / BARD_NAME)
+    content = cases.read_json(source / "config.json")
+    content |= {"block_size": None, "mask_token_id": None, "quantization_config": None, "tie_word_embeddings": None}
+    (source / "config.json").write_text(json.dumps(content))
+    config = cases.read_json(cases.convert(source, tmp_path / "out") / "config.json")
+    assert (config["block_size"], config["tie_word_embeddings"]) == (16, True)
+
+
+def test_text_that_utf8_cannot_spell_is_kept(tmp_path: Path) -> None:
+    source = cases.write_source(tmp_path / "source")
+    cases.edit_json(source / "config.json", {"half": "\ud83d", "whole": "é😀"})
+    config = cases.read_json(cases.convert(source, tmp_path / "out") / "config.json")
+    assert (config["half"], config["whole"]) == ("\ud83d", "é😀")
 
 
 def test_converting_a_converted_folder_changes_nothing_but_the_card(tmp_path: Path) -> None:
@@ -409,15 +507,39 @@ def test_script_exits_with_1_on_errors_and_2_on_usage(tmp_path: Path) -> None:
     assert cases.run_script(tmp_path, tmp_path / "out", "--mask-row", "zero").returncode == 2
 
 
-def test_script_starts_without_torch_and_transformers(tmp_path: Path) -> None:
+def test_script_checks_what_is_quick_before_it_imports_torch(tmp_path: Path) -> None:
     source = cases.write_source(tmp_path / "source")
+    os.truncate(source / "model.safetensors", 1000)
     code = (
-        "import runpy, sys; sys.modules.update(torch=None, transformers=None, numpy=None); "
+        "import runpy, sys; sys.modules.update(torch=None, transformers=None); "
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    line = [sys.executable, "-c", code, *cases.command(source, tmp_path / "out")[1:]]
-    result = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    for options, message in ((["--help"], ""), ([], "model.safetensors is truncated")):
+        line = [sys.executable, "-c", code, *cases.command(source, tmp_path / "out", *options)[1:]]
+        result = subprocess.run(line, capture_output=True, text=True, timeout=60)
+        assert result.returncode == bool(message)
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+WINDOWS = """
+import os, runpy, sys
+sys.modules["fcntl"] = None
+del os.O_DIRECTORY, os.posix_fadvise
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_conversion_needs_nothing_that_posix_alone_has(tmp_path: Path) -> None:
+    source = cases.write_source(tmp_path / "source")
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "model.safetensors").write_text("of a killed run")
+    line = [sys.executable, "-c", WINDOWS, *cases.command(source, tmp_path / "out", "--quiet")[1:]]
+    result = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+    assert cases.tensor_bytes(tmp_path / "out") == cases.tensor_bytes(source)
 
 
 def write_hub_cache(path: Path, repo: str, commit: str, **source: Any) -> dict[str, str]:

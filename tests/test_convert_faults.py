@@ -2,11 +2,11 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -47,6 +47,20 @@ def first_entry(header: dict[str, Any]) -> dict[str, Any]:
 
 def set_dtype(source: Path, dtype: str) -> None:
     edit_header(source, lambda header: first_entry(header).update(dtype=dtype))
+
+
+def set_entry(source: Path, **changes: Any) -> None:
+    """Change the header's first entry; NESTED and DIGITS stand for what json.dumps cannot write."""
+    header, data = cases.read_shard(shard(source))
+    first_entry(header).update(changes)
+    text = json.dumps(header).encode().replace(b'"NESTED"', b"[" * 1000 + b"]" * 1000)
+    cases.write_shard(shard(source), text.replace(b'"DIGITS"', b"1" * 5000), data)
+
+
+def quantise(source: Path) -> None:
+    """The first tensor has four 8-bit numbers for each of its 32-bit ones."""
+    _, size = first_entry(cases.read_shard(shard(source))[0])["data_offsets"]
+    set_entry(source, dtype="F8_E4M3", shape=[size])
 
 
 def double_name(source: Path) -> None:
@@ -91,6 +105,12 @@ def add_head(source: Path) -> None:
 
 def set_config(source: Path, changes: dict[str, Any], level: str | None = None) -> None:
     cases.edit_json(source / "config.json", changes, level)
+    text = (source / "config.json").read_text()
+    (source / "config.json").write_text(text.replace('"DIGITS"', "1" * 5000))
+
+
+def set_generation(source: Path, changes: dict[str, Any]) -> None:
+    cases.edit_json(source / "generation_config.json", changes)
 
 
 def rename(source: Path, old: str, new: str) -> None:
@@ -101,17 +121,17 @@ SINGLE_FILE_FAULTS = {
     "truncated data": (lambda s: cut(s, -10), "truncated"),
     "truncated header": (lambda s: cut(s, 100), "truncated"),
     "empty shard": (lambda s: cut(s, 0), "truncated or no safetensors file: 0 bytes"),
-    "longer than its header": (lambda s: os.truncate(shard(s), 10**6), "truncated or overlong"),
+    "longer than its header": (lambda s: os.truncate(shard(s), 10**6), "1000000 bytes, incomplete metadata, file not"),
     "absurd header length": (lambda s: shard(s).write_bytes(b"\xff" * 64), "no safetensors file"),
-    "header is no JSON": (lambda s: cases.write_shard(shard(s), b"{nonsense", b""), "no valid JSON"),
-    "header is a list": (lambda s: cases.write_shard(shard(s), b"[]", b""), "list instead of a JSON object"),
-    "entry without dtype": (lambda s: edit_header(s, lambda h: first_entry(h).pop("dtype")), "malformed"),
+    "header is no JSON": (lambda s: cases.write_shard(shard(s), b"{nonsense", b""), "file: 17 bytes, invalid JSON"),
+    "header is a list": (lambda s: cases.write_shard(shard(s), b"[]", b""), "invalid type: sequence, expected struct"),
+    "entry without dtype": (lambda s: edit_header(s, lambda h: first_entry(h).pop("dtype")), "missing field `dtype`"),
     "unknown dtype": (lambda s: set_dtype(s, "I32"), "unknown dtype 'I32'"),
-    "dtype of other width": (lambda s: set_dtype(s, "F64"), "cannot lie in 0 to"),
-    "FP8": (lambda s: set_dtype(s, "F8_E4M3"), "quantised source .*F8_E4M3.*convert the bfloat16 release"),
+    "dtype of other width": (lambda s: set_dtype(s, "F64"), "invalid shape, data type, or offset for tensor"),
+    "FP8": (quantise, "quantised source .*F8_E4M3.*convert the bfloat16 release"),
     "FP8 scales": (lambda s: rename_tensor(s, NORM, "x.weight_scale_inv"), "quantised source"),
-    "overlapping tensors": (overlap, "starts at byte"),
-    "duplicate tensor in one file": (double_name, "duplicate twin"),
+    "overlapping tensors": (overlap, "invalid offset for tensor `model.visual.pos_embed.weight`"),
+    "duplicate tensor in one file": (double_name, "file not fully covered"),
     "missing and unexpected tensor": (lambda s: rename_tensor(s, NORM, "norm"), f"lacks 1 of its tensors: {NORM}"),
     "unexpected tensor": (add_head, "lm_head.weight differs from the embedding"),
     "untied without head": (lambda s: set_config(s, {"tie_word_embeddings": False}, "text_config"), "lm_head.weight"),
@@ -119,9 +139,79 @@ SINGLE_FILE_FAULTS = {
     "one layer too few": (lambda s: set_config(s, {"num_hidden_layers": 4}, "text_config"), "lacks 11 .*layers.3"),
     "deeper vision tower": (lambda s: set_config(s, {"depth": 4}, "vision_config"), "lacks 12 .*visual.blocks.3"),
     "other vocabulary": (lambda s: set_config(s, {"vocab_size": 500}, "text_config"), r"asks for \[500, 64\]"),
-    "incomplete config": (
-        lambda s: set_config(s, {"hidden_size": None}, "text_config"),
-        "does not describe a model.*hidden_size",
+    "config of another model": (
+        lambda s: set_config(s, {"hidden_size": None}, "text_config"),  # 4096, if it is not stated
+        r"embed_tokens.weight has shape \[448, 64\], config.json asks for \[448, 4096\]",
+    ),
+    "header nested deep": (lambda s: cases.write_shard(shard(s), b"[" * 10**5 + b"]" * 10**5, b""), "invalid JSON"),
+    "entry nested deep": (lambda s: set_entry(s, x="NESTED"), "recursion limit"),
+    "infinite shape": (lambda s: set_entry(s, shape=[float("inf")]), "expected value"),
+    "shape of NaN": (lambda s: set_entry(s, shape=[float("nan")]), "expected value"),
+    "broken shape": (lambda s: set_entry(s, shape=[1.5]), "floating point `1.5`, expected usize"),
+    "shape as text": (lambda s: set_entry(s, shape=["1"]), 'string "1", expected usize'),
+    "shape of many digits": (lambda s: set_entry(s, shape=["DIGITS"]), "number out of range"),
+    "shape past 64 bits": (lambda s: set_entry(s, shape=[2**40, 2**40]), "overflow"),
+    "negative offset": (lambda s: set_entry(s, data_offsets=[-4, 0]), "integer `-4`, expected usize"),
+    "offsets turned round": (lambda s: set_entry(s, data_offsets=[4, 0]), "invalid offset"),
+    "metadata as a list": (lambda s: edit_header(s, lambda h: h.update(__metadata__=[1])), "sequence, expected a map"),
+    "nested config": (lambda s: (s / "config.json").write_text('{"a":' * 10**5), "config.json is no valid JSON"),
+    "integer of many digits": (lambda s: set_config(s, {"a": "DIGITS"}), "config.json is no valid JSON"),
+    "infinity in the config": (lambda s: set_config(s, {"rope_theta": float("inf")}, "text_config"), "Infinity"),
+    "quantisation as text": (lambda s: set_config(s, {"quantization_config": "fp8"}), "config.json: .* 'fp8'"),
+    "quantisation as a list": (lambda s: set_config(s, {"quantization_config": ["fp8"]}), r"config.json: .*\['fp8'\]"),
+    "quantised text model": (lambda s: set_config(s, {"quantization_config": {}}, "text_config"), "a quantised source"),
+    "tie as text": (
+        lambda s: set_config(s, {"tie_word_embeddings": "false"}),
+        "config.json: .* 'false' instead of true",
+    ),
+    "tie as a number": (lambda s: set_config(s, {"tie_word_embeddings": 0}, "text_config"), "is 0 instead of true or"),
+    "mark as text": (
+        lambda s: set_config(s, {"trained": "no"}),
+        "config.json: trained is 'no' instead of true or false",
+    ),
+    "text model as a list": (lambda s: set_config(s, {"text_config": [1]}), "config.json has no text_config"),
+    "rope as text": (
+        lambda s: set_config(s, {"rope_scaling": "x"}, "text_config"),
+        "rope_scaling is 'x' instead of an",
+    ),
+    "layers past the weights": (
+        lambda s: set_config(s, {"num_hidden_layers": 10**30}, "text_config"),
+        "tensors in all",
+    ),
+    "width as text": (lambda s: set_config(s, {"hidden_size": "wide"}, "text_config"), "does not describe a model"),
+    "width past 64 bits": (
+        lambda s: set_config(s, {"hidden_size": 10**30}, "vision_config"),
+        "does not describe a model",
+    ),
+    "unknown activation": (lambda s: set_config(s, {"hidden_act": "x"}, "text_config"), "does not describe a model"),
+    "token id as text": (lambda s: set_config(s, {"image_token_id": "x"}), "config.json: image_token_id is 'x'"),
+    "end id in two lists": (
+        lambda s: set_generation(s, {"eos_token_id": [[1]]}),
+        "generation_config.json: eos_token_id",
+    ),
+    "end id as text": (
+        lambda s: set_generation(s, {"eos_token_id": "x"}),
+        "generation_config.json: eos_token_id is 'x'",
+    ),
+    "no end id in a list": (
+        lambda s: set_generation(s, {"eos_token_id": []}),
+        r"generation_config.json: eos_token_id is \[",
+    ),
+    "broken tokenizer settings": (
+        lambda s: (s / "tokenizer_config.json").write_text("{"),
+        "tokenizer_config.json is no",
+    ),
+    "broken image settings": (
+        lambda s: (s / "preprocessor_config.json").write_text("[]"),
+        "preprocessor_config.json hold",
+    ),
+    "word with a text as its id": (
+        lambda s: cases.edit_json(s / "tokenizer.json", {"vocab": {"a": "x"}}, "model"),
+        "no vocabulary of ids.*the id of 'a' is 'x'",
+    ),
+    "added token without an id": (
+        lambda s: cases.edit_json(s / "tokenizer.json", {"added_tokens": [{"content": "x"}]}),
+        "no vocabulary of ids: KeyError",
     ),
     "wrong architecture": (lambda s: set_config(s, {"model_type": "qwen2_5_vl"}), "model_type 'qwen2_5_vl'"),
     "no architecture": (lambda s: set_config(s, {"model_type": None}), "model_type None"),
@@ -158,7 +248,12 @@ BAD_ARGUMENTS = {
     "default mask id past the vocabulary": ({"mask_token_id": None}, "got 151671"),
     "negative mask id": ({"mask_token_id": -1}, "got -1"),
     "mask id of the image token": ({"mask_token_id": 396}, "396 is the image_token_id"),
-    "mask id of a word": ({"mask_token_id": 7}, "7 is a word of the tokenizer"),
+    "mask id of a word": ({"mask_token_id": 7}, r"7 is a word of the tokenizer \(.*\); 410 is free"),
+    "mask id of an added token": ({"mask_token_id": 400}, r"400 is a token added to the tokenizer \(.*\); 410 is free"),
+    "mask id as text": ({"mask_token_id": "447"}, "got '447'"),
+    "mask id True": ({"mask_token_id": True}, "got True"),
+    "block size past the positions": ({"block_size": 10**30}, "at most the model's 4096 positions, got 10"),
+    "shard size of many digits": ({"max_shard_size": "9" * 5000}, "max_shard_size must be bytes"),
     "mask row": ({"mask_row": "zero"}, "'keep' or 'mean', got 'zero'"),
     "shard size 0": ({"max_shard_size": 0}, "got 0"),
     "shard size unit": ({"max_shard_size": "5 bananas"}, "got '5 bananas'"),
@@ -228,8 +323,15 @@ def test_bad_argument_is_named(options: dict[str, Any], message: str, tmp_path: 
 
 
 def test_source_that_is_neither_folder_nor_hub_id(tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match="neither a folder nor a Hub id"):
-        cases.convert(tmp_path / "absent", tmp_path / "out")
+    for name in (tmp_path / "absent", "absent", "../absent", "./absent", "a--b/absent", "é/absent", "a/b/absent"):
+        with pytest.raises(ConversionError, match="neither a folder nor a Hub id"):
+            cases.convert(name, tmp_path / "new" / "folders" / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_root_as_the_output(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="/ exists already"):
+        cases.convert(cases.write_source(tmp_path / "source"), Path("/"))
 
 
 def test_bard_vl_source_whose_name_hides_the_block_size(tmp_path: Path) -> None:
@@ -237,6 +339,29 @@ def test_bard_vl_source_whose_name_hides_the_block_size(tmp_path: Path) -> None:
     cases.edit_json(source / "config.json", {"model_type": "bard_vl"})
     with pytest.raises(ConversionError, match="my-model does not say its block size"):
         cases.convert(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json", "tokenizer.json", "vocab.json"])
+def test_mask_id_is_no_token_wherever_it_was_added(file: str, tmp_path: Path) -> None:
+    """A token of any of the tokenizer's files; the last file alone is that of a tokenizer in the older files."""
+    source = cases.write_source(tmp_path / "source")
+    content = cases.read_json(source / file) if (source / file).exists() else {}
+    if file == "tokenizer.json":
+        content["added_tokens"].append({**content["added_tokens"][-1], "id": cases.MASK, "content": "<label>"})
+    elif file == "tokenizer_config.json":
+        content["added_tokens_decoder"][str(cases.MASK)] = {"content": "<label>"}
+    else:
+        content["<label>"] = cases.MASK
+    (source / file).write_text(json.dumps(content))
+    if file == "vocab.json":
+        (source / "tokenizer.json").unlink()
+    free = r"mask_token_id 447 is a (token added to|word of) the tokenizer \('<label>'\); 410 is free"
+    with pytest.raises(ConversionError, match=free):
+        cases.convert(source, tmp_path / "out")
+    assert (
+        cases.read_json(cases.convert(source, tmp_path / "out", mask_token_id=410) / "config.json")["mask_token_id"]
+        == 410
+    )
 
 
 def test_code_files_must_lie_beside_the_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,7 +499,9 @@ def test_kill_at_random_moments(tmp_path: Path) -> None:
     source = cases.write_source(tmp_path / "source", intermediate_size=16_384)
     folder, options = tmp_path / "outputs", ("--max-shard-size", "8MB", "--quiet")
     start = time.monotonic()
-    assert cases.run_script(source, folder / "reference", *options).returncode == 0
+    reference = cases.start(source, folder / "reference", *options)
+    reference.join()
+    assert reference.exitcode == 0
     duration = time.monotonic() - start
     expected = cases.file_digests(folder / "reference")
     total = size_of(folder / "reference")
@@ -383,15 +510,15 @@ def test_kill_at_random_moments(tmp_path: Path) -> None:
     output, rng = folder / "reference", random.Random(0)
     outcomes: Counter[str] = Counter()
     for kill in range(24):
-        process = subprocess.Popen(cases.command(source, output, *options), stderr=subprocess.DEVNULL)
+        process = cases.start(source, output, *options)
         if kill % 2:
             time.sleep(duration * (0.2 + 0.9 * (kill + rng.random()) / 24))
         else:  # however fast the machine is just now, some of the kills fall into the writing
             share = total * kill / 24
-            while process.poll() is None and size_of(folder / ".reference.partial") <= share:
+            while process.is_alive() and size_of(folder / ".reference.partial") <= share:
                 time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         names = {path.name for path in folder.iterdir()}
         assert names <= {"reference", ".reference.lock", ".reference.partial"}
         outcomes["complete" if output.exists() else "partial" if ".reference.partial" in names else "nothing"] += 1
@@ -399,8 +526,7 @@ def test_kill_at_random_moments(tmp_path: Path) -> None:
             assert cases.file_digests(output) == expected
             shutil.rmtree(output)
     assert outcomes["partial"] >= 3, outcomes
-    result = cases.run_script(source, output, *options)
-    assert result.returncode == 0, result.stderr
+    cases.convert(source, output, max_shard_size="8MB")
     assert cases.file_digests(output) == expected
     assert [path.name for path in folder.iterdir()] == ["reference"]
 
@@ -429,19 +555,21 @@ def test_conversions_at_once_have_one_winner(tmp_path: Path) -> None:
     source = cases.write_source(tmp_path / "source", intermediate_size=2048)
     for round_number in range(3):
         output = tmp_path / f"out{round_number}"
-        line = cases.command(source, output, "--quiet")
-        runs = [subprocess.Popen(line, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-        errors = [run.communicate(timeout=60)[1] for run in runs]
-        assert sorted(run.returncode for run in runs) == [0, 1, 1]
-        losers = [error for run, error in zip(runs, errors, strict=True) if run.returncode]
+        (tmp_path / "errors").mkdir(exist_ok=True)
+        files = [tmp_path / "errors" / str(number) for number in range(3)]
+        runs = [cases.start(source, output, "--quiet", errors=file) for file in files]
+        for run in runs:
+            run.join(60)
+        assert sorted(str(run.exitcode) for run in runs) == ["0", "1", "1"]
+        losers = [file.read_text() for run, file in zip(runs, files, strict=True) if run.exitcode]
         assert all("another conversion is writing" in error or "exists already" in error for error in losers), losers
         assert cases.tensor_bytes(output) == cases.tensor_bytes(source)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out0", "out1", "out2", "source"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["errors", "out0", "out1", "out2", "source"]
 
 
 def test_lock_file_removed_between_open_and_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lock of a file that is no longer at its path excludes nobody: the file there now is locked instead."""
-    path, flock = tmp_path / "lock", converter.fcntl.flock
+    path, flock = tmp_path / "lock", fcntl.flock
     calls: list[int] = []
 
     def replaced(descriptor: int, operation: int) -> None:
@@ -450,8 +578,8 @@ def test_lock_file_removed_between_open_and_lock(tmp_path: Path, monkeypatch: py
         calls.append(descriptor)
         flock(descriptor, operation)
 
-    monkeypatch.setattr(converter.fcntl, "flock", replaced)
-    lock = converter.take_lock(path, tmp_path / "out")
-    assert len(calls) == 2
-    assert os.path.samestat(os.fstat(lock), path.stat())
-    os.close(lock)
+    monkeypatch.setattr(fcntl, "flock", replaced)
+    with converter.locked(path, tmp_path / "out"):
+        assert len(calls) == 2
+        assert os.path.samestat(os.fstat(calls[1]), path.stat())
+    assert not path.exists()
