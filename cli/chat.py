@@ -52,7 +52,7 @@ class Conversation:
 
     def attach(self, place: str) -> None:
         """Show a picture or a video with the next message; `ValueError` if it cannot be read."""
-        from bard_vl.app.media import read
+        from bard_vl.cli.media import read
 
         self.attached.append(read(place, self.session.processor))
 

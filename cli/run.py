@@ -101,8 +101,8 @@ def run(
         max_pixels,
         min_pixels,
     )
-    from bard_vl.app.media import read
     from bard_vl.app.terminal import DraftStreamer
+    from bard_vl.cli.media import read
 
     content = [read(place, session.processor) for place in files or []]
     question = read_question(prompt, content)

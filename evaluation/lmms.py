@@ -4,6 +4,7 @@ lmms-eval finds it by the entry point of group `lmms_eval.models` in pyproject.t
 batches; with several processes (`accelerate launch`) each takes its share of a task. docs/evaluating.md has commands.
 """
 
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,19 +16,26 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
 from PIL import Image
-from qwen_vl_utils import process_vision_info
+from qwen_vl_utils.vision_process import MODEL_SEQ_LEN
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
 from .. import BardVLConfig, BardVLForConditionalGeneration, BardVLGenerationConfig, BardVLProcessor
 from ..generation_config_bard_vl import FIELDS, SAMPLING_FIELDS, resolve_block_size
+from ..media_bard_vl import PICTURE_SUFFIXES
+
+logger = logging.getLogger(__name__)
 
 PADDING_MARK = "__padding_only__"  # of lmms-eval, in the metadata of a request whose answer nobody reads
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+# What a bad picture, video or prompt raises, also where a task's data set decodes it.
+FAULTS = (ValueError, OSError, SyntaxError, Image.DecompressionBombError)
 
 
 class BardVL(lmms):
     """Answers tasks in lmms-eval's message format, which it derives for tasks that state none.
+
+    A request that cannot be read or answered, for instance for its picture, counts as answered with nothing; a warning
+    names its task and document.
 
     After a run, `throughput` in its results has, over all processes: `total_gen_tokens`, each response's up to and with
     its first EOS; `avg_speed`, those per second of decoding; `avg_tokens_per_forward`, those per forward that a
@@ -77,6 +85,8 @@ class BardVL(lmms):
         self.batch_size = int(batch_size)
         self.image_options = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         self.video_options = {"max_frames": max_num_frames, "fps": fps}
+        # The bounds of qwen-vl-utils for a video, as in the checkpoints' evaluation, instead of the processor's.
+        self.video_options["total_pixels"] = MODEL_SEQ_LEN * 32**2 * 0.9
         self.system_prompt = self._resolve_system_prompt(system_prompt)
         config = BardVLConfig.from_pretrained(pretrained, revision=revision)
         if config.architectures != [BardVLForConditionalGeneration.__name__]:
@@ -100,7 +110,7 @@ class BardVL(lmms):
         settings = [self._settings(request.args[self.settings_place]) for request in requests]
         progress = tqdm(total=len(requests), disable=self.rank != 0, desc="Bard-VL")
         for batch in self._batches(requests, settings):
-            answers = self._answer([requests[index] for index in batch], settings[batch[0]])
+            answers = self._answers([requests[index] for index in batch], settings[batch[0]])
             for index, answer in zip(batch, answers, strict=True):
                 results[index] = answer
                 context, task_settings = requests[index].args[0], requests[index].args[self.settings_place]
@@ -119,7 +129,13 @@ class BardVL(lmms):
         results: list[Any] = [None] * len(requests)
         prompts = [repr((request.args[0], *request.args[3:])) for request in requests]
         for group in group_by(range(len(requests)), prompts.__getitem__):
-            inputs = self._inputs([self._messages(requests[group[0]])])
+            try:
+                inputs = self._inputs([self._messages(requests[group[0]])])
+            except FAULTS as error:
+                warn(requests[group[0]], error)
+                for index in group:
+                    results[index] = GenerationResult((float("inf"), False))
+                continue
             texts = [self._continuation(requests[index]) for index in group]
             options = {"add_special_tokens": False, "padding": True, "padding_side": "right", "return_tensors": "pt"}
             answers = self.processor.tokenizer(texts, **options)
@@ -172,6 +188,16 @@ class BardVL(lmms):
         BardVLGenerationConfig(**settings)
         return settings
 
+    def _answers(self, requests: list[Instance], settings: dict[str, Any]) -> list[GenerationResult]:
+        """Answers of a batch, empty ones for requests with a fault; where one has, each is answered alone."""
+        try:
+            return self._answer(requests, settings)
+        except FAULTS as error:
+            if len(requests) > 1:
+                return [answer for request in requests for answer in self._answers([request], settings)]
+            warn(requests[0], error)
+            return [GenerationResult("", TokenCounts(output_tokens=0))]
+
     @torch.inference_mode()
     def _answer(self, requests: list[Instance], settings: dict[str, Any]) -> list[GenerationResult]:
         """Decode a batch of requests together, and add to the totals."""
@@ -192,14 +218,13 @@ class BardVL(lmms):
         ]
 
     def _inputs(self, conversations: list[list[dict[str, Any]]]) -> Any:
-        """The processor's output for conversations, the model card's way: images resized by qwen-vl-utils."""
-        texts = self.processor.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
-        images, videos = process_vision_info(conversations, image_patch_size=16, return_video_metadata=True)
-        visuals = {"images": images, "videos": videos, "do_resize": False}
-        return self.processor(text=texts, **visuals, padding=True, return_tensors="pt").to(self.device)
+        """The processor's output for conversations, whose items state sizes: resized as by qwen-vl-utils."""
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+        options["processor_kwargs"] = {"padding": True}
+        return self.processor.apply_chat_template(conversations, **options).to(self.device)
 
     def _messages(self, request: Instance) -> list[dict[str, Any]]:
-        """A request as a conversation in the form that qwen-vl-utils reads."""
+        """A request as a conversation whose items state sizes and frames."""
         chat = ChatMessages(messages=self._turns(request))
         messages = chat.to_hf_messages(video_kwargs=self.video_options, image_kwargs=self.image_options)
         return self._apply_system_prompt(messages, self.system_prompt)
@@ -231,7 +256,14 @@ class SimpleBardVL(BardVL):
 
 def is_image(visual: Any) -> bool:
     """Whether a task's visual is a picture, or the path of one."""
-    return isinstance(visual, Image.Image) or (isinstance(visual, str) and visual.lower().endswith(IMAGE_SUFFIXES))
+    return isinstance(visual, Image.Image) or (isinstance(visual, str) and visual.lower().endswith(PICTURE_SUFFIXES))
+
+
+def warn(request: Instance, error: Exception) -> None:
+    """Say which request counts as wrong, and why."""
+    *_, doc_id, task, _ = request.args
+    reason = " ".join(str(error).split())
+    logger.warning("task %s, document %s counts as wrong: %s: %s", task, doc_id, type(error).__name__, reason)
 
 
 def cut(text: str, stops: list[str]) -> str:

@@ -32,8 +32,8 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from bard_vl.app.chats import check_chat, is_text
 from bard_vl.app.errors import one_line
-from bard_vl.app.media import read_picture
 from bard_vl.app.session import check_config, read_config
+from bard_vl.media_bard_vl import read_picture
 from transformers import AutoModelForImageTextToText
 
 FAILED = 3  # exit code of a run that ended, with errors among its answers
@@ -121,7 +121,7 @@ class Answerer:
             raise ValueError(f"`prompt` must be a text, got {prompt!r:.80}")
         if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
             raise ValueError(f"`images` must be a list of paths, got {images!r:.80}")
-        pictures = [read_picture(str(self.folder / path)) for path in images]
+        pictures = [read_picture(path, self.folder) for path in images]
         content = [{"type": "image", "image": picture} for picture in pictures]
         return [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
 

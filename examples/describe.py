@@ -16,9 +16,9 @@ from pathlib import Path
 import bard_vl
 import torch
 from bard_vl.app.errors import UsageError, one_line
-from bard_vl.app.media import read_picture
 from bard_vl.app.session import check_config
 from bard_vl.app.terminal import DraftStreamer
+from bard_vl.media_bard_vl import read_picture
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 HERE = Path(__file__).resolve().parent

@@ -227,6 +227,34 @@ def test_what_is_repeated_for_other_processes_is_answered_and_not_counted(
     assert forwards == pytest.approx(sum(row["forwards"] for row in made), rel=1e-5)
 
 
+def test_a_bad_picture_is_a_wrong_answer_and_the_others_count(
+    model: Any, room: Path, parts: tuple[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    made = rows(room, parts)
+    (room / "text.png").write_text("no picture")
+    bad = [Image.new("RGB", (2000, 4)), str(room / "text.png"), str(room / "absent.png")]
+
+    def messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
+        pictures = [{"type": "image", "url": picture} for picture in doc.get("bad") or tasks.pictures(doc)]
+        return [{"role": "user", "content": [*pictures, {"type": "text", "text": doc["question"]}]}]
+
+    documents = [made[0], *({"question": made[0]["question"], "bad": [picture]} for picture in bad), made[1]]
+    model.task_dict["shapes"] = {"test": documents}
+    arguments = [
+        (doc["question"], messages, dict(SETTINGS), number, "shapes", "test") for number, doc in enumerate(documents)
+    ]
+    requests = []
+    for number, doc in enumerate(documents):
+        arguments = (doc["question"], messages, dict(SETTINGS), number, "shapes", "test")
+        metadata = {"task": "shapes", "doc_id": number, "repeats": 1}
+        requests.append(Instance("generate_until", arguments, number, metadata))
+    answers = [answer.text.strip() for answer in model.generate_until(requests)]
+    assert answers == [made[0]["answer"], "", "", "", made[1]["answer"]]
+    for number in (1, 2, 3):
+        assert f"task shapes, document {number} counts as wrong: ValueError: " in caplog.text
+    assert "absent.png cannot be read as a picture: no such file" in caplog.text
+
+
 # --- the manual ------------------------------------------------------------------------------------------------------
 
 MANUAL = (fresh.ROOT / "docs" / "evaluating.md").read_text(encoding="utf-8")

@@ -6,16 +6,20 @@ tests that compare versions then run on each of them as well, in processes that 
 
 import base64
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode adds no folder for tiny.py
 import tiny
@@ -23,6 +27,7 @@ import tiny
 IDS = tiny.IDS["small"]
 TRANSFORMERS_DIRS = ["", *filter(None, os.environ.get("BARD_VL_TRANSFORMERS_DIRS", "").split(os.pathsep))]
 ROOT = Path(tiny.__file__).parents[1]
+CODE = {f"{name}_bard_vl.py" for name in ("compat", "configuration", "media", "messages", "processing")}
 TEXT = "What is the colour of the circle? It's 2024, naïve 你好  x\n\n"
 METADATA = {"fps": 2.0, "frames_indices": [0, 1, 2, 3], "total_num_frames": 4}
 IMAGE, VIDEO, START, END = IDS.image_token_id, IDS.video_token_id, IDS.vision_start_token_id, IDS.vision_end_token_id
@@ -62,6 +67,12 @@ def processor(folder: Path) -> Any:
 def user(*items: Any) -> list[dict[str, Any]]:
     content = [{"type": "text", "text": item} if isinstance(item, str) else item for item in items]
     return [{"role": "user", "content": content}]
+
+
+def png(picture: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def image(source: Any) -> dict[str, Any]:
@@ -247,6 +258,243 @@ def test_text_alone_passes_what_process_vision_info_returns(processor: Any) -> N
     assert_same(inputs, tokenize(processor, messages))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_pixels": 8192},
+        {"min_pixels": 40_000},
+        {"min_pixels": 5000, "max_pixels": 9000},
+        {"min_pixels": np.int64(5000), "max_pixels": np.float32(9000)},
+        {"resized_height": 96, "resized_width": 40},
+        {"max_pixels": 8192, "min_pixels": None, "resized_height": None},
+    ],
+)
+def test_an_item_states_its_size_as_in_qwen_vl_utils_and_leaves_others_alone(
+    processor: Any, options: dict[str, Any]
+) -> None:
+    picture = tiny.draw((150, 110), 2)
+    stated = {name: value for name, value in options.items() if value is not None}
+    images, _, _ = process_vision_info(processor, user({**image(picture), **stated}))
+    text = "<|image_pad|>"
+    expected = processor(text=text, images=images, do_resize=False, return_tensors="pt")
+    alone = tokenize(processor, user(image(picture)))
+    both = tokenize(processor, user(image(picture), {**image(picture), **options}, image(picture)))
+    grids = [alone["image_grid_thw"], expected["image_grid_thw"], alone["image_grid_thw"]]
+    assert torch.equal(both["image_grid_thw"], torch.cat(grids))
+    pixels = [alone["pixel_values"], expected["pixel_values"], alone["pixel_values"]]
+    assert torch.equal(both["pixel_values"], torch.cat(pixels))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"min_pixels": 4096, "max_pixels": 16_384},
+        {"total_pixels": 60_000, "min_pixels": 2048, "sample_fps": 4.0},
+        {"resized_height": 64, "resized_width": 96, "raw_fps": 8.0, "sample_fps": 4.0},
+    ],
+)
+def test_frames_of_an_item_are_a_video_as_in_qwen_vl_utils(processor: Any, options: dict[str, Any]) -> None:
+    clip = video(tiny.draw_frames(5, (130, 90)), **options)
+    text = processor.apply_chat_template(user(clip, TEXT), tokenize=False, add_generation_prompt=True)
+    _, pairs, _ = process_vision_info(processor, user(clip, TEXT))
+    expected = processor(text=text, videos=pairs, do_resize=False, return_tensors="pt")
+    assert_same(tokenize(processor, user(clip, TEXT)), expected)
+
+
+# --- pictures: one reading -------------------------------------------------------------------------------------------
+
+
+def strange_pictures() -> dict[str, tuple[Image.Image, dict[str, Any]]]:
+    """Pictures by their file's name, with options of their writer."""
+    photo, clear = tiny.draw((96, 64), 1), Image.new("RGBA", (96, 64), (0, 0, 0, 0))
+    clear.paste(photo.crop((0, 0, 40, 64)), (0, 0))
+    clear.putpixel((60, 30), (200, 10, 30, 128))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = Image.fromarray(np.linspace(0, 65535, 64 * 96).reshape(64, 96).astype(np.uint16))
+    moved = {"save_all": True, "append_images": [tiny.draw((96, 64), 2)], "duration": 100}
+    return {
+        "photo.png": (photo, {}),
+        "clear.png": (clear, {}),
+        "clear.webp": (clear, {"lossless": True}),
+        "gray_clear.png": (clear.convert("LA"), {}),
+        "palette.png": (photo.quantize(16), {}),
+        "clear_palette.png": (clear.quantize(16), {}),
+        "still.gif": (photo, {}),
+        "moving.gif": (photo, moved),
+        "turned.jpg": (photo, {"exif": exif}),
+        "turned.png": (photo, {"exif": exif}),
+        "deep.png": (deep, {}),
+        "deep.tiff": (deep, {}),
+        "integers.tiff": (Image.fromarray(np.asarray(deep).astype(np.int32)), {}),
+        "floats.tiff": (Image.fromarray((np.asarray(deep) / 65535).astype(np.float32)), {}),
+        "print.jpg": (photo.convert("CMYK"), {}),
+        "bits.png": (photo.convert("1"), {}),
+        "a.bmp": (photo, {}),
+        "a.tiff": (photo, {}),
+        "a.webp": (photo, {}),
+        "a b.png": (photo, {}),
+    }
+
+
+@pytest.mark.parametrize("name", strange_pictures())
+def test_a_picture_is_read_alike_from_everywhere(processor: Any, tmp_path: Path, name: str) -> None:
+    from bard_vl.cli.media import read
+    from bard_vl.training.messages import decode_image, open_image
+
+    picture, options = strange_pictures()[name]
+    path = tmp_path / name
+    picture.save(path, **options)
+    data = path.read_bytes()
+    coded = base64.b64encode(data).decode()
+    forms = [str(path), path, f"file://{path}", path.as_uri(), data, bytearray(data), io.BytesIO(data), coded]
+    forms += [Image.open(path), {"bytes": data, "path": None}, {"bytes": None, "path": str(path)}]
+    forms += [f"data:{kind};base64,{coded}" for kind in ("image", "", "image/png", "application/octet-stream")]
+    forms += [f"data:image;base64,{base64.urlsafe_b64encode(data).decode().rstrip('=')}"]
+    forms += [decode_image(open_image(name, tmp_path)), decode_image(open_image({"bytes": data}, tmp_path))]
+    chats = [user(image(form)) for form in forms]
+    chats += [user({"type": "image", "url": str(path)}), user({"type": "image", "base64": coded})]
+    chats += [user({"image_url": {"url": str(path), "detail": None}})]
+    if name != "moving.gif":
+        chats.append(user(read(str(path), processor)))
+    first, *others = [tokenize(processor, chat) for chat in chats]
+    for inputs in others:
+        assert_same(inputs, first)
+    called = processor(text=processor.image_token, images=[Image.open(path)], return_tensors="pt")
+    assert torch.equal(called["pixel_values"], first["pixel_values"])
+    low, high = first["pixel_values"].aminmax()
+    assert -1 <= low < high <= 1
+    turned = [[1, 6, 4]] if name.startswith("turned") else [[1, 4, 6]]
+    assert first["image_grid_thw"].tolist() == turned
+
+
+def test_what_is_transparent_is_white_and_16_bits_are_scaled(tmp_path: Path) -> None:
+    from bard_vl.media_bard_vl import read_picture
+
+    pictures = strange_pictures()
+    clear = read_picture(pictures["clear.png"][0])
+    assert clear.getpixel((95, 0)) == (255, 255, 255)
+    assert clear.getpixel((60, 30)) == (227, 132, 142)
+    assert clear.getpixel((3, 3)) == pictures["photo.png"][0].getpixel((3, 3))
+    for name in ("deep.png", "integers.tiff", "floats.tiff"):
+        gray = read_picture(pictures[name][0])
+        assert [gray.getpixel(place)[0] for place in ((0, 0), (95, 63))] == [0, 255]
+        assert gray.getpixel((48, 32))[0] in (128, 129, 130)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.png", None, "no such file"),
+        ("text.png", b"no picture", "cannot identify image file"),
+        ("half.png", "half", "cannot be read as a picture"),
+        ("line.png", (2000, 4), "absolute aspect ratio must be smaller than 200, got 500"),
+        ("bomb.png", (20_000, 20_000), "could be decompression bomb DOS attack"),
+    ],
+)
+def test_a_picture_that_cannot_be_read_is_named(
+    processor: Any, tmp_path: Path, name: str, content: Any, message: str
+) -> None:
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "half":
+        tiny.draw((200, 200)).save(path)
+        path.write_bytes(path.read_bytes()[:-300])
+    elif content:
+        Image.new("1", content).save(path)
+    for form in (str(path), {"bytes": None, "path": str(path)}):
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            tokenize(processor, user(image(form)))
+        assert name in str(error.value)
+
+
+def test_an_integer_picture_without_known_white_is_refused() -> None:
+    from bard_vl.media_bard_vl import read_picture
+
+    for values, most in ((np.array([[0, 70_000]], np.int32), 65535), (np.array([[0, 2.5]], np.float32), 1)):
+        with pytest.raises(ValueError, match=f"where 0 to {most} is known to be gray"):
+            read_picture(Image.fromarray(values))
+
+
+# --- videos: short ones ----------------------------------------------------------------------------------------------
+
+
+def test_short_videos_are_read(processor: Any, tmp_path: Path) -> None:
+    frames = tiny.draw_frames(6, (64, 64))
+    frames[0].save(tmp_path / "still.gif")
+    frames[0].save(tmp_path / "short.gif", save_all=True, append_images=frames[1:], duration=80)
+    (tmp_path / "one").mkdir()
+    frames[0].save(tmp_path / "one" / "1.png")
+    pixels = torch.from_numpy(np.stack([np.asarray(frames[0])])).permute(0, 3, 1, 2)
+    single = [str(tmp_path / "still.gif"), str(tmp_path / "one"), frames[:1], [str(tmp_path / "one" / "1.png")], pixels]
+    first, *others = [tokenize(processor, user(video(source), "x")) for source in single]
+    assert first["video_grid_thw"].tolist() == [[1, 4, 4]]
+    for inputs in others:
+        assert_same(inputs, first)
+    short = tokenize(processor, user(video(str(tmp_path / "short.gif"))))
+    assert short["video_grid_thw"].tolist() == [[1, 4, 4]]
+    four = tokenize(processor, user(video(str(tmp_path / "short.gif"), nframes=4)))
+    assert four["video_grid_thw"].tolist() == [[2, 4, 4]]
+    for videos in ([pixels], [frames[:1]], [(pixels, {"fps": 2.0, "frames_indices": [0], "total_num_frames": 1})]):
+        assert processor(text="<|video_pad|>", videos=videos)["video_grid_thw"].tolist() == [[1, 4, 4]]
+
+
+# --- messages --------------------------------------------------------------------------------------------------------
+
+
+def test_tables_of_arrow_and_pandas_give_the_same_prompt(processor: Any) -> None:
+    import pandas
+    import pyarrow
+
+    picture = png(tiny.draw())
+    plain = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "x"}]}]
+    expected = tokenize(processor, plain)
+    empty = {"image": None, "text": None, "video": None, "max_pixels": None}
+    filled = [{"role": "user", "content": [{**empty, **item} for item in plain[0]["content"]], "tool_calls": None}]
+    table = pyarrow.table({"messages": [filled]})
+    forms = [filled, table["messages"][0].as_py(), table.to_pandas()["messages"][0], tuple(filled)]
+    forms += [pandas.Series(filled), [{**plain[0], "content": (plain[0]["content"][0], "x")}]]
+    for form in forms:
+        assert_same(tokenize(processor, form), expected)
+    words = [{"role": "user", "content": ["a", "b"]}, {"role": "assistant", "content": None}]
+    assert "user\nab<|im_end|>" in processor.apply_chat_template(words, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        *(
+            ({"type": kind, kind: "x"}, "must be a text, an image or a video")
+            for kind in ("audio", "input_audio", "document", "file", "input_image", "tool_result")
+        ),
+        ({"audio": "x"}, "must be a text, an image or a video"),
+        ({"type": "text", "text": "x", "audio": "y"}, "must be a text, an image or a video"),
+        ({"type": "text"}, "the text of a content item must be a string"),
+        ({"type": "text", "text": 5}, "the text of a content item must be a string"),
+        ({"image": "x", "text": "y"}, "one of image, text, got all of them"),
+        ({"type": "text", "text": "y", "image": "x"}, "one of image, text, got all of them"),
+        (5, "must be a string or a list of items"),
+        ({"type": "image", "image": "x", "max_pixels": "many"}, "`max_pixels` of x must be a number above 0"),
+        ({"type": "image", "image": "x", "max_pixels": 0}, "`max_pixels` of x must be a number above 0, got 0"),
+        ({"type": "image", "image": "x", "resized_width": 9}, "`resized_width` of x needs `resized_height`"),
+        ({"type": "image", "image": "x", "min_pixels": 9, "max_pixels": 8}, "`min_pixels` of x is above"),
+    ],
+)
+@pytest.mark.parametrize("tokenized", [False, True])
+def test_items_that_nobody_reads_are_refused_by_name(processor: Any, item: Any, message: str, tokenized: bool) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        processor.apply_chat_template([{"role": "user", "content": [item]}], tokenize=tokenized, return_dict=True)
+
+
+@pytest.mark.parametrize(
+    "messages", [[], None, "hello", ["hello"], [{"content": "x"}], [{"role": "user", "content": 5}]]
+)
+def test_what_are_no_messages_is_refused(processor: Any, messages: Any) -> None:
+    with pytest.raises(ValueError, match=r"messages must be a list|a message must be a mapping|a content must be"):
+        processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +538,23 @@ def test_decoding_drops_masks_and_padding(processor: Any) -> None:
     ):
         assert processor.batch_decode(sequences) == ["the red circle<|im_end|>", "the red circle", ""]
         assert processor.batch_decode(sequences, skip_special_tokens=True)[0] == "the red circle"
+
+
+def test_ids_of_any_integer_type_decode_and_others_are_refused(processor: Any) -> None:
+    import pandas
+
+    words = processor.tokenizer("the red circle")["input_ids"]
+    for kind in (tuple, np.array, pandas.Series, torch.tensor, lambda ids: [np.int64(one) for one in ids]):
+        assert processor.decode(kind(words)) == "the red circle"
+        assert processor.batch_decode([kind(words), kind(words[:0])]) == ["the red circle", ""]
+        assert processor.decode_draft(kind([*words, IDS.mask_token_id])) == "the red circle░"
+    assert processor.decode(np.array([words])) == processor.batch_decode((words,)) == ["the red circle"]
+    for wrong in ([1.5], ["1"], [-100], [None], [True]):
+        with pytest.raises(ValueError, match="token ids must be integers"):
+            processor.decode(wrong)
+    assert load(Path(processor.tokenizer.name_or_path), mask_token_id=447).mask_token_id == 447
+    with pytest.raises(ValueError, match="`mask_token_id` must be an integer of at least 0, got -1"):
+        load(Path(processor.tokenizer.name_or_path), mask_token_id=-1)
 
 
 def test_a_mask_that_the_tokenizer_knows_is_dropped_too(folder: Path) -> None:
@@ -368,7 +633,7 @@ def save_remote(source: str, target: str) -> list[str]:
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hub repository's files, as the converter lays them out: the source's own, plus code and its `auto_map`."""
     folder = tiny.write_processor_files(tmp_path_factory.mktemp("repository"))
-    for name in ("processing_bard_vl.py", "configuration_bard_vl.py"):
+    for name in CODE:
         shutil.copy(ROOT / name, folder)
     auto_map = {"AutoConfig": "configuration_bard_vl.BardVLConfig"}
     tiny.write_json(
@@ -385,7 +650,7 @@ def test_what_one_line_saves_every_line_loads_alike(repository: Path, tmp_path: 
     folders = [tmp_path / f"saved_by_{index}" for index in range(len(TRANSFORMERS_DIRS))]
     needed = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja"}
     needed |= {"processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"}
-    needed |= {"processing_bard_vl.py", "configuration_bard_vl.py"}
+    needed |= CODE
     for folder, transformers_dir in zip(folders, TRANSFORMERS_DIRS, strict=True):
         assert needed <= set(run("save_remote", repository, folder, transformers_dir=transformers_dir))
     package = load(repository)

@@ -199,7 +199,7 @@ def tuned(hub: FakeHub, revisions: list[str], line: str, tmp_path_factory: pytes
 
 def test_pushed_model_and_processor_carry_their_code(hub: FakeHub, converted: Path, tuned: dict[str, str]) -> None:
     by_model, by_both = list(hub.commits[tuned["repo_id"]].values())[1:]
-    needed_by_model = CODE - {"processing_bard_vl.py"}
+    needed_by_model = CODE - {f"{name}_bard_vl.py" for name in ("processing", "media", "messages")}
     assert {*needed_by_model, "config.json", "generation_config.json", "model.safetensors"} <= by_model.keys()
     assert {*CODE, *PROCESSOR, "processor_config.json", "README.md"} <= by_both.keys()
     assert {name: by_both[name] for name in CODE} == {name: (converted / name).read_bytes() for name in CODE}

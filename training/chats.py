@@ -17,9 +17,10 @@ from typing import Any, Literal
 import datasets
 import torch
 from jinja2 import TemplateError
-from PIL import Image
 
+from ..media_bard_vl import Media, describe
 from ..modeling_bard_vl import BardVLModel
+from ..processing_bard_vl import stated_size
 from .messages import BrokenChat, decode_image, open_image, open_video, read_messages
 from .packing import VISUAL_KINDS, Sample, packed_length, truncate
 
@@ -114,8 +115,8 @@ class Chat:
     """A chat as it was read: alternately what leads to an assistant turn and that turn, and the pictures in order."""
 
     pieces: list[str]
-    images: list[Image.Image] = field(default_factory=list)
-    videos: list[Any] = field(default_factory=list)
+    images: list[Media] = field(default_factory=list)
+    videos: list[Media] = field(default_factory=list)
 
 
 class ChatEncoder:
@@ -189,8 +190,9 @@ class ChatEncoder:
         for kind, given in sources.items():
             if shown[kind] != len(given):
                 raise BrokenChat(f"{kind} count", f"the text shows {shown[kind]} {kind}s, {len(given)} are given")
-        images = [open_image(source, self.media_folder) for source in sources["image"]]
-        return Chat(pieces, images, [open_video(source, self.media_folder) for source in sources["video"]])
+        folder = self.media_folder
+        images = [Media(open_image(image.source, folder), image.options) for image in sources["image"]]
+        return Chat(pieces, images, [open_video(video, folder) for video in sources["video"]])
 
     def cut(self, messages: list[dict[str, Any]], **template: Any) -> list[str]:
         """Render messages, the last one an assistant's, as [prompt, response, prompt, response, ...].
@@ -244,7 +246,7 @@ class ChatEncoder:
         else:
             responses = self._responses(self._piece_lengths(chat))
             length = responses[-1][1]
-        sides = [sorted(image.size) for image in chat.images]
+        sides = [sorted(image.source.size) for image in chat.images]
         return Measured(
             length=length,
             responses=responses,
@@ -254,15 +256,20 @@ class ChatEncoder:
 
     def _piece_lengths(self, chat: Chat) -> list[int]:
         """Tokens of each piece, those of a picture by the rule that it will be resized by."""
-        image_processor = self.processor.image_processor
-        # How a picture is turned does not matter: the rule gives both orientations as many tokens.
-        try:
-            patches = [image_processor.get_number_of_image_patches(*image.size[::-1], {}) for image in chat.images]
-        except ValueError as error:
-            raise BrokenChat("broken image", str(error)) from error
-        tokens = iter(count // image_processor.merge_size**2 for count in patches)
+        tokens = iter([self._tokens_of(image) for image in chat.images])
         is_image = self.processor.image_token_id
         return [sum(next(tokens) if id_ == is_image else 1 for id_ in ids) for ids in self._ids(chat.pieces)]
+
+    def _tokens_of(self, image: Media) -> int:
+        """Tokens of a picture, whose orientation does not matter: the rule gives both of them as many."""
+        image_processor, (width, height) = self.processor.image_processor, image.source.size
+        try:
+            if image.sizes:
+                width, height = stated_size((width, height), image.sizes, image_processor)
+                return width * height // (image_processor.patch_size * image_processor.merge_size) ** 2
+            return image_processor.get_number_of_image_patches(height, width, {}) // image_processor.merge_size**2
+        except ValueError as error:
+            raise BrokenChat("broken image", f"{describe(image)}: {error}") from error
 
     @staticmethod
     def _responses(piece_lengths: list[int]) -> list[tuple[int, int]]:
@@ -271,7 +278,8 @@ class ChatEncoder:
 
     def _tokenize(self, chat: Chat) -> Sample:
         """The sample, with pixels decoded."""
-        images = [decode_image(image) for image in chat.images]
+        decoded = [(decode_image(image.source), image.options) for image in chat.images]
+        images = [Media(picture, options) if options else picture for picture, options in decoded]
         options = {"padding": True, "return_tensors": "pt", "add_special_tokens": False}
         try:
             inputs = self.processor(text=chat.pieces, images=images or None, videos=chat.videos or None, **options)

@@ -1,7 +1,5 @@
 """What a chat holds: its messages in one form, and its pictures and videos from wherever they lie."""
 
-import base64
-import io
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -10,11 +8,10 @@ from typing import Any
 
 import datasets
 from PIL import Image
-from transformers.image_utils import load_image
 
-from ..processing_bard_vl import normalize_messages
+from ..media_bard_vl import Media, local_path, open_picture, read_picture
+from ..messages_bard_vl import as_list, normalize_messages
 
-URL_TIMEOUT_S = 60.0
 PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
 
 
@@ -26,14 +23,14 @@ class BrokenChat(ValueError):
         self.reason, self.detail = reason, detail
 
 
-def read_messages(example: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
+def read_messages(example: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, list[Media]]]:
     """Messages up to the last assistant turn without their pictures, and the pictures by kind, in the order shown.
 
     Raises:
         BrokenChat: the messages are malformed, there is no assistant turn, or columns and items differ in number.
     """
-    messages = example.get("messages")
-    if not isinstance(messages, (list, tuple)) or not messages:
+    messages = as_list(example.get("messages"))
+    if not isinstance(messages, list) or not messages:
         raise BrokenChat("malformed messages", f"`messages` must be a list with something in it, got {messages!r:.80}")
     roles = [message.get("role") if isinstance(message, Mapping) else None for message in messages]
     if not all(isinstance(role, str) for role in roles):
@@ -42,7 +39,7 @@ def read_messages(example: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dic
         raise BrokenChat("no assistant turn", f"the roles are {roles!r:.80}")
     columns = {kind: column_of(example, f"{kind}s") for kind in PLACEHOLDERS}
     waiting = {kind: iter(column) for kind, column in columns.items()}
-    sources: dict[str, list[Any]] = {kind: [] for kind in PLACEHOLDERS}
+    sources: dict[str, list[Media]] = {kind: [] for kind in PLACEHOLDERS}
     kept = []
     for number, message in enumerate(messages):
         content = []
@@ -68,109 +65,92 @@ def column_of(example: Mapping[str, Any], name: str) -> list[Any]:
     return [one for one in value if one is not None] if isinstance(value, (list, tuple)) else [value]
 
 
-def items_of(message: Mapping[str, Any], kinds: list[str]) -> Iterator[dict[str, Any]]:
-    """The content of a message as items without empty members; a string's placeholders of `kinds` become items.
-
-    Arrow tables give every item the members of all others, as None.
-    """
+def items_of(message: Mapping[str, Any], kinds: list[str]) -> list[dict[str, Any]]:
+    """The content of a message as items; a string's placeholders of `kinds` become items."""
     content = message.get("content")
-    if content is None:
-        return
     if isinstance(content, str):
         marks = {PLACEHOLDERS[kind]: kind for kind in kinds}
-        for part in re.split("|".join(f"({re.escape(mark)})" for mark in marks) or "$^", content):
-            if part in marks:
-                yield {"type": marks[part]}
-            elif part:
-                yield {"type": "text", "text": part}
-        return
-    if not isinstance(content, (list, tuple)) or not all(isinstance(item, (str, Mapping)) for item in content):
-        raise BrokenChat("malformed messages", f"a content must be a string or a list of items, got {content!r:.80}")
-    for item in content:
-        present = {"text": item} if isinstance(item, str) else {k: v for k, v in item.items() if v is not None}
-        yield from normalize_messages([{"content": [present]}])[0]["content"]
+        parts = re.split("|".join(f"({re.escape(mark)})" for mark in marks) or "$^", content)
+        content = [{"type": marks[part]} if part in marks else part for part in parts if part]
+    try:
+        return normalize_messages([{**message, "content": content}])[0]["content"]
+    except ValueError as error:
+        raise BrokenChat("malformed messages", str(error)) from error
 
 
 def read_item(
-    item: dict[str, Any], waiting: dict[str, Iterator[Any]], sources: dict[str, list[Any]], is_response: bool
+    item: dict[str, Any], waiting: dict[str, Iterator[Any]], sources: dict[str, list[Media]], is_response: bool
 ) -> dict[str, Any]:
     """What the template sees of an item; a picture's source goes to `sources`, taken from `waiting` if it has none."""
     kind = item["type"]
-    if kind == "text" and isinstance(item.get("text"), str):
+    if kind == "text":
         return {"type": "text", "text": item["text"]}
-    if kind not in sources:
-        raise BrokenChat("malformed messages", f"a content item must be a text, an image or a video, got {item!r:.80}")
     if is_response:
         raise BrokenChat("malformed messages", f"an assistant turn shows an {kind}, which nothing can generate")
-    source = next((item[key] for key in (kind, "url", "path", "base64") if key in item), None)
-    if source is None:
-        source = next(waiting[kind], None)
-    if source is None:
+    source = item[kind] if kind in item else Media(next(waiting[kind], None))
+    if source.source is None:
         raise BrokenChat(f"{kind} count", f"the messages show more {kind}s than `{kind}s` holds")
-    rate = item.get("sample_fps", item.get("fps"))
-    sources[kind].append((source, rate) if kind == "video" else source)
+    sources[kind].append(source)
     return {"type": kind}
 
 
 def open_image(source: Any, folder: Path) -> Image.Image:
-    """A picture whose size is known and whose pixels are not decoded yet, but for addresses in the network.
+    """A picture whose size is known and whose pixels are not decoded yet.
 
     Raises:
         BrokenChat: there is no such file, or no picture in it.
     """
-    if isinstance(source, Mapping):  # of `datasets.Image`
-        source = source.get("bytes") or source.get("path")
     try:
-        if isinstance(source, Image.Image):
-            return source
-        if isinstance(source, bytes):
-            return Image.open(io.BytesIO(source))
-        if isinstance(source, str) and source.startswith("data:"):
-            return Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
-        if isinstance(source, str) and source.startswith(("http://", "https://")):
-            return load_image(source, timeout=URL_TIMEOUT_S)
-        if isinstance(source, str) and "://" in source:
-            return datasets.Image().decode_example({"path": source, "bytes": None})
-        if isinstance(source, (str, os.PathLike)):
-            return Image.open(folder / source)
-    except FileNotFoundError as error:
-        raise BrokenChat("missing image", str(folder / source)) from error
-    except Exception as error:  # what Pillow's decoders and the libraries of the network raise has no common class
-        raise BrokenChat("broken image", f"{source!r:.80}: {error}") from error
-    raise BrokenChat("broken image", f"a path, an address, bytes or a Pillow image is needed, got {source!r:.80}")
+        return open_picture(fetched(source), folder)
+    except ValueError as error:
+        raise broken("image", error) from error
 
 
 def decode_image(image: Image.Image) -> Image.Image:
-    """The picture upright and in RGB, as transformers reads it for inference.
+    """The picture as inference reads it.
 
     Raises:
         BrokenChat: its data ends early, or is no picture.
     """
     try:
-        return load_image(image)
-    except Exception as error:  # as above
-        raise BrokenChat("broken image", f"{getattr(image, 'filename', '') or image!r}: {error}") from error
+        return read_picture(image)
+    except ValueError as error:
+        raise broken("image", error) from error
 
 
-def open_video(source: tuple[Any, float | None], folder: Path) -> Any:
-    """A video as `BardVLProcessor` takes it: an address, which it samples, or the pair of all frames and metadata.
-
-    Frames stand `fps` (2 by default, as in qwen_vl_utils) to a second.
+def open_video(video: Media, folder: Path) -> Media:
+    """A video as `BardVLProcessor` takes it, with its path whole, or its frames as pictures.
 
     Raises:
         BrokenChat: there is no such file, or a form that is not known.
     """
-    video, rate = source
-    if isinstance(video, Mapping) and not video.get("bytes"):  # of `datasets.Video`
-        video = video.get("path")
-    if isinstance(video, (list, tuple)) and video:
-        frames = [decode_image(open_image(frame, folder)) for frame in video]
-        metadata = {"fps": rate or 2.0, "frames_indices": list(range(len(frames))), "total_num_frames": len(frames)}
-        return frames, metadata
-    if isinstance(video, str) and "://" in video:
-        return video
-    if isinstance(video, (str, os.PathLike)):
-        if not (folder / video).is_file():
-            raise BrokenChat("missing video", str(folder / video))
-        return str(folder / video)
-    raise BrokenChat("broken video", f"a path, an address or a list of frames is needed, got {video!r:.80}")
+    source = video.source
+    if isinstance(source, Mapping) and not source.get("bytes"):  # of `datasets.Video`
+        source = source.get("path")
+    if isinstance(source, (list, tuple)) and source:
+        return Media([decode_image(open_image(frame, folder)) for frame in source], video.options)
+    if isinstance(source, (str, os.PathLike)) and not str(source).startswith(("http://", "https://", "data:")):
+        path = local_path(os.fspath(source), folder)
+        if not path.exists():
+            raise BrokenChat("missing video", str(path))
+        return Media(str(path), video.options)
+    if isinstance(source, (str, bytes, Mapping)) or getattr(source, "ndim", 0) == 4:
+        return Media(source, video.options)
+    raise BrokenChat("broken video", f"a path, an address or a list of frames is needed, got {source!r:.80}")
+
+
+def fetched(source: Any) -> Any:
+    """The picture at an address that only `datasets` knows (hf://, s3://, ...); other sources as they are."""
+    if not isinstance(source, str) or "://" not in source or source.startswith(("file:", "http:", "https:", "data:")):
+        return source
+    try:
+        return datasets.Image().decode_example({"path": source, "bytes": None})
+    except Exception as error:  # what its file systems raise has no common class
+        raise BrokenChat("broken image", f"{source}: {error}") from error
+
+
+def broken(kind: str, error: ValueError) -> BrokenChat:
+    """What a picture that cannot be read makes of its chat."""
+    if isinstance(error.__cause__, FileNotFoundError):
+        return BrokenChat(f"missing {kind}", str(error).partition(" cannot be read")[0])
+    return BrokenChat(f"broken {kind}", str(error))
