@@ -4,13 +4,18 @@ Importing the package registers its classes with transformers' Auto classes, so 
 without `trust_remote_code`.
 """
 
+from .app.chats import check_chat, is_text
+from .app.errors import UsageError, one_line
+from .app.memory import MemoryEstimate, estimate_memory
+from .app.session import Session, check_config, read_config
+from .app.terminal import DraftStreamer
 from .cache_bard_vl import BardVLCache
 from .compat_bard_vl import register
 from .configuration_bard_vl import BardVLConfig
 from .decoding_bard_vl import DenoisingStep
 from .generation_bard_vl import BardVLGenerationOutput
 from .generation_config_bard_vl import BardVLGenerationConfig
-from .memory_bard_vl import MemoryEstimate, estimate_memory
+from .media_bard_vl import read_picture
 from .modeling_bard_vl import BardVLForConditionalGeneration, BardVLModel
 from .processing_bard_vl import BardVLProcessor
 
@@ -26,6 +31,15 @@ __all__ = [
     "BardVLModel",
     "BardVLProcessor",
     "DenoisingStep",
+    "DraftStreamer",
     "MemoryEstimate",
+    "Session",
+    "UsageError",
+    "check_chat",
+    "check_config",
     "estimate_memory",
+    "is_text",
+    "one_line",
+    "read_config",
+    "read_picture",
 ]

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers.generation import GenerationConfig, LogitsProcessorList
 
 from .cache_bard_vl import BardVLCache
 from .compat_bard_vl import CacheOutput, PortableGeneration, attention_of, one_cache
-from .compilation_bard_vl import NUM_WARM_UP_RUNS, lent_buffers
+from .compilation_bard_vl import NUM_WARM_UP_RUNS, lent_buffers, release_idle_buffers
 from .configuration_bard_vl import check_integer
 from .decoding_bard_vl import BlockDecoder, DenoisingStep
 from .generation_config_bard_vl import (
@@ -43,7 +43,6 @@ from .inputs_bard_vl import (
     response_limits,
 )
 from .masking_bard_vl import check_attention_implementation
-from .memory_bard_vl import cache_columns, check_memory
 from .processors_bard_vl import build_processors
 from .windows_bard_vl import TokenTable, WindowEncoder
 
@@ -163,6 +162,7 @@ class BardVLGenerationMixin(PortableGeneration):
 
         Raises:
             ValueError: a prompt or a setting is wrong, or not supported; raised before anything is computed.
+            torch.OutOfMemoryError: the device has too little memory; the message says what takes less.
         """
         # 1. Settings and checks
         past_key_values = one_cache(past_key_values, cache)
@@ -209,17 +209,14 @@ class BardVLGenerationMixin(PortableGeneration):
         scheme = self._cache_scheme(settings.block_size, input_ids.device)
         reused = cache.shared_prefix(contents, scheme)
 
-        shape = (len(input_ids) * settings.num_return_sequences, cache_columns(max(prompt.host_lengths), settings))
-        lent: Any = lent_buffers(self, (*shape, *scheme[1:])) if settings.is_static else contextlib.nullcontext()
-
         # 3. and 4. Decode
-        with lent as buffers:
-            held = sum(states.nbytes for layer in buffers or () for states in layer)
-            check_memory(self, prompt, settings, reused, held)
+        with memory_advice(self, prompt, settings):
             if streamer is not None:
                 streamer.put(input_ids.cpu())
             decoder = BlockDecoder(self, prompt, limits, settings, cache, hooks)
-            with cache.generation(contents, scheme):
+            shape = (*decoder.static_shape, *scheme[1:])
+            lent: Any = lent_buffers(self, shape) if settings.is_static else contextlib.nullcontext()
+            with lent as buffers, cache.generation(contents, scheme):
                 decoder.prefill(reused, buffers)
                 while decoder.rows:
                     decoder.step()
@@ -433,6 +430,33 @@ def _explicit(config: GenerationConfig | None) -> dict[str, Any]:
         return drop_plain_defaults(config.to_dict())
     config.validate()  # servers set fields of a copy, foreign ones too
     return config.explicit()
+
+
+# What devices say that have no exception of their own for it.
+_NO_MEMORY = ("DefaultCPUAllocator: ", "MPS backend out of memory")
+
+
+@contextlib.contextmanager
+def memory_advice(model: Any, prompt: Prompt, settings: DecodingSettings) -> Iterator[None]:
+    """Raise `torch.OutOfMemoryError` with what takes less memory where a device runs out of it.
+
+    Buffers that wait for later calls are given back, so that a smaller call finds more room.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not any(said in str(error) for said in _NO_MEMORY):
+            raise
+        release_idle_buffers(model)
+        num_rows, longest = len(prompt.host_lengths) * settings.num_return_sequences, max(prompt.host_lengths)
+        advice = [f"lower `max_new_tokens`, which is {settings.max_new_tokens}"]
+        advice += ["set `prefill_chunk_size`"] if settings.prefill_chunk_size is None else []
+        advice += ["bound the pixels of images"] if prompt.visual_inputs else []
+        advice += [f"answer fewer than {num_rows} rows at once"] if num_rows > 1 else []
+        raise torch.OutOfMemoryError(
+            f"{prompt.input_ids.device} ran out of memory over {num_rows} row(s), prompts of {longest} tokens at most: "
+            f"{', or '.join(advice)}; `bard_vl.estimate_memory` tells beforehand what a call takes"
+        ) from error
 
 
 __all__ = ["BardVLGenerationMixin", "BardVLGenerationOutput"]

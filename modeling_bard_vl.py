@@ -52,7 +52,6 @@ from .masking_bard_vl import (
     partition_prompt,
     to_attention_mask,
 )
-from .memory_bard_vl import MemoryEstimate
 from .processors_bard_vl import TokenProcessors
 from .remasking_bard_vl import REMASKING_RULES
 from .windows_bard_vl import WindowEncoder
@@ -371,7 +370,6 @@ __all__ = [
     "BardVLModel",
     "BlockDecoder",
     "DecodingHooks",
-    "MemoryEstimate",
     "TokenProcessors",
     "WindowEncoder",
     "compiled_step",

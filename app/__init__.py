@@ -1,1 +1,1 @@
-"""What command line, viewer, serving and examples share: sessions, pictures and videos, errors, text on a terminal."""
+"""What command line, viewer, serving and examples share: sessions, memory, chats, errors, text on a terminal."""

@@ -14,10 +14,10 @@ from transformers.utils import logging
 
 from ..configuration_bard_vl import BardVLConfig
 from ..generation_config_bard_vl import FIELDS, BardVLGenerationConfig, resolve_mask_token_id
-from ..memory_bard_vl import MemoryEstimate, check_fits, estimate_memory, free_memory, read_prompt, readable
 from ..modeling_bard_vl import BardVLForConditionalGeneration
 from ..processing_bard_vl import BardVLProcessor
 from .errors import UsageError, one_line
+from .memory import MemoryEstimate, check_fits, estimate_memory, free_memory, read_prompt, readable
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "examples" / "checkpoint"  # a small trained one of the repository
 OWN_SETTINGS = ("return_dict_in_generate", "output_history", "return_step_stats", "num_return_sequences")

@@ -65,7 +65,7 @@ class Conversation:
 
         messages = [*self.messages, {"role": "user", "content": [*self.attached, {"type": "text", "text": text}]}]
         inputs = self.session.encode(messages)
-        if self.cache is None:  # later `generate` itself knows what the cache spares
+        if self.cache is None:  # a later turn encodes only what is new
             self.session.check_memory(inputs)
         streamer = DraftStreamer(self.session.processor)
         try:

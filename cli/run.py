@@ -175,7 +175,7 @@ def refusal(session: "Session", inputs: Any) -> str | None:
 
 def print_estimate(estimate: "MemoryEstimate", session: "Session", refused: str | None, as_json: bool) -> None:
     """Print the memory that an answer takes, and whether it fits."""
-    from bard_vl.memory_bard_vl import TOLERANCE, readable
+    from bard_vl.app.memory import TOLERANCE, readable
 
     free = session.free_memory()
     fits = None if free is None else "no" if refused else "yes" if estimate.total * TOLERANCE <= free else "perhaps"

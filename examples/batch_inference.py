@@ -30,10 +30,7 @@ import bard_vl
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from bard_vl.app.chats import check_chat, is_text
-from bard_vl.app.errors import one_line
-from bard_vl.app.session import check_config, read_config
-from bard_vl.media_bard_vl import read_picture
+from bard_vl import check_chat, check_config, is_text, one_line, read_config, read_picture
 from transformers import AutoModelForImageTextToText
 
 FAILED = 3  # exit code of a run that ended, with errors among its answers

@@ -15,11 +15,8 @@ from pathlib import Path
 
 import bard_vl
 import torch
-from bard_vl.app.errors import UsageError, one_line
-from bard_vl.app.session import check_config
-from bard_vl.app.terminal import DraftStreamer
-from bard_vl.media_bard_vl import read_picture
-from transformers import AutoConfig, AutoModelForImageTextToText
+from bard_vl import DraftStreamer, UsageError, check_config, one_line, read_config, read_picture
+from transformers import AutoModelForImageTextToText
 
 HERE = Path(__file__).resolve().parent
 CHECKPOINT = HERE / "checkpoint"
@@ -47,7 +44,7 @@ def parse_arguments() -> tuple[argparse.Namespace, bard_vl.BardVLGenerationConfi
     except ValueError as error:
         parser.error(one_line(error))
     try:
-        check_config(arguments.model, AutoConfig.from_pretrained(arguments.model), settings)
+        check_config(arguments.model, read_config(arguments.model), settings)
     except UsageError as error:
         parser.error(one_line(error))
     return arguments, settings

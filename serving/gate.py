@@ -22,9 +22,9 @@ from transformers.utils import logging
 
 from ..app.chats import check_chat, is_text
 from ..app.errors import one_line
+from ..app.memory import check_fits, free_memory, read_prompt
 from ..generation_config_bard_vl import check_seed
 from ..hooks_bard_vl import check_banned_tokens
-from ..memory_bard_vl import check_fits, free_memory, read_prompt
 
 logger = logging.get_logger(__name__)
 

@@ -22,9 +22,9 @@ from typing import Any
 import pytest
 import torch
 from bard_vl import BardVLGenerationConfig, BardVLProcessor
+from bard_vl.app.memory import readable
 from bard_vl.app.session import Session, build_settings
 from bard_vl.evaluation.scenes import scene
-from bard_vl.memory_bard_vl import readable
 from bard_vl_cli.main import main
 from fresh import ROOT, convert
 from PIL import Image

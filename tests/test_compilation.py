@@ -18,8 +18,6 @@ from bard_vl import (
     BardVLForConditionalGeneration,
     BardVLGenerationOutput,
     compilation_bard_vl,
-    estimate_memory,
-    memory_bard_vl,
 )
 from bard_vl.attention_bard_vl import with_own_code
 from bard_vl.compat_bard_vl import one_cache
@@ -305,29 +303,21 @@ def test_what_greedy_decoding_ignores_makes_no_other_step(model: BardVLForCondit
     assert set(compilation_bard_vl._compiled[model].steps) == steps
 
 
-def test_buffers_that_wait_count_as_free_and_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lack_of_memory_gives_back_the_buffers_that_wait() -> None:
     model, static = load(), {"cache_implementation": "static"}
-    model.config.text_config.max_position_embeddings = 10**6
-    inputs = collate(BATCH[:1])
-    needed = estimate_memory(model, inputs, **SETTINGS, **static).working
-    large = {"max_new_tokens": 5000}
-
-    def waiting() -> int:
-        idle = compilation_bard_vl._compiled[model].idle if model in compilation_bard_vl._compiled else []
-        return sum(states.nbytes for _, buffers in idle for layer in buffers for states in layer)
-
     with torch.compiler.set_stance("force_eager"):
-        expected = run(model, BATCH[:1]).sequences
-        monkeypatch.setattr(memory_bard_vl, "free_memory", lambda _: needed - waiting())
-        for _ in range(2):
-            assert torch.equal(run(model, BATCH[:1], **static).sequences, expected)
-            assert waiting() > needed / 2
-        room = estimate_memory(model, inputs, **SETTINGS | large, **static).working
-        monkeypatch.setattr(memory_bard_vl, "free_memory", lambda _: room - waiting())
-        run(model, BATCH[:1], **static, **large, stopping_criteria=[lambda ids, _: torch.tensor([True])])
-        assert len(compilation_bard_vl._compiled[model].idle) == 1  # the others made room
-        with pytest.raises(ValueError, match="or lower `max_new_tokens`, which is 500000"):
-            run(model, BATCH[:1], **static, max_new_tokens=500_000)
+        expected = run(model, BATCH[:1], **static).sequences
+        assert len(compilation_bard_vl._compiled[model].idle) == 1
+        hook = model.lm_head.register_forward_pre_hook(exhaust)
+        with pytest.raises(torch.OutOfMemoryError, match="ran out of memory over 1 row"):
+            run(model, BATCH[:1], **static)
+        assert compilation_bard_vl._compiled[model].idle == []
+        hook.remove()
+        assert torch.equal(run(model, BATCH[:1], **static).sequences, expected)
+
+
+def exhaust(*_: object) -> None:
+    raise torch.OutOfMemoryError("full")
 
 
 def test_without_a_compiler_the_step_runs_eagerly_and_says_so_once(tmp_path: Path) -> None:

@@ -1,18 +1,19 @@
 """Memory is estimated before it is used: the cache and the weights to the byte, peaks within the stated factor."""
 
-import logging
+import copy
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import psutil
 import pytest
 import tiny
 import torch
-from bard_vl import BardVLConfig, BardVLForConditionalGeneration, estimate_memory, memory_bard_vl
+from bard_vl import BardVLConfig, BardVLForConditionalGeneration, estimate_memory
+from bard_vl.app import memory
+from bard_vl.app.memory import TOLERANCE, certain_bytes, check_fits, free_memory, read_prompt, readable
 from bard_vl.inputs_bard_vl import PromptSize, largest_pixels
-from bard_vl.memory_bard_vl import TOLERANCE, certain_bytes, check_fits, free_memory, read_prompt, readable
 from torch.profiler import ProfilerActivity, profile
 
 IDS = tiny.IDS["small"]
@@ -181,15 +182,51 @@ def test_readable_sizes(size: float, text: str) -> None:
 # Too large -----------------------------------------------------------------------------------------------------------
 
 
-def test_generate_refuses_what_no_machine_has_before_it_computes() -> None:
-    model = load()
+def test_what_no_machine_has_is_refused() -> None:
+    model, cpu = load(), torch.device("cpu")
+    size, settings = read_prompt(model, prompt(text=9), **{**SETTINGS, "max_new_tokens": 10**9})
     with pytest.raises(
         ValueError, match=r"^a prompt of 9 .* about .* TB at most .* has .* GB free; or lower `max_new_tokens`"
     ):
-        model.generate(**prompt(text=9), **{**SETTINGS, "max_new_tokens": 10**9})
+        check_fits(model, size, settings, cpu, free_memory(cpu))
 
 
-def test_responses_that_may_end_early_are_not_refused(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:125] err == 0. DefaultCPUAllocator: can't allocate memory: ..."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.92 GB, ...)"),
+    ],
+    ids=["cuda", "cpu", "mps"],
+)
+def test_a_device_that_runs_out_of_memory_is_told_with_advice(error: RuntimeError) -> None:
+    model, inputs = copy.deepcopy(load()), prompt(SMALL, text=20, rows=2)
+    model.lm_head.register_forward_pre_hook(partial(fail, error))
+    with pytest.raises(torch.OutOfMemoryError, match=r"^cpu ran out of memory over 2 row") as caught:
+        model.generate(**inputs, **SETTINGS)
+    assert caught.value.__cause__ is error
+    for advice in ("`max_new_tokens`, which is 40", "`prefill_chunk_size`", "pixels", "fewer than 2 rows"):
+        assert advice in str(caught.value)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        model.generate(**prompt(text=20), **SETTINGS, prefill_chunk_size=16)
+    for advice in ("`prefill_chunk_size`", "pixels", "fewer than"):
+        assert advice not in str(caught.value)
+
+
+def test_another_error_is_handed_on_as_it_is() -> None:
+    model, error = copy.deepcopy(load()), RuntimeError("shapes do not match")
+    model.lm_head.register_forward_pre_hook(partial(fail, error))
+    with pytest.raises(RuntimeError) as caught:
+        model.generate(**prompt(text=9), **SETTINGS)
+    assert caught.value is error
+
+
+def fail(error: RuntimeError, *_: Any) -> None:
+    raise error
+
+
+def test_responses_that_may_end_early_are_not_refused() -> None:
     model, long = load(), {**SETTINGS, "max_new_tokens": 100_000}
     size, settings = read_prompt(model, prompt(text=9, rows=8), **long)
     needed = estimate_memory(model, prompt(text=9, rows=8), **long).working
@@ -198,14 +235,6 @@ def test_responses_that_may_end_early_are_not_refused(monkeypatch: pytest.Monkey
     check_fits(model, size, replace(settings, check_interval=4), torch.device("cpu"), free)
     with pytest.raises(ValueError, match=r"or lower `max_new_tokens`, which is 100000; or give fewer than 8 prompts"):
         check_fits(model, size, replace(settings, is_static=True), torch.device("cpu"), needed // 4)
-    monkeypatch.setattr(memory_bard_vl, "free_memory", lambda _: free)
-    memory_bard_vl.logger.warning_once.cache_clear()
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            model.generate(**prompt(text=9, rows=8), **long, stopping_criteria=[lambda *_: torch.ones(1, dtype=bool)])
-    assert [record.getMessage() for record in caplog.records] == [
-        "responses of full length may not fit into the memory of cpu: `max_new_tokens` is 100000, for 8 of them"
-    ]
 
 
 @pytest.mark.parametrize("interval", [1, 4])
@@ -220,7 +249,7 @@ def test_what_is_sure_is_what_the_shortest_answers_take(interval: int) -> None:
 
 
 def test_a_containers_limit_counts(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_bard_vl, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
     files = {"memory.max": "max", "memory.current": "60000000", "memory.stat": "anon 5\ninactive_file 20000000\n"}
     for name, text in files.items():
         (tmp_path / name).write_text(text)

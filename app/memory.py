@@ -11,15 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging
 
-from .compat_bard_vl import attention_of
-from .compilation_bard_vl import release_idle_buffers
-from .generation_config_bard_vl import DecodingSettings
-from .inputs_bard_vl import PromptSize, check_prompt, check_visual_inputs, pixel_advice, response_limits
-from .windows_bard_vl import STATIC_COLUMNS
-
-logger = logging.get_logger(__name__)
+from ..compat_bard_vl import attention_of
+from ..generation_config_bard_vl import DecodingSettings
+from ..inputs_bard_vl import PromptSize, check_prompt, check_visual_inputs, pixel_advice, response_limits
+from ..windows_bard_vl import STATIC_COLUMNS
 
 TOLERANCE = 1.25
 SUGGESTED_CHUNK = 1024  # tokens
@@ -260,36 +256,6 @@ def element_size(model: Any) -> int:
     return model.get_input_embeddings().weight.element_size()
 
 
-def check_memory(model: Any, prompt: Any, settings: DecodingSettings, reused: int = 0, held: int = 0) -> None:
-    """Raise `ValueError` if a call needs more memory than its device has free, before anything is computed.
-
-    What is sure is compared: responses may end early. The message names the estimate, and what would fit. A model that
-    is spread over devices is not checked.
-
-    Args:
-        model: the model, its weights in memory.
-        prompt: realigned, on the device.
-        settings: resolved.
-        reused: columns that a cache holds already.
-        held: bytes of keys and values that are there already, to be used again.
-    """
-    if len(set((getattr(model, "hf_device_map", None) or {}).values())) <= 1:
-        device = prompt.input_ids.device
-        free, size = free_memory(device), PromptSize.of(model.config, prompt, reused)
-        if free is None:
-            return
-        needed = working_bytes(model, size, settings) - held
-        if needed > free:
-            release_idle_buffers(model)
-            free = free_memory(device) or 0
-        check_fits(model, size, settings, device, free + held)
-        if needed > free:
-            logger.warning_once(
-                f"responses of full length may not fit into the memory of {device}: `max_new_tokens` is "
-                f"{settings.max_new_tokens}, for {len(size.lengths) * settings.num_return_sequences} of them"
-            )
-
-
 def check_fits(
     model: Any,
     size: PromptSize,
@@ -371,9 +337,7 @@ def readable(size: int) -> str:
 __all__ = [
     "TOLERANCE",
     "MemoryEstimate",
-    "cache_columns",
     "check_fits",
-    "check_memory",
     "estimate_memory",
     "free_memory",
     "read_prompt",
