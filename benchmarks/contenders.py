@@ -1,24 +1,70 @@
-"""What is compared, behind one call: prompts in, tokens and forwards out."""
+"""What is compared, behind one call: prompts in, tokens and forwards out. By public calls, as any release has them."""
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from bard_vl import BardVLForConditionalGeneration
-from plain_decoder import LADDER, LadderDecoder, Rung, Task
-from shapes import stock_twin
+from shapes import Shape
 from transformers import CompileConfig, Qwen3VLForConditionalGeneration
 
-GROUPS = ("plain", "ladder", "engine", "qwen")
+MOST_OFFSET = 7  # tokens that a prompt may be longer or shorter in another round
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to decode: the names and defaults of the reference's `generate`."""
+
+    max_new_tokens: int = 256
+    block_size: int = 4
+    denoising_steps: int = 4
+    remasking_strategy: str = "low_confidence_dynamic"
+    confidence_threshold: float = 0.9
+    mask_token_id: int = 151_671
+    eos_token_id: int = 151_645
+
+    def quota(self, step: int) -> int:
+        """Tokens that a step commits at least."""
+        return self.block_size // self.denoising_steps + (step < self.block_size % self.denoising_steps)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of a whole response."""
+        return -(-self.max_new_tokens // self.block_size)
+
+    @property
+    def first_block(self) -> "Task":
+        """The same, but it ends with the first block."""
+        return replace(self, max_new_tokens=self.block_size)
+
+
+def static_task(shape: Shape, max_new_tokens: int, block_size: int, steps: int) -> Task:
+    """Every step commits block size / steps tokens, and no response ends early."""
+    return Task(
+        max_new_tokens=max_new_tokens,
+        block_size=block_size,
+        denoising_steps=steps,
+        remasking_strategy="low_confidence_static",
+        mask_token_id=shape.mask_token_id,
+        eos_token_id=shape.eos_token_id,
+    )
 
 
 @dataclass
 class Decoded:
-    """Response ids of each prompt, and forwards of the language model by kind, in total."""
+    """What a call gave.
+
+    Attributes:
+        tokens: response ids of each prompt.
+        forwards: of the language model by kind, in total.
+        seconds: that it took, if someone looked at the clock.
+    """
 
     tokens: list[list[int]]
     forwards: Counter[str]
+    seconds: float = float("nan")
 
 
 class Contender(Protocol):
@@ -28,6 +74,7 @@ class Contender(Protocol):
         name: what tables call it.
         is_block_diffusion: whether it is to give the engine's tokens.
         is_batched: whether it decodes all prompts together.
+        num_warm_ups: rounds before the first that is timed.
         is_optional: whether it may be impossible here, on this device or version.
         dtype: of the weights.
     """
@@ -35,30 +82,12 @@ class Contender(Protocol):
     name: str
     is_block_diffusion: bool
     is_batched: bool
+    num_warm_ups: int
     is_optional: bool
     dtype: torch.dtype
 
-    def decode(self, prompts: list[torch.Tensor], task: Task, first_block_only: bool = False) -> Decoded:
-        """Decode 1-D prompts; with `first_block_only` a call for whole responses that stops after the first block."""
-
-
-class LadderContender:
-    """A rung of the ladder, one prompt at a time."""
-
-    is_block_diffusion, is_batched, is_optional = True, False, False
-
-    def __init__(self, model: Qwen3VLForConditionalGeneration, rung: Rung):
-        self.name, self.model, self.rung, self.dtype = rung.name, model, rung, model.dtype
-
-    def decode(self, prompts: list[torch.Tensor], task: Task, first_block_only: bool = False) -> Decoded:
-        """See `Contender`."""
-        decoded = Decoded([], Counter())
-        for prompt in prompts:
-            positions = torch.arange(len(prompt), device=prompt.device).expand(4, 1, -1)
-            decoder = LadderDecoder(self.model, self.rung, task, {"input_ids": prompt[None]}, positions)
-            decoded.tokens.append(decoder.run(max_blocks=1 if first_block_only else None))
-            decoded.forwards += decoder.forwards
-        return decoded
+    def decode(self, prompts: list[torch.Tensor], task: Task) -> Decoded:
+        """Decode 1-D prompts."""
 
 
 class EngineContender:
@@ -68,21 +97,15 @@ class EngineContender:
 
     def __init__(self, name: str, model: BardVLForConditionalGeneration, is_batched: bool, **settings: Any):
         self.name, self.model, self.is_batched, self.settings = name, model, is_batched, settings
-        self.dtype, self.is_optional = model.dtype, "cache_implementation" in settings
+        self.dtype, self.is_optional = model.dtype, settings.get("cache_implementation") not in (None, "dynamic")
+        # Compilation and the recording of graphs take two rounds.
+        self.num_warm_ups = 2 if self.is_optional or model.device.type == "cuda" else 1
 
-    def decode(self, prompts: list[torch.Tensor], task: Task, first_block_only: bool = False) -> Decoded:
+    def decode(self, prompts: list[torch.Tensor], task: Task) -> Decoded:
         """See `Contender`."""
         decoded = Decoded([], Counter())
         for batch in [prompts] if self.is_batched else [[prompt] for prompt in prompts]:
-            output = self.model.generate(
-                **collate(batch),
-                **vars(task),
-                **self.settings,
-                return_dict_in_generate=True,
-                # A smaller `max_new_tokens` would stop there too, but change the shapes of a compiled model. With a
-                # criterion the engine looks after every step, whatever the `check_interval`: at most that many early.
-                stopping_criteria=[_stop] if first_block_only else None,
-            )
+            output = self.model.generate(**collate(batch), **vars(task), **self.settings, return_dict_in_generate=True)
             width = max(len(prompt) for prompt in batch)
             decoded.tokens += [row[width:].tolist() for row in output.sequences]
             decoded.forwards += Counter(output.num_forwards)
@@ -97,30 +120,21 @@ class AutoregressiveContender:
     def __init__(self, name: str, model: Qwen3VLForConditionalGeneration, **settings: Any):
         self.name, self.model, self.settings = name, model, settings
         self.dtype, self.is_optional = model.dtype, "cache_implementation" in settings
+        self.num_warm_ups = 2 if self.is_optional else 1
 
-    def decode(self, prompts: list[torch.Tensor], task: Task, first_block_only: bool = False) -> Decoded:
+    def decode(self, prompts: list[torch.Tensor], task: Task) -> Decoded:
         """See `Contender`; the first block is the first `block_size` tokens."""
         width = max(len(prompt) for prompt in prompts)
-        sequences = self.model.generate(
-            **collate(prompts),
-            **self.settings,
-            max_new_tokens=task.max_new_tokens,
-            stopping_criteria=[_StopAt(width + task.block_size)] if first_block_only else None,
-        )
+        sequences = self.model.generate(**collate(prompts), **self.settings, max_new_tokens=task.max_new_tokens)
         tokens = [row[width:].tolist() for row in sequences]
         return Decoded(tokens, Counter({"prefill": 1, "decode": len(tokens[0]) - 1}))
 
 
-class _StopAt:
-    def __init__(self, length: int):
-        self.length = length
-
-    def __call__(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((len(ids),), ids.shape[1] >= self.length, dtype=torch.bool, device=ids.device)
-
-
-def _stop(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-    return torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+def compile_everywhere() -> CompileConfig:
+    """Compilation for `AutoregressiveContender`, which transformers turns on by itself on accelerators alone."""
+    config = CompileConfig()
+    config._compile_all_devices = True
+    return config
 
 
 def collate(prompts: list[torch.Tensor]) -> dict[str, Any]:
@@ -131,48 +145,22 @@ def collate(prompts: list[torch.Tensor]) -> dict[str, Any]:
     return {"input_ids": torch.stack(padded), "attention_mask": torch.stack(real)}
 
 
-def contenders(
-    model: BardVLForConditionalGeneration, groups: list[str], batch: int, compiled: bool, interval: int | None = None
-) -> list[Contender]:
-    """Those of `groups`, the plain baseline first.
+def make_prompts(lengths: list[int], shape: Shape, seed: int, device: torch.device) -> list[torch.Tensor]:
+    """1-D prompts of random ordinary ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(shape.num_prompt_ids, (length,), generator=generator).to(device) for length in lengths]
 
-    Args:
-        model: of the shape that is measured.
-        groups: of `GROUPS`. `ladder` is for one prompt; with several, engine and baseline also go one by one.
-        batch: number of prompts.
-        compiled: add static caches with compilation.
-        interval: the engine's `check_interval`, None for its default.
+
+def rounds_of_prompts(
+    lengths: list[int], shape: Shape, seed: int, device: torch.device
+) -> Callable[[int], list[torch.Tensor]]:
+    """Prompts for each round, of about these lengths: others than in the rounds before, and of other lengths.
+
+    What an engine keeps per length or per prompt would otherwise be ready when it is timed, as no user finds it.
     """
-    chosen: list[Contender] = []
-    twins = {rung.attention: stock_twin(model, rung.attention) for rung in LADDER}
-    for place, rung in enumerate(LADDER):
-        if "plain" in groups if place == 0 else "ladder" in groups and batch == 1:
-            chosen.append(LadderContender(twins[rung.attention], rung))
-    if batch > 1 and chosen:
-        chosen[0].name += ", one by one"
-    engine = {} if interval is None else {"check_interval": interval}
-    if "engine" in groups:
-        if batch > 1:
-            chosen.append(EngineContender("this engine, one by one", model, is_batched=False, **engine))
-        chosen.append(EngineContender("this engine", model, is_batched=True, **engine))
-        if compiled:
-            static = {**engine, "cache_implementation": "static"}
-            chosen.append(EngineContender("this engine, static and compiled", model, is_batched=True, **static))
-    if "qwen" in groups:
-        chosen.append(AutoregressiveContender("Qwen3-VL, eager", twins["sdpa"]))
-        if compiled:
-            chosen.append(
-                AutoregressiveContender(
-                    "Qwen3-VL, static and compiled",
-                    stock_twin(model, "sdpa"),
-                    cache_implementation="static",
-                    compile_config=_compile_everywhere(),
-                )
-            )
-    return chosen
 
+    def prompts(number: int) -> list[torch.Tensor]:
+        offset = 4 * number % (2 * MOST_OFFSET + 1) - MOST_OFFSET  # 15 rounds before a length comes again
+        return make_prompts([max(length + offset, 1) for length in lengths], shape, 1000 * seed + number + 100, device)
 
-def _compile_everywhere() -> CompileConfig:
-    config = CompileConfig()
-    config._compile_all_devices = True  # transformers compiles by itself on accelerators alone
-    return config
+    return prompts

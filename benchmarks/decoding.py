@@ -10,14 +10,14 @@ It compares
 - this engine, `generate` of the package,
 - Qwen3-VL of the same shape and weights, token by token, through transformers' own `generate`.
 
-Weights and prompts are random, so the time per forward is real and the text is not. How many steps a block takes
+Weights and prompts are random, so the time per forward is real and the text is not. Every round has new prompts, a few
+tokens longer or shorter than asked for: nobody warms up on what is timed. How many steps a block takes
 depends on the text; here it is fixed by the static rule: with `--steps` S every step commits block size / S tokens. No
 response ends early. What a trained model needs is measured elsewhere, as tokens per forward.
 """
 
 import argparse
 import importlib.util
-import json
 import shlex
 import sys
 from dataclasses import asdict
@@ -25,11 +25,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import GROUPS, contenders
-from measuring import copy_bandwidth, environment, measure
-from plain_decoder import Task
-from report import plot, to_markdown
-from shapes import SHAPES, Shape, build_model, bytes_read_per_forward, num_parameters
+from bard_vl import BardVLForConditionalGeneration
+from contenders import (
+    AutoregressiveContender,
+    Contender,
+    EngineContender,
+    compile_everywhere,
+    rounds_of_prompts,
+    static_task,
+)
+from measuring import Result, copy_bandwidth, environment, measure
+from plain_decoder import LADDER, LadderContender
+from report import plain_arguments, plot, say, say_nothing, to_markdown, write_json
+from shapes import SHAPES, build_model, bytes_read_per_forward, num_parameters, stock_twin
+
+GROUPS = ("plain", "ladder", "engine", "qwen")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -82,60 +92,75 @@ def prompt_lengths(chosen: argparse.Namespace) -> list[int]:
     return [round(length) for length in torch.linspace(low, high, chosen.batch).tolist()]
 
 
-def make_prompts(lengths: list[int], shape: Shape, seed: int, device: torch.device) -> list[torch.Tensor]:
-    """1-D prompts of random ordinary ids."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(shape.num_prompt_ids, (length,), generator=generator).to(device) for length in lengths]
+def contenders(
+    model: BardVLForConditionalGeneration, groups: list[str], batch: int, compiled: bool, interval: int | None = None
+) -> list[Contender]:
+    """Those of `groups`, the plain baseline first.
+
+    Args:
+        model: of the shape that is measured.
+        groups: of `GROUPS`. `ladder` is for one prompt; with several, engine and baseline also go one by one.
+        batch: number of prompts.
+        compiled: add static caches with compilation.
+        interval: the engine's `check_interval`, None for its default.
+    """
+    chosen: list[Contender] = []
+    twins = {rung.attention: stock_twin(model, rung.attention) for rung in LADDER}
+    for place, rung in enumerate(LADDER):
+        if "plain" in groups if place == 0 else "ladder" in groups and batch == 1:
+            chosen.append(LadderContender(twins[rung.attention], rung))
+    if batch > 1 and chosen:
+        chosen[0].name += ", one by one"
+    engine = {} if interval is None else {"check_interval": interval}
+    if "engine" in groups:
+        if batch > 1:
+            chosen.append(EngineContender("this engine, one by one", model, is_batched=False, **engine))
+        chosen.append(EngineContender("this engine", model, is_batched=True, **engine))
+        if compiled:
+            static = {**engine, "cache_implementation": "static"}
+            chosen.append(EngineContender("this engine, static and compiled", model, is_batched=True, **static))
+    if "qwen" in groups:
+        chosen.append(AutoregressiveContender("Qwen3-VL, eager", twins["sdpa"]))
+        if compiled:
+            static = {"cache_implementation": "static", "compile_config": compile_everywhere()}
+            twin = stock_twin(model, "sdpa")
+            chosen.append(AutoregressiveContender("Qwen3-VL, static and compiled", twin, **static))
+    return chosen
 
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Measure everything that the command line asks for; the result is what `--json` writes."""
+    """Measure everything that the command line asks for; the result is what `--json` writes, after each contender."""
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     torch.backends.cuda.enable_cudnn_sdp(not chosen.no_cudnn)
     device, shape = torch.device(chosen.device), SHAPES[chosen.shape]
-    model = build_model(shape, device, getattr(torch, chosen.dtype), chosen.seed)
-    lengths = prompt_lengths(chosen)
-    prompts = make_prompts(lengths, shape, chosen.seed, device)
-    compared = contenders(model, chosen.only, chosen.batch, chosen.compile, chosen.check_interval)
-    bandwidth = copy_bandwidth(device)
-    results = []
-    for steps in chosen.steps:
-        task = Task(
-            max_new_tokens=chosen.new_tokens,
-            block_size=chosen.block_size,
-            denoising_steps=steps,
-            remasking_strategy="low_confidence_static",
-            mask_token_id=shape.mask_token_id,
-            eos_token_id=shape.eos_token_id,
-        )
-        say = _silent if chosen.quiet else _say
-        for result in measure(compared, prompts, task, chosen.repetitions, say):
-            summary = {} if result.error else {"figures": result.figures(), "summary": result.summary()}
-            results.append({**asdict(result), **summary})
-    return {
+    measured: dict[str, Any] = {
         "command": shlex.join(["python", "benchmarks/decoding.py", *chosen.command_line]),
-        "arguments": {name: _plain(value) for name, value in vars(chosen).items() if name != "command_line"},
+        "arguments": plain_arguments(chosen),
         "environment": environment(device),
         "shape": asdict(shape),
+        "prompt_lengths": prompt_lengths(chosen),
+    }
+    model = build_model(shape, device, getattr(torch, chosen.dtype), chosen.seed)
+    bandwidth = copy_bandwidth(device)
+    measured |= {
         "parameters": num_parameters(model),
-        "prompt_lengths": lengths,
         "copy_bytes_per_second": bandwidth,
         "weight_read_ms": 1000 * bytes_read_per_forward(model) / bandwidth,
-        "results": results,
+        "results": [],
     }
+    prompts = rounds_of_prompts(measured["prompt_lengths"], shape, chosen.seed, device)
+    compared = contenders(model, chosen.only, chosen.batch, chosen.compile, chosen.check_interval)
+    for steps in chosen.steps:
+        task = static_task(shape, chosen.new_tokens, chosen.block_size, steps)
+        earlier = measured["results"]
 
+        def keep(results: list[Result], earlier: list[dict[str, Any]] = earlier) -> None:
+            measured["results"] = [*earlier, *(result.record() for result in results)]
+            write_json(measured, chosen.json)
 
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-def _silent(message: str) -> None:
-    pass
+        measure(compared, prompts, task, chosen.repetitions, say_nothing if chosen.quiet else say, keep)
+    return measured
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -143,9 +168,6 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parse_arguments(arguments)
     chosen.command_line = sys.argv[1:] if arguments is None else arguments
     measured = run(chosen)
-    # The raw numbers first: from them the rest can be made again.
-    if chosen.json:
-        chosen.json.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
     tables = to_markdown(measured)
     print(tables)
     if chosen.markdown:

@@ -15,8 +15,8 @@ from bard_vl.cache_bard_vl import BardVLCache
 from bard_vl.decoding_bard_vl import BlockDecoder
 from bard_vl.generation_config_bard_vl import DecodingSettings
 from bard_vl.hooks_bard_vl import DecodingHooks
-from contenders import collate
-from decoding import make_prompts, prompt_lengths
+from contenders import collate, make_prompts
+from decoding import prompt_lengths
 from measuring import seconds_of
 from shapes import SHAPES, build_model
 
@@ -29,7 +29,7 @@ def started(model: BardVLForConditionalGeneration, prompts: list[torch.Tensor], 
     cache = BardVLCache(model.config.text_config.num_hidden_layers)
     hooks = DecodingHooks(None, [], [], None, None, keep_history=False, deadline=float("inf"))
     prompt = model._realign(inputs["input_ids"], inputs["attention_mask"], {})
-    decoder = BlockDecoder(model, prompt, settings, cache, hooks)
+    decoder = BlockDecoder(model, prompt, [4 * block_size] * len(prompts), settings, cache, hooks)
     decoder.prefill(0, None)
     return decoder
 

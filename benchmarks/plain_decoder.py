@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from bard_vl.attention_bard_vl import ATTENTION_NAME
 from bard_vl.compat_bard_vl import cache_argument
+from contenders import Decoded, Task
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, Qwen3VLForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicLayer
@@ -30,28 +31,6 @@ def sdpa_without_causality(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, Non
 
 AttentionInterface.register(MASKLESS, sdpa_without_causality)
 AttentionMaskInterface.register(MASKLESS, lambda *args, **kwargs: None)
-
-
-@dataclass(frozen=True)
-class Task:
-    """What to decode: the names and defaults of the reference's `generate`."""
-
-    max_new_tokens: int = 256
-    block_size: int = 4
-    denoising_steps: int = 4
-    remasking_strategy: str = "low_confidence_dynamic"
-    confidence_threshold: float = 0.9
-    mask_token_id: int = 151_671
-    eos_token_id: int = 151_645
-
-    def quota(self, step: int) -> int:
-        """Tokens that a step commits at least."""
-        return self.block_size // self.denoising_steps + (step < self.block_size % self.denoising_steps)
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of a whole response."""
-        return -(-self.max_new_tokens // self.block_size)
 
 
 @dataclass(frozen=True)
@@ -173,10 +152,10 @@ class LadderDecoder:
         self.commit = commit_on_device if rung.device_rule else commit_on_host
 
     @torch.no_grad()
-    def run(self, max_blocks: int | None = None) -> list[int]:
-        """Decode up to an EOS, `max_new_tokens`, or `max_blocks` blocks; return the response, the EOS included."""
+    def run(self) -> list[int]:
+        """Decode up to an EOS or `max_new_tokens`; return the response, the EOS included."""
         size, eos = self.task.block_size, self.task.eos_token_id
-        for block in range(min(self.task.num_blocks, max_blocks or self.task.num_blocks)):
+        for block in range(self.task.num_blocks):
             start = self.length + block * size
             self.denoise(start)
             if (self.ids[0, start : start + size] == eos).any().item():
@@ -256,3 +235,22 @@ def commit_on_device(block: torch.Tensor, logits: torch.Tensor, step: int, task:
     if task.remasking_strategy == "low_confidence_static":
         return step + 1 == task.denoising_steps
     return not (block == task.mask_token_id).any().item()
+
+
+class LadderContender:
+    """A rung of the ladder, one prompt at a time."""
+
+    is_block_diffusion, is_batched, num_warm_ups, is_optional = True, False, 1, False
+
+    def __init__(self, model: Qwen3VLForConditionalGeneration, rung: Rung):
+        self.name, self.model, self.rung, self.dtype = rung.name, model, rung, model.dtype
+
+    def decode(self, prompts: list[torch.Tensor], task: Task) -> Decoded:
+        """See `Contender`."""
+        decoded = Decoded([], Counter())
+        for prompt in prompts:
+            positions = torch.arange(len(prompt), device=prompt.device).expand(4, 1, -1)
+            decoder = LadderDecoder(self.model, self.rung, task, {"input_ids": prompt[None]}, positions)
+            decoded.tokens.append(decoder.run())
+            decoded.forwards += decoder.forwards
+        return decoded

@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+from contenders import MOST_OFFSET
 
 HEADER = (
     "| decoder | forwards | ms per forward | ms to first block | tokens/s after it | tokens/s end to end (min-max) "
@@ -12,7 +15,7 @@ HEADER = (
 
 
 def to_markdown(run: dict[str, Any]) -> str:
-    """The whole run: hardware, versions, arguments, one table per number of steps."""
+    """The run as far as it came: hardware, versions, arguments, one table per number of steps."""
     environment = ", ".join(f"{name} {value}" for name, value in run["environment"].items())
     lines = [
         f"## {title(run)}",
@@ -21,10 +24,13 @@ def to_markdown(run: dict[str, Any]) -> str:
         f"{run['parameters'] / 1e6:.1f} M parameters in the text stack; reading the weights of a forward once takes "
         f"{run['weight_read_ms']:.3g} ms at the measured copy bandwidth of "
         f"{run['copy_bytes_per_second'] / 1e9:.3g} GB/s. "
-        f"Medians of {run['arguments']['repetitions']} interleaved repetitions.",
+        f"Medians of {run['arguments']['repetitions']} interleaved repetitions, each with new prompts, up to "
+        f"{MOST_OFFSET} tokens longer or shorter.",
     ]
     for steps in run["arguments"]["steps"]:
         results = [result for result in run["results"] if result["steps"] == steps]
+        if not results:
+            continue
         header = HEADER.format(base="plain" if results[0]["name"].startswith("plain") else "first")
         lines += ["", f"### {steps} steps per block", "", header, "|---|" + "---:|" * 7]
         lines += [table_row(result, results[0]) for result in results]
@@ -45,12 +51,14 @@ def title(run: dict[str, Any]) -> str:
 
 def table_row(result: dict[str, Any], base: dict[str, Any]) -> str:
     """One contender; speed relative to `base`, the first of its table."""
-    if result["error"]:
+    if "summary" not in result:
         return f"| {result['name']} | did not run |" + " |" * 6
     figure = result["summary"]
     kinds = " + ".join(f"{count} {kind}" for kind, count in result["forwards"].items())
     speed = figure["tokens_per_second"]
-    relative = "" if base["error"] else f"{speed['median'] / base['summary']['tokens_per_second']['median']:.2f}"
+    relative = (
+        "" if "summary" not in base else f"{speed['median'] / base['summary']['tokens_per_second']['median']:.2f}"
+    )
     cells = [
         result["name"],
         f"{sum(result['forwards'].values())} ({kinds})",
@@ -78,6 +86,27 @@ def notes(results: list[dict[str, Any]]) -> list[str]:
     return ["", *said]
 
 
+def plain_arguments(chosen: argparse.Namespace) -> dict[str, Any]:
+    """A command line's values as JSON takes them."""
+    values = {name: value for name, value in vars(chosen).items() if name != "command_line"}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def write_json(run: dict[str, Any], path: Path | None) -> None:
+    """Write what has been measured so far, if a path is given."""
+    if path:
+        path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+
+
+def say(message: str) -> None:
+    """Tell on stderr how far a run is."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def say_nothing(message: str) -> None:
+    """Stay quiet."""
+
+
 def plot(run: dict[str, Any], path: str | Path) -> None:
     """Bars of tokens/s end to end, with their range, a group per number of steps. Needs matplotlib."""
     import matplotlib
@@ -88,7 +117,7 @@ def plot(run: dict[str, Any], path: str | Path) -> None:
     steps = run["arguments"]["steps"]
     figure, axes = pyplot.subplots(1, len(steps), figsize=(6 * len(steps), 4), sharex=True, squeeze=False)
     for axis, count in zip(axes[0], steps, strict=True):
-        results = [result for result in run["results"] if result["steps"] == count and not result["error"]]
+        results = [result for result in run["results"] if result["steps"] == count and "summary" in result]
         speeds = [result["summary"]["tokens_per_second"] for result in results]
         medians = [speed["median"] for speed in speeds]
         errors = [[s["median"] - s["min"] for s in speeds], [s["max"] - s["median"] for s in speeds]]

@@ -16,7 +16,6 @@ Tokens per second count the tokens of the conversations, not their copies, nor p
 
 import argparse
 import gc
-import json
 import shlex
 import statistics
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 from measuring import environment, peak_memory, reset_peak_memory, seconds_of
+from report import plain_arguments, say, say_nothing, write_json
 from shapes import SHAPES, build_model, num_parameters
 from training_steps import MASKS, Batch, Form, Step, conversations, forms, make_batch
 
@@ -122,15 +122,17 @@ def measure(
     repetitions: int,
     tolerance: float,
     say: Callable[[str], None],
+    keep: Callable[[list[Result]], None] = lambda results: None,
 ) -> list[Result]:
     """Warm every form up and check its loss, then time them in turns: A B C, A B C, ...
 
-    A form that finds too little memory is left out, and its result says so.
+    A form that finds too little memory is left out, and its result says so. `keep` takes the results, so far, after
+    each measurement.
 
     Raises:
         ValueError: a form computes another loss than the first.
     """
-    ready = []
+    ready, results = [], [result for _, _, result in compared]
     for form, batch, result in compared:
         say(f"{result.length} columns, warming up: {form.name}")
         try:
@@ -141,6 +143,7 @@ def measure(
             ready.append((form, batch, result))
         if result.error:  # outside of the handler: the exception holds the tensors of the step
             _free(step, device)
+        keep(results)
     for _, _, result in ready:
         expected = ready[0][2].loss
         if not abs(result.loss - expected) <= tolerance * abs(expected):
@@ -154,7 +157,8 @@ def measure(
             peak = peak_memory(device)
             result.peak_memory_bytes = max(result.peak_memory_bytes, peak)
             result.memory_growth_bytes = max(result.memory_growth_bytes, peak - before)
-    return [result for _, _, result in compared]
+            keep(results)
+    return results
 
 
 def _free(step: Step, device: torch.device) -> None:
@@ -165,13 +169,19 @@ def _free(step: Step, device: torch.device) -> None:
 
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Measure everything that the command line asks for; the result is what `--json` writes."""
+    """Measure everything that the command line asks for; the result is what `--json` writes, after each form."""
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     device, shape = torch.device(chosen.device), SHAPES[chosen.shape]
+    measured: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/training.py", *chosen.command_line]),
+        "arguments": plain_arguments(chosen),
+        "environment": environment(device),
+        "shape": asdict(shape),
+    }
     model = build_model(shape, device, getattr(torch, chosen.dtype), chosen.seed)
+    measured |= {"parameters": num_parameters(model), "results": []}
     step = Step(model, chosen.chunk_size, not chosen.without_optimizer)
-    results = []
     for length in chosen.lengths:
         samples = conversations(length, chosen.block_size, shape.num_prompt_ids, chosen.seed)
         batches = {
@@ -185,28 +195,16 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
             rows, columns = batch.noisy_ids.shape
             learnt = int((batch.weights > 0).sum())
             compared.append((form, batch, Result(form.name, length, rows, columns, num_tokens, learnt)))
-        say = _silent if chosen.quiet else _say
-        results += measure(step, compared, device, chosen.repetitions, TOLERANCE[chosen.dtype], say)
-    return {
-        "command": shlex.join(["python", "benchmarks/training.py", *chosen.command_line]),
-        "arguments": {name: _plain(value) for name, value in vars(chosen).items() if name != "command_line"},
-        "environment": environment(device),
-        "shape": asdict(shape),
-        "parameters": num_parameters(model),
-        "results": [{**asdict(result), "summary": {} if result.error else result.summary()} for result in results],
-    }
+        earlier = measured["results"]
 
+        def keep(results: list[Result], earlier: list[dict[str, Any]] = earlier) -> None:
+            records = [{**asdict(each), "summary": each.summary() if each.seconds else {}} for each in results]
+            measured["results"] = [*earlier, *records]
+            write_json(measured, chosen.json)
 
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-def _silent(message: str) -> None:
-    pass
+        notice = say_nothing if chosen.quiet else say
+        measure(step, compared, device, chosen.repetitions, TOLERANCE[chosen.dtype], notice, keep)
+    return measured
 
 
 HEADER = "| step | rows x columns | s per step | tokens/s (min-max) | x first | peak MiB (growth) | x first |"
@@ -265,9 +263,6 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parse_arguments(arguments)
     chosen.command_line = sys.argv[1:] if arguments is None else arguments
     measured = run(chosen)
-    # The raw numbers first: from them the tables can be made again.
-    if chosen.json:
-        chosen.json.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
     tables = to_markdown(measured)
     print(tables)
     if chosen.markdown:

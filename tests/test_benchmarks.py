@@ -4,6 +4,7 @@ import copy
 import json
 import runpy
 import sys
+import time
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -25,12 +26,14 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import batches  # noqa: E402
 import decoding  # noqa: E402
+import gpu  # noqa: E402
+import gpu_run  # noqa: E402
 import mixed_steps  # noqa: E402
 import speculation  # noqa: E402
-from contenders import EngineContender, contenders  # noqa: E402
-from decoding import make_prompts  # noqa: E402
+from contenders import MOST_OFFSET, Decoded, EngineContender, Task, make_prompts, rounds_of_prompts  # noqa: E402
+from decoding import contenders  # noqa: E402
 from measuring import Result, measure  # noqa: E402
-from plain_decoder import LADDER, InPlaceLayer, LadderDecoder, Rung, Task  # noqa: E402
+from plain_decoder import LADDER, InPlaceLayer, LadderDecoder, Rung  # noqa: E402
 from shapes import SHAPES, build_model, config_of, num_parameters, stock_twin  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -92,7 +95,7 @@ def test_forwards_of_every_rung_are_its_formula(steps: int) -> None:
     compared = contenders(MODEL, ["plain", "ladder", "engine"], 1, False)
     for contender, forwards in zip(compared, expected, strict=True):
         assert +contender.decode(prompts, task).forwards == +Counter(forwards), contender.name
-        first = contender.decode(prompts, task, first_block_only=True)
+        first = contender.decode(prompts, task.first_block)
         assert sum(first.forwards.values()) == steps + ("prefill" in forwards), contender.name
 
 
@@ -126,13 +129,13 @@ def test_autoregressive_forwards_are_counted() -> None:
     assert [len(tokens) for tokens in decoded.tokens] == [28, 28]
     assert decoded.forwards == {"prefill": 1, "decode": 27}
     assert len(calls) == 28
-    assert [len(tokens) for tokens in qwen.decode(prompts, task, first_block_only=True).tokens] == [8, 8]
+    assert [len(tokens) for tokens in qwen.decode(prompts, task.first_block).tokens] == [8, 8]
 
 
 def test_another_decoders_tokens_are_an_error() -> None:
     engine, plain = contenders(MODEL, ["engine"], 1, False)[0], contenders(MODEL, ["plain"], 1, False)[0]
     plain.model = stock_twin(build_model(TINY, CPU, torch.float32, seed=2), "sdpa")
-    prompts = make_prompts([5], TINY, 0, CPU)
+    prompts = rounds_of_prompts([5], TINY, 0, CPU)
     with pytest.raises(ValueError, match=r"plain baseline agrees with this engine on .* of the tokens only"):
         measure([plain, engine], prompts, task_of(2), 1)
 
@@ -140,10 +143,41 @@ def test_another_decoders_tokens_are_an_error() -> None:
 def test_what_cannot_run_here_is_said_and_left_out() -> None:
     engine = contenders(MODEL, ["engine"], 1, False)[0]
     impossible = EngineContender("no such cache", MODEL, True, cache_implementation="moebius")
-    results = measure([engine, impossible], make_prompts([5], TINY, 0, CPU), task_of(2), 1)
+    results = measure([engine, impossible], rounds_of_prompts([5], TINY, 0, CPU), task_of(2), 1)
     assert [bool(result.error) for result in results] == [False, True]
     assert "moebius" in str(results[1].error)
     assert not results[1].seconds
+
+
+def test_nobody_is_timed_on_prompts_or_lengths_that_warmed_up() -> None:
+    """Three contenders, one of which warms up twice; results are kept after each piece of work."""
+    seen: dict[str, list[list[int]]] = {}
+
+    class Recorder(EngineContender):
+        def decode(self, prompts: list[torch.Tensor], task: Task) -> Decoded:
+            seen.setdefault(self.name, []).extend(prompt.tolist() for prompt in prompts)
+            return super().decode(prompts, task)
+
+    compared = [Recorder(f"this engine, {number}", MODEL, True) for number in range(3)]
+    compared[1].num_warm_ups = 2
+    kept: list[int] = []
+    results = measure(
+        compared,
+        rounds_of_prompts([40], TINY, 0, CPU),
+        task_of(2),
+        3,
+        keep=lambda results: kept.append(sum(len(result.seconds) for result in results)),
+    )
+    assert kept == [0, 0, 0, *range(1, 10)]
+    for contender, result in zip(compared, results, strict=True):
+        assert len(result.warm_up_seconds) == 2 * contender.num_warm_ups
+        assert result.forwards_after_first_block == [6, 6, 6]
+        first, whole = seen[contender.name][::2], seen[contender.name][1::2]
+        assert first == whole
+        assert len({tuple(prompt) for prompt in whole}) == len(whole)
+        assert len({len(prompt) for prompt in whole}) == len(whole)
+        assert all(abs(len(prompt) - 40) <= MOST_OFFSET for prompt in whole)
+        assert whole[-3:] == seen["this engine, 0"][-5::2]  # every contender has the same rounds
 
 
 @pytest.mark.parametrize(("name", "millions"), [("tiny", 0.1), ("100m", 101), ("2b", 1721), ("4b", 4022), ("8b", 8191)])
@@ -366,3 +400,78 @@ def test_mixed_steps_are_timed(capsys: Any) -> None:
     mixed_steps.main(["--shape", "tiny", "--batch", "3", "--ragged", "9", "20", "--repetitions", "1"])
     rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()]
     assert rows[2:] == ["0 of 3", "1 of 3", "2 of 3", "3 of 3"]
+
+
+def lines_of(folder: Path) -> dict[str, Any]:
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert lines[0]["piece"] == "environment"
+    return {line["piece"]: line["found"] for line in lines}
+
+
+def test_parts_of_the_gpu_check_run_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--shape", "tiny", "--device", "cpu", "--out", str(tmp_path), "--seconds", "100", "--only"]
+    gpu.main(["a", *where, "model", "floors", "attention", "slot kernel"])
+    gpu.main(["b", *where, "Qwen3-VL", "eager", "default", "profile, eager", "profile, default", "earlier engine"])
+    gpu.main(["c", *where, "8 rows, eager", "8 rows, default"])
+    found = lines_of(tmp_path)
+    assert {"torch", "transformers", "bard_vl", "shape"} <= set(found["environment"])
+    assert not any("error" in each and each["error"] for each in found.values())
+    assert {name for name, each in found.items() if "skipped" in each} == {"slot kernel", "earlier engine"}
+    for way in ("eager", "default"):
+        for steps in (4, 2):
+            one = found[f"this engine, {way}, {steps} steps"]
+            assert one["forwards_after_first_block"] == [2 * steps]
+            assert one["num_tokens"] == 48
+            assert one["summary"]["ms_per_forward"]["median"] > 0
+        assert found[f"8 rows, this engine, {way}, 4 steps"]["num_prompts"] == 8
+        assert found[f"profile, {way}"]["forwards"] == [4, 8]
+        assert found[f"profile, {way}"]["kernels_per_forward"] > 100
+        assert "aten::" in (tmp_path / f"profile_{way}.txt").read_text()
+    capsys.readouterr()
+    gpu.main(["table", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    for row in (
+        "| 16 tokens |",
+        "| this engine, eager |",
+        "| Qwen3-VL, eager |",
+        "### 8 rows, prompts of 8 to 64 tokens",
+    ):
+        assert row in printed
+    assert "- earlier engine: BARD_VL_OLD names no folder" in printed
+
+
+def test_a_piece_that_fails_or_takes_too_long_stops_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(bench: gpu_run.Bench) -> gpu_run.Found:
+        yield "before", {"value": 1}
+        raise ValueError("no such kernel")
+
+    def hangs(bench: gpu_run.Bench) -> gpu_run.Found:
+        while True:
+            try:
+                time.sleep(0.01)
+            except Exception:  # as compilers do
+                yield "swallowed", {}
+
+    def waits_for_a_child(bench: gpu_run.Bench) -> gpu_run.Found:
+        log = bench.chosen.out / "child.txt"
+        returned = gpu_run.run_child(["-c", "import time; print(1); time.sleep(60)"], log, 2)
+        yield "child", {"exit_code": returned, "printed": log.read_text()}
+
+    pieces = [gpu_run.Piece(each.__name__, 9, each) for each in (fails, waits_for_a_child)]
+    pieces.insert(1, gpu_run.Piece("hangs", 0.2, hangs))
+    gpu_run.run(gpu.parse_arguments(["a", "--shape", "tiny", "--device", "cpu", "--out", str(tmp_path)]), pieces)
+    found = lines_of(tmp_path)
+    assert found["before"] == {"value": 1}
+    assert "no such kernel" in found["fails"]["error"]
+    assert found["hangs"]["error"].startswith("stopped after")
+    assert found["child"] == {"exit_code": "stopped after 2 s", "printed": "1\n"}
+    gpu.main(["table", "--out", str(tmp_path)])
+    assert "- fails: ValueError: no such kernel" in capsys.readouterr().out
+
+
+def test_wrong_parts_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(["a", "--only", "nonsense"])
+    assert "--only 'nonsense' is no piece of part a: 'model'" in capsys.readouterr().err
