@@ -1,6 +1,8 @@
 """Key/value cache for block diffusion: blocks are written in place, and the cache knows what it encodes."""
 
+import copy
 import hashlib
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,15 +106,29 @@ class BardVLCache(Cache):
         scheme: what the keys and values were computed under, None while empty: block size first, then what else must
             be alike for them to be used, such as dtype and device.
         contents: per row, the (length,) CPU tensor of what the columns from 0 on encode: token ids, and for visual
-            tokens a negative fingerprint of their image or video. Later columns hold nothing of use.
+            tokens a negative fingerprint of their image or video. Later columns hold nothing of use. Empty as soon as
+            keys or values are other tensors than `generate` left, or were written to: by `crop`, by a forward that
+            appended to them, by anybody. Reordered, selected and repeated rows keep theirs.
     """
 
     def __init__(self, num_layers: int):
         super().__init__(layers=[BlockCacheLayer() for _ in range(num_layers)])
         self.scheme: tuple | None = None
-        self.contents: list[torch.Tensor] = []
+        self._contents: list[torch.Tensor] = []
+        self._witness: list[tuple] = []  # the keys and values that `contents` speaks of
         self._order: list[int] = []  # which row of the call each row is; empty while rows are being moved
         self._in_doubt = False  # from the start of a call until its clean-up is through
+
+    @property
+    def contents(self) -> list[torch.Tensor]:
+        """See the class."""
+        is_true = len(self._witness) == len(self.layers) and all(map(is_untouched, self._witness, self.layers))
+        return self._contents if is_true else []
+
+    @contents.setter
+    def contents(self, contents: list[torch.Tensor]) -> None:
+        self._contents = contents
+        self._witness = [witness(layer) for layer in self.layers]
 
     @property
     def block_size(self) -> int | None:
@@ -174,6 +190,44 @@ class BardVLCache(Cache):
         finally:
             self._set_window(None)
 
+    def reset(self) -> None:
+        """Empty the cache."""
+        self._clear()
+        self.contents = []
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Put other rows in the place of each, by (rows,) indices."""
+        contents = self._selected(beam_idx)
+        super().reorder_cache(beam_idx)
+        self.contents = contents
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep some rows, by indices or (rows,) bool."""
+        contents = self._selected(indices)
+        super().batch_select_indices(indices)
+        self.contents = contents
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, next to itself."""
+        contents = [row for row in self.contents for _ in range(repeats)]
+        super().batch_repeat_interleave(repeats)
+        self.contents = contents
+
+    def _selected(self, indices: Any) -> list[torch.Tensor]:
+        contents = self.contents
+        return [contents[row] for row in torch.arange(len(contents))[torch.as_tensor(indices).cpu()].tolist()]
+
+    def __deepcopy__(self, memo: dict) -> "BardVLCache":
+        """A copy that claims the same of its own keys and values."""
+        copied = type(self)(len(self.layers))
+        copied.layers, copied.scheme = copy.deepcopy(self.layers, memo), self.scheme
+        copied.contents = list(self.contents)
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled claims nothing: no other process can tell whose weights it was computed by."""
+        return {**vars(self), "_contents": [], "_witness": [], "scheme": None}
+
     def retire(self, slot: int, last: int) -> None:
         """Move the row in `slot` behind the rows that are still decoding, of which `last` is the last."""
         if slot == last:
@@ -187,9 +241,10 @@ class BardVLCache(Cache):
     def repeat_rows(self, times: int) -> None:
         """Repeat every row `times` times, next to itself."""
         self._order = []
-        self.batch_repeat_interleave(times)
-        self.contents = [row for row in self.contents for _ in range(times)]
-        self._order = list(range(len(self.contents)))
+        for layer in self.layers:
+            layer.batch_repeat_interleave(times)
+        self._contents = [row for row in self._contents for _ in range(times)]
+        self._order = list(range(len(self._contents)))
 
     def move_to(self, buffers: list[Buffers], num_columns: int) -> None:
         """Keep keys and values in lent `buffers`, one a layer, until the generation ends; missing ones are made."""
@@ -207,22 +262,91 @@ class BardVLCache(Cache):
         self._set_window(None)
         if not self._order:
             return
-        length = max(len(row) for row in self.contents)
+        length = max(len(row) for row in self._contents)
         if not length:
             self._clear()
         else:
-            rows = torch.tensor(self._order).argsort()[:: len(self._order) // len(self.contents)]
-            if rows.tolist() != list(range(len(self._order))):
-                self.batch_select_indices(rows)
+            rows = torch.tensor(self._order).argsort()[:: len(self._order) // len(self._contents)]
             for layer in self.layers:
+                if rows.tolist() != list(range(len(self._order))):
+                    layer.batch_select_indices(rows)
                 keys, values = layer.keys[:, :, :length], layer.values[:, :, :length]
                 layer.keys, layer.values = (keys.clone(), values.clone()) if layer.is_lent else (keys, values)
                 layer.is_lent = False
+        self.contents = self._contents
         self._in_doubt = False
 
     def _clear(self) -> None:
-        for layer in self.layers:
-            layer.is_initialized, layer.is_lent, layer.keys, layer.values = False, False, None, None
+        self.layers = [BlockCacheLayer() for _ in self.layers]
+
+
+def version(tensor: torch.Tensor) -> int | None:
+    """How often a tensor was written to in place; None for one of inference mode, which does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def witness(layer: Any) -> tuple:
+    """What tells a layer's keys and values from others, and from themselves after something wrote to them."""
+    states = (getattr(layer, name, None) for name in ("keys", "values"))
+    return tuple(None if tensor is None else (weakref.ref(tensor), version(tensor)) for tensor in states)
+
+
+def is_untouched(seen: tuple, layer: Any) -> bool:
+    """Whether a layer's keys and values are those of a `witness`."""
+    return all(
+        then is now is None or (then and now and then[0]() is now[0]() and then[1] == now[1])
+        for then, now in zip(seen, witness(layer), strict=True)
+    )
+
+
+ADAPTER_STATE = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")  # of PEFT's layers
+
+
+class WeightsPrint:
+    """Tells the weights that keys and values were computed by from any others, at the cost of a look at each tensor.
+
+    Two are equal if they speak of the same tensors, as often written to in place, with the same numbers at about 64
+    places of each (a tensor does not count what is written to its `.data`), under the same state of adapters. A few
+    numbers changed through `.data` may go unnoticed; an optimizer's step, a merged adapter or other weights do not.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        tensors = [*model.parameters(), *model.buffers()]
+        self._tensors = [weakref.ref(tensor) for tensor in tensors]
+        self._facts = ([version(tensor) for tensor in tensors], sampled_bits(tensors), adapter_state(model))
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both speak of the same weights in the same state."""
+        if not isinstance(other, WeightsPrint) or len(self._tensors) != len(other._tensors):
+            return False
+        alike = (mine() is theirs() is not None for mine, theirs in zip(self._tensors, other._tensors, strict=True))
+        return self._facts == other._facts and all(alike)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def sampled_bits(tensors: list[torch.Tensor], places: int = 64) -> str:
+    """SHA-256 of numbers at evenly spread places of each plain tensor that has memory."""
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        if is_plain and tensor.device.type != "meta" and tensor.numel():
+            flat = tensor.detach().flatten()
+            by_device.setdefault(tensor.device, []).append(flat[:: max(len(flat) // places, 1)].float())
+    digest = hashlib.sha256()
+    for parts in by_device.values():
+        digest.update(torch.cat(parts).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def adapter_state(model: torch.nn.Module) -> list[str]:
+    """Of each layer that adapters changed: which are active, merged, switched off, and which serve which row."""
+    found = []
+    for module in model.modules():
+        if hasattr(type(module), ADAPTER_STATE[0]) or ADAPTER_STATE[0] in vars(module):
+            rows = [getattr(hook, "keywords", None) for hook in module._forward_pre_hooks.values()]
+            found.append(repr([*(getattr(module, name, None) for name in ADAPTER_STATE), rows]))
+    return found
 
 
 def fingerprint(*tensors: torch.Tensor) -> int:
@@ -234,4 +358,4 @@ def fingerprint(*tensors: torch.Tensor) -> int:
     return -1 - int.from_bytes(digest.digest()[:8], "big") % 2**62
 
 
-__all__ = ["BardVLCache", "BlockCacheLayer", "Buffers", "CacheWindow", "fingerprint"]
+__all__ = ["BardVLCache", "BlockCacheLayer", "Buffers", "CacheWindow", "WeightsPrint", "fingerprint"]

@@ -14,7 +14,7 @@ import transformers
 from packaging.version import Version
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig
 from transformers.models.auto import modeling_auto
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer, Qwen3VLTextModel
 from transformers.utils import ModelOutput, logging
 
 logger = logging.get_logger(__name__)
@@ -89,6 +89,25 @@ def encode_text(
 def cache_of(output: ModelOutput) -> Any:
     """The cache in an output of transformers' own, or None."""
     return output.get(_CACHE_NAME)
+
+
+class CheckpointedLayer(Qwen3VLTextDecoderLayer):
+    """Qwen3-VL's text layer, checkpointed only where a backward pass can follow.
+
+    Lines before 5.24 drop the cache of any layer in training mode that has gradient checkpointing.
+    """
+
+    @property
+    def gradient_checkpointing(self) -> bool:  # type: ignore[override]
+        """Whether activations are computed again in the backward pass."""
+        return vars(self).get("_gradient_checkpointing", False) and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        vars(self)["_gradient_checkpointing"] = value
+
+
+CheckpointedLayer.__name__ = Qwen3VLTextDecoderLayer.__name__  # by which device maps and sharding know the layers
 
 
 class PortableModel:
@@ -236,6 +255,16 @@ class PortableGeneration:
         config = self.stored_settings()  # type: ignore[attr-defined]
         return config, config.update(**kwargs)
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse what would decode from left to right.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("continuous batching is not supported by block-diffusion decoding: use `generate`")
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
@@ -263,6 +292,7 @@ __all__ = [
     "MODEL_AUTO_CLASSES",
     "TESTED",
     "CacheOutput",
+    "CheckpointedLayer",
     "PortableGeneration",
     "PortableModel",
     "SettingsFile",

@@ -78,7 +78,7 @@ class BlockDecoder:
         self.carries = torch.zeros(num_rows, dtype=torch.bool, device=self.device)  # a finished block to encode clean
         self.ended = torch.zeros(num_rows, dtype=torch.bool, device=self.device)
         self.response_length = torch.zeros(num_rows, dtype=torch.long, device=self.device)
-        self.confidences = torch.zeros(num_rows, self.table.num_columns, device=self.device)
+        self.confidences = torch.zeros(num_rows, self.table.num_columns, dtype=torch.float32, device=self.device)
         self.history: list[list[DenoisingStep]] = [[] for _ in range(num_rows)]
         self.chooser = Chooser(
             settings.mask_token_id,
@@ -350,7 +350,7 @@ class BlockDecoder:
 
     def tokens_per_forward(self) -> torch.Tensor:
         """(rows,) response tokens over forwards: the row's steps, and those of its prompt that held no step."""
-        return (self.response_length / (self.steps.sum(-1) + self.num_prefill_forwards)).cpu()
+        return (self.response_length.float() / (self.steps.sum(-1) + self.num_prefill_forwards)).cpu()
 
     def step_counts(self) -> torch.Tensor:
         """(rows, blocks) steps of each block, 0 where a row has no such block."""

@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from transformers.generation import GenerationConfig, LogitsProcessorList
 
-from .cache_bard_vl import BardVLCache
+from .cache_bard_vl import BardVLCache, WeightsPrint
 from .compat_bard_vl import CacheOutput, PortableGeneration, attention_of, one_cache
 from .compilation_bard_vl import NUM_WARM_UP_RUNS, lent_buffers, release_idle_buffers
 from .configuration_bard_vl import check_integer
 from .decoding_bard_vl import BlockDecoder, DenoisingStep
 from .generation_config_bard_vl import (
+    FIELDS,
     BardVLGenerationConfig,
     DecodingSettings,
     drop_plain_defaults,
     merged_settings,
+    python_value,
     resolve_block_size,
     resolve_mask_token_id,
     setting,
@@ -36,11 +38,14 @@ from .hooks_bard_vl import (
 from .inputs_bard_vl import (
     VISUAL_INPUTS,
     Prompt,
+    asks_for_nothing,
     check_ids,
+    check_left_alone,
     check_length,
     check_prompt,
     check_visual_inputs,
     response_limits,
+    visual_tensor,
 )
 from .masking_bard_vl import check_attention_implementation
 from .processors_bard_vl import build_processors
@@ -185,6 +190,9 @@ class BardVLGenerationMixin(PortableGeneration):
                 f"`past_key_values` must be a cache that `generate` returned, got {type(past_key_values).__name__}"
             )
         vocab_size = self.config.get_text_config().vocab_size
+        num_layers = self.config.text_config.num_hidden_layers
+        if past_key_values is not None and len(past_key_values.layers) != num_layers:
+            raise ValueError(f"`past_key_values` has {len(past_key_values.layers)} layers, the model has {num_layers}")
         check_banned_tokens(config, settings, vocab_size)
         check_callables("logits_processor", logits_processor)
         stated = config.seed if seed is None else seed
@@ -206,7 +214,8 @@ class BardVLGenerationMixin(PortableGeneration):
         cache = BardVLCache(self.config.text_config.num_hidden_layers) if past_key_values is None else past_key_values
         track = return_dict or past_key_values is not None
         contents = prompt.contents(self.config) if track else [prompt.input_ids[:0, 0].cpu()] * len(input_ids)
-        scheme = self._cache_scheme(settings.block_size, input_ids.device)
+        shared_by = self._cache_scheme(settings.block_size, input_ids.device)
+        scheme = (*shared_by, WeightsPrint(self)) if track else shared_by
         reused = cache.shared_prefix(contents, scheme)
 
         # 3. and 4. Decode
@@ -214,7 +223,7 @@ class BardVLGenerationMixin(PortableGeneration):
             if streamer is not None:
                 streamer.put(input_ids.cpu())
             decoder = BlockDecoder(self, prompt, limits, settings, cache, hooks)
-            shape = (*decoder.static_shape, *scheme[1:])
+            shape = (*decoder.static_shape, *shared_by[1:])
             lent: Any = lent_buffers(self, shape) if settings.is_static else contextlib.nullcontext()
             with lent as buffers, cache.generation(contents, scheme):
                 decoder.prefill(reused, buffers)
@@ -261,6 +270,8 @@ class BardVLGenerationMixin(PortableGeneration):
                 as far as they differ from the model's own. Calls whose columns round up to the same multiple of 256
                 share it.
         """
+        num_rows = check_integer("num_rows", python_value(num_rows), minimum=1)
+        prompt_length = check_integer("prompt_length", python_value(prompt_length), minimum=1)
         size = resolve_block_size(settings.get("block_size"), self.config)
         mask_token_id = resolve_mask_token_id(settings.get("mask_token_id"), self.config)
         slowly: dict[str, Any] = {
@@ -308,7 +319,7 @@ class BardVLGenerationMixin(PortableGeneration):
         # 1. Checks
         if not isinstance(inputs, Mapping):
             raise ValueError(f"`inputs` must be the processor's output, a mapping, got {type(inputs).__name__}")
-        check_integer("positions_per_forward", positions_per_forward, minimum=1)
+        positions_per_forward = check_integer("positions_per_forward", python_value(positions_per_forward), minimum=1)
         input_ids, attention_mask, visual_inputs = self._split_inputs(dict(inputs))
         block_size = resolve_block_size(block_size, self.config)
         mask_token_id = resolve_mask_token_id(mask_token_id, self.config)
@@ -355,13 +366,14 @@ class BardVLGenerationMixin(PortableGeneration):
         private = sorted(name for name in kwargs if name.startswith("_"))
         if private:
             raise ValueError(f"unknown generation settings: {', '.join(private)}")
+        check_left_alone(self)
         settings = {}
         for name, value in kwargs.items():
-            if name in (*VISUAL_INPUTS, "input_ids", "attention_mask", "mm_token_type_ids"):
+            if name in (*VISUAL_INPUTS, "input_ids", "attention_mask"):
                 if name in model_inputs:
                     raise ValueError(f"`{name}` is given twice")
                 model_inputs[name] = value
-            else:
+            elif name in FIELDS or not asks_for_nothing(name, value):
                 settings[name] = value
         merged = merged_settings(_explicit(self.generation_config), _explicit(generation_config), settings)
         # As in the reference, an explicit None takes the value of the steps, where the checkpoint states no size.
@@ -373,8 +385,9 @@ class BardVLGenerationMixin(PortableGeneration):
         self, model_inputs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
         """Ids, mask and visual inputs of the processor's output; `ValueError` names what has no place in it."""
-        model_inputs.pop("mm_token_type_ids", None)  # follows from the ids
+        check_left_alone(self)
         input_ids, attention_mask = model_inputs.pop("input_ids", None), model_inputs.pop("attention_mask", None)
+        model_inputs = {name: value for name, value in model_inputs.items() if not asks_for_nothing(name, value)}
         unknown = sorted(set(model_inputs) - set(VISUAL_INPUTS))
         if unknown:
             raise ValueError(f"unexpected inputs: {', '.join(unknown)}")
@@ -382,8 +395,7 @@ class BardVLGenerationMixin(PortableGeneration):
             raise ValueError("no `input_ids`")
         check_ids(input_ids)
         input_ids = input_ids.long()
-        visual_inputs = {name: value for name, value in model_inputs.items() if value is not None}
-        return input_ids, attention_mask, visual_inputs
+        return input_ids, attention_mask, {name: visual_tensor(name, value) for name, value in model_inputs.items()}
 
     def _cache_scheme(self, block_size: int, device: torch.device) -> tuple:
         """What keys and values of another call must have been computed under to serve in this one."""
@@ -401,7 +413,13 @@ class BardVLGenerationMixin(PortableGeneration):
 
 def check_answers(config: Any, answers: Any, num_prompts: int, mask_token_id: int) -> None:
     """Raise `ValueError` unless `answers` are (answers, length) ids, right-padded with -100, that fit the prompts."""
-    if not isinstance(answers, torch.Tensor) or answers.ndim != 2 or answers.is_floating_point() or 0 in answers.shape:
+    integers = (torch.int64, torch.int32, torch.int16)
+    if (
+        not isinstance(answers, torch.Tensor)
+        or answers.ndim != 2
+        or answers.dtype not in integers
+        or 0 in answers.shape
+    ):
         raise ValueError(f"`answers` must be a non-empty integer tensor (answers, length), got {answers!r}")
     if num_prompts not in (1, len(answers)):
         raise ValueError(f"{len(answers)} answers for {num_prompts} prompts: give one prompt, or one an answer")

@@ -16,6 +16,13 @@ from .cache_bard_vl import fingerprint
 
 logger = logging.get_logger(__name__)
 
+IGNORED_INPUTS = ("labels", "mm_token_type_ids", "num_items_in_batch", "trust_remote_code")  # whatever their value
+NEUTRAL_ARGUMENTS: dict[str, Any] = {
+    "synced_gpus": False,
+    "use_model_defaults": True,
+    "output_router_logits": False,
+    "generation_mode": "text",  # of `transformers serve`
+}
 VISUAL_INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
@@ -262,8 +269,10 @@ def check_visual_shapes(
     vision_config: Any, pixels_name: str, pixels: torch.Tensor, grid_name: str, grid: torch.Tensor
 ) -> None:
     """Raise `ValueError` unless `pixels` is (patches, patch size), `grid` (items, 3) and its sides can be merged."""
-    if grid.ndim != 2 or grid.shape[1] != 3:
-        raise ValueError(f"`{grid_name}` must have shape (items, 3), got {tuple(grid.shape)}")
+    if grid.ndim != 2 or grid.shape[1] != 3 or grid.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"`{grid_name}` must have shape (items, 3) of integers, got {tuple(grid.shape)} of {grid.dtype}"
+        )
     merge = grid.new_tensor([1, vision_config.spatial_merge_size, vision_config.spatial_merge_size])
     wrong = grid[((grid < 1) | (grid % merge != 0)).any(-1)]
     if len(wrong):
@@ -309,6 +318,37 @@ def check_known(call: str, arguments: Mapping[str, Any], known: Iterable[str]) -
     unknown = sorted(name for name, value in arguments.items() if value is not None and name not in known)
     if unknown:
         raise ValueError(f"`{call}` does not know {', '.join(f'`{name}`' for name in unknown)}")
+
+
+def visual_tensor(name: str, value: Any) -> torch.Tensor:
+    """Pixels as they are, grids as a tensor; `ValueError` for anything else."""
+    if isinstance(value, torch.Tensor):
+        return value
+    try:
+        if name.endswith("_grid_thw"):
+            return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise ValueError(f"`{name}` must be a tensor, got {type(value).__name__}")
+
+
+def asks_for_nothing(name: str, value: Any) -> bool:
+    """Whether an argument that other `generate`s take has no effect by its value, as callers of any model pass it."""
+    if value is None or name in IGNORED_INPUTS:
+        return True
+    if name == "token_type_ids" and isinstance(value, torch.Tensor):
+        return not value.any()
+    return name in NEUTRAL_ARGUMENTS and value is NEUTRAL_ARGUMENTS[name]
+
+
+def check_left_alone(model: Any) -> None:
+    """Raise `ValueError` if something replaced `prepare_inputs_for_generation`, which decoding does not look at."""
+    now = getattr(model.prepare_inputs_for_generation, "__func__", None)
+    if now is not type(model).prepare_inputs_for_generation:
+        raise ValueError(
+            "`prepare_inputs_for_generation` of the model was replaced, as PEFT does for prompt and prefix tuning: "
+            "block-diffusion decoding does not support learnt prompts"
+        )
 
 
 def check_ids(input_ids: Any) -> None:
@@ -406,8 +446,10 @@ __all__ = [
     "Prompt",
     "PromptSize",
     "VisualFeatures",
+    "asks_for_nothing",
     "check_ids",
     "check_known",
+    "check_left_alone",
     "check_length",
     "check_prompt",
     "check_visual_index",
@@ -417,4 +459,5 @@ __all__ = [
     "pixel_advice",
     "response_limits",
     "visual_items",
+    "visual_tensor",
 ]

@@ -19,6 +19,7 @@ from .cache_bard_vl import BardVLCache
 from .compat_bard_vl import (
     MODEL_AUTO_CLASSES,
     CacheOutput,
+    CheckpointedLayer,
     PortableModel,
     attention_of,
     cache_of,
@@ -90,6 +91,11 @@ class BardVLModel(PortableModel, Qwen3VLModel):
     """Qwen3-VL's trunk with block-causal attention."""
 
     config_class = BardVLConfig
+
+    def __init__(self, config: BardVLConfig):
+        super().__init__(config)
+        for layer in self.language_model.layers:
+            layer.__class__ = CheckpointedLayer
 
     def forward(
         self,

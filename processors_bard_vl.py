@@ -206,7 +206,7 @@ class TokenProcessors:
         near, bias, banned = table.gather(1, window), self.bias, []
         if len(self.sequences):
             biases = torch.where(self.sequences.match(near), self.sequence_biases, 0.0)
-            single = torch.zeros(vocab_size, device=table.device) if bias is None else bias
+            single = torch.zeros(vocab_size, dtype=torch.float32, device=table.device) if bias is None else bias
             bias = single.repeat(len(table), 1).index_add_(1, self.sequences.token, biases)
         if len(self.phrases):
             banned.append(torch.where(self.phrases.match(near), self.phrases.token, vocab_size))
@@ -278,7 +278,7 @@ class TokenProcessors:
         if strict is not None:
             reads = (distance > 0) & strict[..., None]
         if len(self.sequences):
-            last, none = self.sequences.token, torch.zeros(logits.shape[-1], device=logits.device)
+            last, none = self.sequences.token, logits.new_zeros(logits.shape[-1])
             single = none if self.bias is None else self.bias
             most = none.index_add(0, last, self.sequence_biases.clamp(min=0))
             least = none.index_add(0, last, self.sequence_biases.clamp(max=0))

@@ -1,5 +1,8 @@
 """A returned cache serves the next turn: same tokens as without it, and only what is new is encoded."""
 
+import contextlib
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -300,6 +303,143 @@ def test_wrong_number_of_rows_is_named_before_any_compute() -> None:
         run([PROMPTS["text"], PROMPTS["image"]], past_key_values=cache)
     assert calls == []
     assert_same(run(PROMPTS["text"], past_key_values=cache), run(PROMPTS["text"]))
+
+
+TAMPERING: dict[str, tuple[Any, bool]] = {  # what somebody does with a cache, and whether it still holds the prompt
+    "nothing": (lambda cache: None, True),
+    "reset": (lambda cache: cache.reset(), False),
+    "crop": (lambda cache: cache.crop(-5), False),
+    "reorder": (lambda cache: cache.reorder_cache(torch.tensor([0])), True),
+    "select": (lambda cache: cache.batch_select_indices(torch.tensor([0])), True),
+    "select by bool": (lambda cache: cache.batch_select_indices(torch.tensor([True])), True),
+    "repeat": (lambda cache: cache.batch_repeat_interleave(1), True),
+    "append": (lambda cache: [layer.update(layer.keys, layer.values) for layer in cache.layers], False),
+    "append to one layer": (lambda cache: cache.update(cache.layers[1].keys, cache.layers[1].values, 1), False),
+    "write": (lambda cache: cache.layers[0].keys.mul_(2), False),
+    "replace": (lambda cache: setattr(cache.layers[-1], "values", cache.layers[-1].values * 2), False),
+    "drop a layer's states": (lambda cache: cache.layers[1].reset(), False),
+    "offload": (lambda cache: cache.layers[0].offload(), True),
+}
+
+
+@pytest.mark.parametrize("name", TAMPERING)
+def test_what_a_cache_says_is_true_whatever_was_done_to_it(name: str) -> None:
+    tamper, holds = TAMPERING[name]
+    prompt = PROMPTS["aligned text"]
+    first = run(prompt)
+    tamper(first.past_key_values)
+    assert bool(first.past_key_values.contents) == holds
+    second_prompt = next_turn(prompt, first)
+    second = run(second_prompt, past_key_values=first.past_key_values)
+    assert_same(second, run(second_prompt))
+    assert second.num_encoded_tokens.tolist() == [len(second_prompt.ids) - (32 if holds else 0)]
+
+
+def test_rows_of_a_cache_can_be_reordered_selected_and_repeated() -> None:
+    rows = [PROMPTS["aligned text"], PROMPTS["text"], PROMPTS["several images"]]
+    first = run(rows)
+    turns = [next_turn(row, first, index) for index, row in enumerate(rows)]
+    cache = first.past_key_values
+    for change, order in (
+        (lambda: cache.reorder_cache(torch.tensor([2, 0, 1])), [2, 0, 1]),
+        (lambda: cache.batch_select_indices(torch.tensor([True, True, False])), [2, 0]),
+        (lambda: cache.batch_repeat_interleave(2), [2, 2, 0, 0]),
+    ):
+        change()
+        kept = copy.deepcopy(cache)
+        batch = [turns[row] for row in order]
+        output = run(batch, past_key_values=kept)
+        assert_same(output, run(batch))
+        assert (output.num_encoded_tokens < torch.tensor([len(row.ids) for row in batch])).all()
+
+
+def test_a_copy_of_a_cache_serves_and_a_pickled_one_claims_nothing() -> None:
+    prompt = PROMPTS["aligned text"]
+    first = run(prompt)
+    second_prompt = next_turn(prompt, first)
+    kept = copy.deepcopy(first.past_key_values)
+    for cache, encoded in (
+        (kept, len(second_prompt.ids) - 32),
+        (first.past_key_values, len(second_prompt.ids) - 32),
+        (pickle.loads(pickle.dumps(kept)), len(second_prompt.ids)),
+    ):
+        output = run(second_prompt, past_key_values=cache)
+        assert_same(output, run(second_prompt))
+        assert output.num_encoded_tokens.tolist() == [encoded]
+
+
+def scaled_in_place(model: Any) -> None:
+    with torch.no_grad():
+        model.model.language_model.layers[0].mlp.up_proj.weight.mul_(1.5)
+
+
+def trained(model: Any) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model(input_ids=torch.tensor([PROMPTS["aligned text"].ids]), block_size=8).logits.square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def written_past_the_count(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.data.mul_(1.01)
+
+
+def replaced(model: Any) -> None:
+    old = model.model.language_model.layers[0].mlp.up_proj
+    old.weight = torch.nn.Parameter(old.weight.detach() * 1.5)
+
+
+@pytest.mark.parametrize("change", [scaled_in_place, trained, written_past_the_count, replaced, copy.deepcopy])
+@pytest.mark.parametrize("context", [contextlib.nullcontext, torch.inference_mode])
+def test_what_other_weights_computed_is_encoded_again(change: Any, context: Any) -> None:
+    model, prompt = copy.deepcopy(load()), PROMPTS["aligned text"]
+    with context():
+        first = model.generate(**collate([prompt]), **SETTINGS)
+        again = model.generate(**collate([prompt]), **SETTINGS, past_key_values=first.past_key_values)
+    assert again.num_encoded_tokens.tolist() == [0], "the same weights"
+    model = change(model) or model
+    with context():
+        want = model.generate(**collate([prompt]), **SETTINGS)
+        got = model.generate(**collate([prompt]), **SETTINGS, past_key_values=first.past_key_values)
+    assert_same(got, want)
+    assert got.num_encoded_tokens.tolist() == [len(prompt.ids)]
+
+
+def test_what_another_state_of_adapters_computed_is_encoded_again() -> None:
+    peft = pytest.importorskip("peft", exc_type=ImportError)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(load()), config).eval()
+    model.add_adapter("other", config)
+    inputs, length = collate([PROMPTS["aligned text"]]), len(PROMPTS["aligned text"].ids)
+
+    def check(encoded: int) -> None:
+        want = model.generate(**inputs, **SETTINGS)
+        assert_same(got := model.generate(**inputs, **SETTINGS, past_key_values=cache), want)
+        assert got.num_encoded_tokens.tolist() == [encoded]
+
+    cache = model.generate(**inputs, **SETTINGS).past_key_values
+    check(0)
+    model.set_adapter("other")
+    check(length)
+    check(0)
+    with model.disable_adapter():
+        check(length)
+    check(length)
+    model.merge_adapter()
+    check(length)
+    model.unmerge_adapter()
+    check(length)
+    for module in model.modules():
+        if hasattr(module, "scale_layer"):
+            module.scale_layer(2.0)
+    check(length)
+
+
+def test_a_cache_of_another_number_of_layers_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="`past_key_values` has 1 layers, the model has"):
+        run(PROMPTS["text"], past_key_values=BardVLCache(1))
 
 
 def test_empty_cache_may_be_passed_in() -> None:

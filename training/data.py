@@ -303,7 +303,10 @@ def blank_picture(vision_config: Any) -> dict[str, torch.Tensor]:
     """The smallest picture that a vision tower takes: one feature."""
     side = vision_config.spatial_merge_size
     size = vision_config.in_channels * vision_config.temporal_patch_size * vision_config.patch_size**2
-    return {"pixel_values": torch.zeros(side**2, size), "image_grid_thw": torch.tensor([[1, side, side]])}
+    return {
+        "pixel_values": torch.zeros(side**2, size, dtype=torch.float32),
+        "image_grid_thw": torch.tensor([[1, side, side]]),
+    }
 
 
 def limit_pixels(processor: Any, min_pixels: int | None, max_pixels: int | None) -> Any:

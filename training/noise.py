@@ -93,12 +93,12 @@ def sample_times(
     if not 0 <= low <= high <= 1:
         raise ValueError(f"times must have 0 <= low <= high <= 1, got low {low} and high {high}")
     if scheme == "sample":
-        unit = torch.rand(1, generator=generator).expand(num_blocks)
+        unit = torch.rand(1, generator=generator, dtype=torch.float32).expand(num_blocks)
     elif scheme == "block":
-        unit = torch.rand(num_blocks, generator=generator)
+        unit = torch.rand(num_blocks, generator=generator, dtype=torch.float32)
     else:
         stratum = torch.randperm(num_blocks, generator=generator)
-        unit = (stratum + torch.rand(num_blocks, generator=generator)) / max(num_blocks, 1)
+        unit = (stratum + torch.rand(num_blocks, generator=generator, dtype=torch.float32)) / max(num_blocks, 1)
     # In float32 the last stratum can round up to its end.
     return (low + (high - low) * unit).clamp(low, high)
 
@@ -158,7 +158,7 @@ def corrupt(
     mask_probability, uniform_probability = corruption_probabilities(kind, t)
     if (ids == mask_token_id).any():
         raise ValueError(f"the ids to corrupt hold the mask token {mask_token_id} already")
-    draw = torch.rand(ids.shape, generator=generator, device=ids.device)
+    draw = torch.rand(ids.shape, generator=generator, dtype=torch.float32, device=ids.device)
     which = torch.rand(ids.shape, generator=generator, device=ids.device, dtype=torch.float64)
     masked = draw < mask_probability
     replaced = ~masked & (draw < mask_probability + uniform_probability)
@@ -234,7 +234,7 @@ def corrupt_rows(
         field.cpu() for field in (layout.sample, layout.turn, layout.noisy, layout.place, layout.rank)
     )
     clean = rows.input_ids.cpu()
-    ids, t = clean.clone(), torch.ones(clean.shape)
+    ids, t = clean.clone(), torch.ones(clean.shape, dtype=torch.float32)
     masked, replaced = torch.zeros_like(noisy), torch.zeros_like(noisy)
     # By turn and place, so that no order of the copies within a row can matter.
     key = turn * (place.max() + 1) + place

@@ -563,7 +563,7 @@ class LossTally:
         counted = torch.zeros(3 * NUM_TIMES, 2, dtype=torch.float64, device=sums.device).index_add_(0, slot, sums)
         divergence = torch.zeros_like(entropy) if losses.divergence is None else losses.divergence.double()
         sizes = [len(index), rows.sample.numel(), 0, len(rows.sample_ids), len(rows.broken)]
-        totals = [entropy.sum(), divergence.sum(), *(torch.tensor(float(size)) for size in sizes)]
+        totals = [entropy.sum(), divergence.sum(), *(torch.tensor(size, dtype=torch.float64) for size in sizes)]
         totals[4] = (rows.sample < 0).sum()
         self.by_noise = self.by_noise.to(sums.device) + counted.view_as(self.by_noise)
         self.totals = self.totals.to(sums.device) + torch.stack([x.to(sums.device, torch.float64) for x in totals])
