@@ -23,6 +23,8 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.utils import is_torchvision_available
 
+# The loader of transformers 4.57 copies only what this file imports itself: the configuration's helper is named too.
+from .compat_bard_vl import CACHE_NAMES  # noqa: F401
 from .configuration_bard_vl import DEFAULT_MASK_TOKEN_ID, check_integer
 from .media_bard_vl import (
     MAX_ASPECT_RATIO,

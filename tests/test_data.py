@@ -240,6 +240,19 @@ def test_every_form_of_a_picture_gives_the_same_sample(encoder: ChatEncoder, tmp
     assert mark.visual_inputs == {}, "without a column of images the mark is text"
 
 
+@pytest.mark.parametrize("name", tiny.strange_pictures())
+def test_a_picture_is_what_inference_sees(encoder: ChatEncoder, processor: Any, tmp_path: Path, name: str) -> None:
+    picture, options = tiny.strange_pictures()[name]
+    picture.save(tmp_path / name, **options)
+    for stated in ({}, {"min_pixels": 8000, "max_pixels": 12_000}):
+        seen = tokenize(processor, [user({**image(str(tmp_path / name)), **stated}, "x")])
+        given = chat(user({**image(name), **stated}, "x"), assistant("y"))
+        sample = encoded(encoder, given)
+        assert torch.equal(sample.visual_inputs["pixel_values"], seen["pixel_values"])
+        assert torch.equal(sample.visual_inputs["image_grid_thw"], seen["image_grid_thw"])
+        assert encoder.measure(given)["length"] == len(sample.input_ids)
+
+
 def test_images_of_a_column_fill_the_placeholders_in_their_order(encoder: ChatEncoder) -> None:
     column = [PICTURES[0], PICTURES[1], PICTURES[2]]
     blank = {"type": "image"}

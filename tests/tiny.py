@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -356,6 +357,39 @@ def draw_scene(path: str | Path, size: tuple[int, int] = (96, 64), seed: int = 0
     """Save the picture of `draw`; the suffix of `path` (.png, .jpg) gives the format."""
     draw(size, seed).save(path)
     return Path(path)
+
+
+def strange_pictures() -> dict[str, tuple[Image.Image, dict[str, Any]]]:
+    """Pictures by their file's name, with options of their writer."""
+    photo, clear = draw((96, 64), 1), Image.new("RGBA", (96, 64), (0, 0, 0, 0))
+    clear.paste(photo.crop((0, 0, 40, 64)), (0, 0))
+    clear.putpixel((60, 30), (200, 10, 30, 128))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = Image.fromarray(np.linspace(0, 65535, 64 * 96).reshape(64, 96).astype(np.uint16))
+    moved = {"save_all": True, "append_images": [draw((96, 64), 2)], "duration": 100}
+    return {
+        "photo.png": (photo, {}),
+        "clear.png": (clear, {}),
+        "clear.webp": (clear, {"lossless": True}),
+        "gray_clear.png": (clear.convert("LA"), {}),
+        "palette.png": (photo.quantize(16), {}),
+        "clear_palette.png": (clear.quantize(16), {}),
+        "still.gif": (photo, {}),
+        "moving.gif": (photo, moved),
+        "turned.jpg": (photo, {"exif": exif}),
+        "turned.png": (photo, {"exif": exif}),
+        "deep.png": (deep, {}),
+        "deep.tiff": (deep, {}),
+        "integers.tiff": (Image.fromarray(np.asarray(deep).astype(np.int32)), {}),
+        "floats.tiff": (Image.fromarray((np.asarray(deep) / 65535).astype(np.float32)), {}),
+        "print.jpg": (photo.convert("CMYK"), {}),
+        "bits.png": (photo.convert("1"), {}),
+        "a.bmp": (photo, {}),
+        "a.tiff": (photo, {}),
+        "a.webp": (photo, {}),
+        "a b.png": (photo, {}),
+    }
 
 
 def draw_frames(num_frames: int = 4, size: tuple[int, int] = (96, 64), seed: int = 0) -> list[Image.Image]:
