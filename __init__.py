@@ -12,7 +12,7 @@ from .app.terminal import DraftStreamer
 from .cache_bard_vl import BardVLCache
 from .compat_bard_vl import register
 from .configuration_bard_vl import BardVLConfig
-from .decoding_bard_vl import DenoisingStep
+from .engine_bard_vl import DenoisingStep
 from .generation_bard_vl import BardVLGenerationOutput
 from .generation_config_bard_vl import BardVLGenerationConfig
 from .media_bard_vl import read_picture

@@ -1,21 +1,68 @@
-"""Attention of the text layers: no mask inside a block, none repeated keys and values, registered under our own name.
+"""Attention for the text layers: no mask within a block, no repeated keys or values.
 
-Inside a block every query sees the whole prefix and its block, so scaled dot-product attention needs no mask and its
-flash kernels apply. transformers' own `sdpa` would attend causally without a mask.
+In decoding, queries come in slots: a slot is a block of queries of one row, all of which see the first `length` keys of
+that row. Nothing is masked or padded, whatever the lengths of the rows. In whole forwards there is a mask.
+transformers' own `sdpa` would attend causally without one.
 """
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from . import kernel_bard_vl
 from .compat_bard_vl import register_attention
 
 # Registered for the whole process, where copies of this file may meet: another calling convention takes another name.
 ATTENTION_NAME = "bard_vl"
+
+
+TILE = 256  # queries of one row that are attended together, where slots of a prompt follow each other
+
+
+@dataclass
+class Slots:
+    """Blocks of queries, each of which sees the first `length` keys of its row; all are (slots,) in int32.
+
+    Attributes:
+        row: of the cache.
+        begin, count: first query in the order of the tokens, and queries.
+        length: keys that are seen.
+        width: queries of the widest slot.
+        host: rows, counts and lengths as lists, where the host knows them.
+    """
+
+    row: torch.Tensor
+    begin: torch.Tensor
+    count: torch.Tensor
+    length: torch.Tensor
+    width: int
+    host: tuple[list[int], list[int], list[int]] | None = None
+
+    @classmethod
+    def of(cls, rows: list[int], counts: list[int], lengths: list[int], device: torch.device) -> "Slots":
+        """Slots that the host knows, one behind the other."""
+        begins = [0]
+        for count in counts[:-1]:
+            begins.append(begins[-1] + count)
+        table = torch.tensor([rows, begins, counts, lengths], dtype=torch.int32).to(device)
+        return cls(*table, width=max(counts), host=(rows, counts, lengths))
+
+    def tiles(self) -> Iterator[tuple[int, int, int, list[tuple[int, int]]]]:
+        """Runs of a row's slots, up to `TILE` queries: (row, first query, queries, [(queries, keys) of each slot])."""
+        host = self.host or (self.row.tolist(), self.count.tolist(), self.length.tolist())
+        open_row, begin, total, parts = -1, 0, 0, []
+        for row, count, length in zip(*host, strict=True):
+            if parts and (row != open_row or total + count > TILE or length != parts[-1][1] + count):
+                yield open_row, begin, total, parts
+                begin, total, parts = begin + total, 0, []
+            open_row, total = row, total + count
+            parts.append((count, length))
+        yield open_row, begin, total, parts
 
 
 def block_attention(
@@ -26,8 +73,7 @@ def block_attention(
     attention_mask: torch.Tensor | BlockMask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    num_clean: int | None = None,
-    padded_places: torch.Tensor | None = None,
+    slots: Slots | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention in transformers' calling convention.
@@ -37,13 +83,10 @@ def block_attention(
         query: (batch, heads, queries, head size).
         key, value: (batch, key/value heads, keys, head size).
         attention_mask: (batch, 1, queries, keys) boolean, or floating to be added, or a `BlockMask` for
-            FlexAttention; None where `num_clean` says that every query sees every key.
+            FlexAttention; None with `slots`.
         scaling: of the products, 1 / sqrt(head size) by default.
         dropout: of the weights, in training.
-        num_clean: without a mask, the first so many queries do not see the keys of the queries behind them: a finished
-            block in front of the next one. Only the text layers need it, the vision tower attends without masks.
-        padded_places: (tokens,) if the queries are rows of different lengths end to end, (1, heads, tokens, head size),
-            the place of each in the (rows x queries) of the mask; keys and values are (rows, ...).
+        slots: who sees whom, of queries (1, heads, tokens, head size) and keys and values of a whole cache (rows, ...).
 
     Returns:
         (batch, queries, heads, head size), and None for the weights.
@@ -51,25 +94,50 @@ def block_attention(
     Raises:
         ValueError: text without a mask, who sees whom is then unknown; dropout under a `BlockMask`.
     """
-    if attention_mask is None and num_clean is None and getattr(module, "is_causal", False):
+    if slots is not None:
+        return attend_slots(query[0].transpose(0, 1), key, value, slots, scaling, dropout)[None], None
+    if attention_mask is None and getattr(module, "is_causal", False):
         raise ValueError(f"the attention {ATTENTION_NAME!r} of text layers needs a 4-D mask: call the whole model")
     if isinstance(attention_mask, BlockMask):
         output = attend_sparsely(query, key, value, attention_mask, scaling, dropout)
-    elif attention_mask is not None and padded_places is not None:
-        rows, width = attention_mask.shape[0], attention_mask.shape[2]
-        padded = query.new_zeros(rows * width, query.shape[1], query.shape[3])
-        padded[padded_places] = query[0].transpose(0, 1)
-        padded = padded.unflatten(0, (rows, width)).transpose(1, 2)
-        output = attend(padded, key, value, attention_mask, scaling, dropout)
-        return output.transpose(1, 2).flatten(0, 1)[None, padded_places], None
-    elif attention_mask is None and num_clean:
-        hidden = key.shape[2] - (query.shape[2] - num_clean)
-        clean = attend(query[:, :, :num_clean], key[:, :, :hidden], value[:, :, :hidden], None, scaling, dropout)
-        behind = attend(query[:, :, num_clean:], key, value, None, scaling, dropout)
-        output = torch.cat([clean, behind], dim=2)
     else:
         output = attend(query, key, value, attention_mask, scaling, dropout)
     return output.transpose(1, 2).contiguous(), None
+
+
+def attend_slots(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slots: Slots,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Attention of every slot's queries over the first `length` keys of its row.
+
+    Args:
+        query: (tokens, heads, head size), slot after slot.
+        key, value: (rows, key heads, columns, head size).
+        slots: see `Slots`.
+        scaling, dropout: as in `block_attention`.
+
+    Returns:
+        (tokens, heads, head size).
+    """
+    query = query.to(value.dtype)  # under autocast the norms leave queries in float32
+    if query.is_cuda and kernel_bard_vl.triton is not None:
+        return kernel_bard_vl.attend_slots(query, key, value, slots, scaling)
+    found = []
+    for row, begin, total, parts in slots.tiles():
+        queries = query[begin : begin + total].transpose(0, 1)[None]
+        keys, values = (states[row : row + 1, :, : parts[-1][1]] for states in (key, value))
+        mask = None
+        if len(parts) > 1:  # the slots of a prompt: each sees those before it
+            counts, lengths = torch.tensor(parts, device=query.device).T
+            seen = lengths.repeat_interleave(counts, output_size=total)
+            mask = (torch.arange(parts[-1][1], device=query.device) < seen[:, None])[None, None]
+        found.append(attend(queries, keys, values, mask, scaling, dropout)[0])
+    return torch.cat(found, dim=1).transpose(0, 1)
 
 
 def attend(
@@ -145,4 +213,4 @@ def with_own_code(function: Any) -> Any:
 
 register_attention(ATTENTION_NAME, block_attention)
 
-__all__ = ["ATTENTION_NAME", "block_attention", "with_own_code"]
+__all__ = ["ATTENTION_NAME", "Slots", "attend_slots", "block_attention", "with_own_code"]

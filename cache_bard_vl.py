@@ -15,88 +15,78 @@ Buffers = tuple[torch.Tensor, torch.Tensor]  # keys and values of one layer
 
 
 @dataclass
-class CacheWindow:
-    """Where the next forward writes, and how far it reads. Rows are those of the batch that is still decoding.
+class Writing:
+    """Where one forward writes its keys and values, and what its attention is given to read.
 
     Attributes:
-        rows, columns: where the new keys and values go: (rows, 1) and (rows, width) where the forward has a sequence a
-            row; (1, tokens) both where it has all rows end to end in one.
-        num_rows: rows that are read.
-        start: the first column where all rows have the same columns, which follow each other; else None.
-        end: columns [0, end) are read.
+        rows, columns: (tokens,) place of each new key and value, in the order of the tokens.
+        num_rows: rows of the cache.
+        end: columns that there must be.
         capacity: columns that this generation can need at most.
+        read: rows that stock attention reads, up to `end`, (batch,) or a slice; None where whole buffers are read.
+        is_kept: False if the forward reads all up to `end`, then its own tokens, and leaves nothing behind.
     """
 
     rows: torch.Tensor
     columns: torch.Tensor
     num_rows: int
-    start: int | None
     end: int
     capacity: int
+    read: torch.Tensor | slice | None = None
+    is_kept: bool = True
 
 
 class BlockCacheLayer(DynamicLayer):
-    """Keys and values (rows, heads, columns, head size) of one layer; without a window it appends like its parent."""
+    """Keys and values (rows, heads, columns, head size) of one layer; outside of a generation as its parent."""
 
-    window: CacheWindow | None = None
+    writing: Writing | None = None
     is_initialized: bool
     is_lent = False  # keys and values are buffers that others will use after this generation
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new states (rows, heads, width, head size) at the window's columns; return all up to its end."""
-        if self.window is None:
+        """Write the new states (batch, heads, width, head size); return what the attention is to read."""
+        writing = self.writing
+        if writing is None:
             return super().update(key_states, value_states, *args, **kwargs)
-        window = self.window
         key_states = key_states.to(value_states.dtype)  # under autocast the norms leave keys in float32
-        self.reserve(window, key_states, value_states)
+        new = (key_states, value_states)
+        if not writing.is_kept:
+            own = (self.keys, self.values)
+            keys, values = (torch.cat([o[:, :, : writing.end], n], 2) for o, n in zip(own, new, strict=True))
+            return keys, values
+        self.reserve(writing, *new)
+        rows, columns = writing.rows.to(self.keys.device), writing.columns.to(self.keys.device)
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            if window.start is not None:
-                buffer[: window.num_rows, :, window.start : window.start + states.shape[2]] = states
-            else:
-                # Indexing and not `scatter_`: the compiler does that in place, too.
-                rows, columns = window.rows.to(states.device), window.columns.to(states.device)
-                buffer[rows, :, columns] = states.transpose(1, 2)
-        return self.keys[: window.num_rows, :, : window.end], self.values[: window.num_rows, :, : window.end]
+            buffer[rows, :, columns] = states.transpose(1, 2).flatten(0, 1)
+        if writing.read is None:
+            return self.keys, self.values
+        read = writing.read if isinstance(writing.read, slice) else writing.read.to(self.keys.device)
+        return self.keys[read, :, : writing.end], self.values[read, :, : writing.end]
 
-    def reserve(self, window: CacheWindow, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Grow if the window's end lies outside: by half, at most to the window's capacity."""
+    def reserve(self, writing: Writing, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Grow if columns are missing: by half, at most to the capacity."""
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             _, heads, _, size = key_states.shape
-            self.keys, self.values = (key_states.new_empty(window.num_rows, heads, 0, size) for _ in range(2))
+            self.keys, self.values = (key_states.new_empty(writing.num_rows, heads, 0, size) for _ in range(2))
         have = self.keys.shape[2]
-        if have < window.end:
-            extra = min(max(window.end, have + have // 2), window.capacity) - have
-            # Zeros, not empty memory: what is masked out still enters a product with a weight of zero.
+        if have < writing.end:
+            extra = min(max(writing.end, have + have // 2), writing.capacity) - have
+            # Zeros, not empty memory: what a mask hides still enters a product with a weight of zero.
             grow = [0, 0, 0, extra]
             self.keys = torch.nn.functional.pad(self.keys, grow)
             self.values = torch.nn.functional.pad(self.values, grow)
 
-    def move_to(self, buffers: Buffers) -> None:
+    def lend(self, buffers: Buffers) -> None:
         """Go on in `buffers` (rows, heads, columns, head size) for keys and values."""
-        self.is_lent = True
         for buffer, states in zip(buffers, (self.keys, self.values), strict=True):
-            have = min(states.shape[2], buffer.shape[2])
-            buffer[:, :, :have] = states[:, :, :have]
-            buffer[:, :, have:] = 0
+            if self.is_initialized:
+                have = min(states.shape[2], buffer.shape[2])
+                buffer[: len(states), :, :have] = states[:, :, :have]
         self.keys, self.values = buffers
-
-    def new_buffers(self, num_columns: int) -> Buffers:
-        """Empty keys and values with so many columns, which CUDA graphs may expect to stay where they are."""
-        rows, heads, _, size = self.keys.shape
-        keys, values = (self.keys.new_empty(rows, heads, num_columns, size) for _ in range(2))
-        for buffer in (keys, values):
-            torch._dynamo.mark_static_address(buffer, guard=False)
-        return keys, values
-
-    def swap_rows(self, first: int, second: int) -> None:
-        """Exchange two rows in place."""
-        for states in (self.keys, self.values):
-            kept = states[first].clone()  # and no list of indices, which a GPU would wait for
-            states[first] = states[second]
-            states[second] = kept
+        self.dtype, self.device, self.is_initialized, self.is_lent = self.keys.dtype, self.keys.device, True, True
 
 
 class BardVLCache(Cache):
@@ -116,7 +106,6 @@ class BardVLCache(Cache):
         self.scheme: tuple | None = None
         self._contents: list[torch.Tensor] = []
         self._witness: list[tuple] = []  # the keys and values that `contents` speaks of
-        self._order: list[int] = []  # which row of the call each row is; empty while rows are being moved
         self._in_doubt = False  # from the start of a call until its clean-up is through
 
     @property
@@ -161,10 +150,10 @@ class BardVLCache(Cache):
 
     @contextmanager
     def generation(self, contents: list[torch.Tensor], scheme: tuple) -> Iterator[None]:
-        """Keep the shared prefix and lend the columns behind it; whatever happens, what `contents` says stays true.
+        """Context of one generation: columns after the shared prefix may be overwritten, rows repeated.
 
-        After an exception the cache holds the prefix again, in the rows of `contents`. One that strikes while rows are
-        moved, or during the clean-up, leaves a cache that the next call takes for empty.
+        On exit `contents` again describes the cache: after an exception, the shared prefix. If it interrupts the
+        clean-up, the next call treats the cache as empty.
         """
         kept = self.shared_prefix(contents, scheme)
         self._in_doubt = True
@@ -172,7 +161,6 @@ class BardVLCache(Cache):
             self._clear()
         self.scheme = scheme
         self.contents = prefix = [row[:kept] for row in contents]
-        self._order = list(range(len(contents)))
         try:
             yield
         except BaseException:
@@ -182,13 +170,13 @@ class BardVLCache(Cache):
             self._settle()
 
     @contextmanager
-    def writing(self, window: CacheWindow) -> Iterator[None]:
-        """Direct the keys and values of one forward to a window."""
-        self._set_window(window)
+    def writing(self, writing: Writing) -> Iterator[None]:
+        """Direct the keys and values of one forward."""
+        self._direct(writing)
         try:
             yield
         finally:
-            self._set_window(None)
+            self._direct(None)
 
     def reset(self) -> None:
         """Empty the cache."""
@@ -228,51 +216,33 @@ class BardVLCache(Cache):
         """What is pickled claims nothing: no other process can tell whose weights it was computed by."""
         return {**vars(self), "_contents": [], "_witness": [], "scheme": None}
 
-    def retire(self, slot: int, last: int) -> None:
-        """Move the row in `slot` behind the rows that are still decoding, of which `last` is the last."""
-        if slot == last:
-            return
-        order, self._order = self._order, []
-        for layer in self.layers:
-            layer.swap_rows(slot, last)
-        order[slot], order[last] = order[last], order[slot]
-        self._order = order
-
     def repeat_rows(self, times: int) -> None:
         """Repeat every row `times` times, next to itself."""
-        self._order = []
         for layer in self.layers:
             layer.batch_repeat_interleave(times)
         self._contents = [row for row in self._contents for _ in range(times)]
-        self._order = list(range(len(self._contents)))
 
-    def move_to(self, buffers: list[Buffers], num_columns: int) -> None:
-        """Keep keys and values in lent `buffers`, one a layer, until the generation ends; missing ones are made."""
-        for number, layer in enumerate(self.layers):
-            if number == len(buffers):
-                buffers.append(layer.new_buffers(num_columns))
-            layer.move_to(buffers[number])
+    def lend(self, buffers: list[Buffers]) -> None:
+        """Keep keys and values in `buffers`, a pair a layer, until the generation ends."""
+        for layer, pair in zip(self.layers, buffers, strict=True):
+            layer.lend(pair)
 
-    def _set_window(self, window: CacheWindow | None) -> None:
+    def _direct(self, writing: Writing | None) -> None:
         for layer in self.layers:
-            layer.window = window
+            layer.writing = writing
 
     def _settle(self) -> None:
-        """Bring the rows in the order of `contents`, one for each, without the columns that encode nothing."""
-        self._set_window(None)
-        if not self._order:
-            return
+        """Bring one row for each of `contents`, without the columns that encode nothing."""
+        self._direct(None)
         length = max(len(row) for row in self._contents)
         if not length:
             self._clear()
-        else:
-            rows = torch.tensor(self._order).argsort()[:: len(self._order) // len(self._contents)]
-            for layer in self.layers:
-                if rows.tolist() != list(range(len(self._order))):
-                    layer.batch_select_indices(rows)
-                keys, values = layer.keys[:, :, :length], layer.values[:, :, :length]
-                layer.keys, layer.values = (keys.clone(), values.clone()) if layer.is_lent else (keys, values)
-                layer.is_lent = False
+        for layer in self.layers if length else ():
+            step = len(layer.keys) // len(self._contents)  # above 1 where rows were repeated for what then failed
+            keys, values = (states[::step, :, :length][: len(self._contents)] for states in (layer.keys, layer.values))
+            if layer.is_lent or step > 1:
+                keys, values = keys.clone(), values.clone()
+            layer.keys, layer.values, layer.is_lent = keys, values, False
         self.contents = self._contents
         self._in_doubt = False
 
@@ -358,4 +328,4 @@ def fingerprint(*tensors: torch.Tensor) -> int:
     return -1 - int.from_bytes(digest.digest()[:8], "big") % 2**62
 
 
-__all__ = ["BardVLCache", "BlockCacheLayer", "Buffers", "CacheWindow", "WeightsPrint", "fingerprint"]
+__all__ = ["BardVLCache", "BlockCacheLayer", "Buffers", "WeightsPrint", "Writing", "fingerprint"]

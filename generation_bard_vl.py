@@ -13,9 +13,8 @@ from transformers.generation import GenerationConfig, LogitsProcessorList
 
 from .cache_bard_vl import BardVLCache, WeightsPrint
 from .compat_bard_vl import CacheOutput, PortableGeneration, attention_of, one_cache
-from .compilation_bard_vl import NUM_WARM_UP_RUNS, lent_buffers, release_idle_buffers
 from .configuration_bard_vl import check_integer
-from .decoding_bard_vl import BlockDecoder, DenoisingStep
+from .engine_bard_vl import DenoisingStep, Engine, SlotEncoder
 from .generation_config_bard_vl import (
     FIELDS,
     BardVLGenerationConfig,
@@ -49,7 +48,8 @@ from .inputs_bard_vl import (
 )
 from .masking_bard_vl import check_attention_implementation
 from .processors_bard_vl import build_processors
-from .windows_bard_vl import TokenTable, WindowEncoder
+from .recording_bard_vl import release_idle
+from .rows_bard_vl import Rows
 
 
 @dataclass
@@ -63,9 +63,9 @@ class BardVLGenerationOutput(CacheOutput):
         cache: keys and values, for the next turn; `past_key_values` is the same.
         block_step_counts: (rows, blocks) denoising steps of each block, 0 where a row has no such block.
         num_forwards: forwards of the language model by kind: `prefill` (chunks but the last), `prefill+denoise`,
-            `denoise`, `commit+denoise`, `overrun` (no row had a use for it; with `check_interval` above 1). A forward
-            counts once, however many rows took part. None commits a block alone: a finished block shares a forward
-            with the next one, and the last block is never encoded again.
+            `denoise`, `commit+denoise`, `overrun` (recorded steps: one may be launched before the host has read that
+            all rows had ended). A forward counts once, however many rows took part. None commits a block alone: a
+            finished block shares a forward with the next one, and the last block is never encoded again.
         num_encoded_tokens: (rows,) prompt tokens that this call encoded; the others came from `past_key_values`.
         confidences: (rows, response) probability that the model gave each token when it committed, 0 for padding.
         history: per row, the denoising steps in order; None unless `output_history=True`.
@@ -214,40 +214,36 @@ class BardVLGenerationMixin(PortableGeneration):
         cache = BardVLCache(self.config.text_config.num_hidden_layers) if past_key_values is None else past_key_values
         track = return_dict or past_key_values is not None
         contents = prompt.contents(self.config) if track else [prompt.input_ids[:0, 0].cpu()] * len(input_ids)
-        shared_by = self._cache_scheme(settings.block_size, input_ids.device)
-        scheme = (*shared_by, WeightsPrint(self)) if track else shared_by
+        scheme = self._cache_scheme(settings.block_size, input_ids.device)
+        scheme = (*scheme, WeightsPrint(self)) if track else scheme
         reused = cache.shared_prefix(contents, scheme)
 
         # 3. and 4. Decode
         with memory_advice(self, prompt, settings):
             if streamer is not None:
                 streamer.put(input_ids.cpu())
-            decoder = BlockDecoder(self, prompt, limits, settings, cache, hooks)
-            shape = (*decoder.static_shape, *shared_by[1:])
-            lent: Any = lent_buffers(self, shape) if settings.is_static else contextlib.nullcontext()
-            with lent as buffers, cache.generation(contents, scheme):
-                decoder.prefill(reused, buffers)
-                while decoder.rows:
-                    decoder.step()
+            engine = Engine(self, prompt, limits, settings, cache, hooks)
+            with cache.generation(contents, scheme):
+                engine.run(reused)
                 if track:
-                    cache.contents = decoder.encoded_contents(contents)
+                    cache.contents = engine.encoded_contents(contents)
         if streamer is not None:
             streamer.end()
 
         # 5. Output
-        responses, confidences = decoder.responses()
+        responses, confidences = engine.responses()
         prompts = input_ids.repeat_interleave(settings.num_return_sequences, dim=0)
         sequences = torch.cat([prompts, responses], dim=1)
         if return_dict:
             return BardVLGenerationOutput(
                 sequences=sequences,
-                tokens_per_forward=decoder.tokens_per_forward(),
+                tokens_per_forward=engine.tokens_per_forward(),
                 cache=cache,
-                block_step_counts=decoder.step_counts(),
-                num_forwards=decoder.forwards_by_kind(),
+                block_step_counts=engine.step_counts(),
+                num_forwards=dict(engine.num_forwards),
                 num_encoded_tokens=(prompt.lengths - reused).repeat_interleave(settings.num_return_sequences).cpu(),
                 confidences=confidences,
-                history=decoder.history if output_history else None,
+                history=engine.history if output_history else None,
             )
         if not from_mapping:
             return sequences
@@ -256,37 +252,23 @@ class BardVLGenerationMixin(PortableGeneration):
             size, longest = settings.block_size, responses.shape[1]
             extras.append([responses[:, :end].cpu() for end in range(size, longest + size, size)])
         if setting(config, "return_step_stats"):
-            extras.append(decoder.reference_statistics())
+            extras.append(engine.reference_statistics())
         return (responses, *extras) if extras else responses
 
     def warm_up(self, num_rows: int, prompt_length: int, **settings: Any) -> None:
-        """Compile, ahead of its use, the step that `generate` runs with `cache_implementation="static"`.
+        """Compile, and on a GPU record, what `generate` runs with `cache_implementation="static"`, ahead of its use.
 
         Args:
             num_rows: prompts of a batch, times `num_return_sequences`.
             prompt_length: tokens of the longest prompt.
-            settings: those of the calls to come that a step depends on: `max_new_tokens`, `block_size`,
-                `mask_token_id`, `check_interval`, `remasking_strategy`, `revision`, and whether a `temperature` is set;
-                as far as they differ from the model's own. Calls whose columns round up to the same multiple of 256
-                share it.
+            settings: those of the calls to come, as far as they differ from the model's own. What is compiled serves
+                all lengths; a recording serves calls whose columns round up to the same multiple of 256.
         """
         num_rows = check_integer("num_rows", python_value(num_rows), minimum=1)
         prompt_length = check_integer("prompt_length", python_value(prompt_length), minimum=1)
-        size = resolve_block_size(settings.get("block_size"), self.config)
         mask_token_id = resolve_mask_token_id(settings.get("mask_token_id"), self.config)
-        slowly: dict[str, Any] = {
-            "cache_implementation": "static",
-            "denoising_steps": min(2, size),
-            "confidence_threshold": 1.0,
-            "entropy_bound": 0.0,
-            "factor": 1e-6,
-            "eos_token_id": [],
-            # Two blocks run every width once.
-            "stopping_criteria": [lambda ids, _: torch.full((len(ids),), ids.shape[1] > prompt_length + size)],
-        }
         prompts = torch.full((num_rows, prompt_length), int(mask_token_id == 0), device=self.lm_head.weight.device)
-        for _ in range(NUM_WARM_UP_RUNS):
-            self.generate(prompts, **{**settings, **slowly})
+        self.generate(prompts, **{"cache_implementation": "static", "eos_token_id": [], **settings})
 
     @torch.no_grad()
     def score(
@@ -333,18 +315,21 @@ class BardVLGenerationMixin(PortableGeneration):
 
         # 2. Encode every prompt once, then the answers without masks: what later blocks see
         answers = answers.to(input_ids.device).long()
-        table = TokenTable.lay_out(prompt, num_columns, block_size, mask_token_id)
+        room = max(prompt.host_lengths) + num_columns + block_size
+        rows = Rows.lay_out(prompt, [num_columns] * len(input_ids), block_size, mask_token_id, room)
         cache = BardVLCache(self.config.text_config.num_hidden_layers)
-        rows = torch.arange(len(answers), device=input_ids.device)
         with cache.generation([torch.empty(0)] * len(input_ids), self._cache_scheme(block_size, input_ids.device)):
-            encoder = WindowEncoder(self, table, cache)
+            encoder = SlotEncoder(self, rows, cache, block_size)
             encoder.encode_prompts(prompt, 0, 0)
+            lengths = prompt.host_lengths
             if len(answers) > len(input_ids):
                 cache.repeat_rows(len(answers))
-                table.repeat_rows(len(answers))
-            columns = table.lengths[:, None] + torch.arange(answers.shape[1], device=input_ids.device)
-            table.ids.scatter_(1, columns, answers.masked_fill(answers < 0, mask_token_id))
-            encoder.encode(rows, table.lengths.tolist(), [num_columns] * len(rows), 0)
+                encoder.repeat_rows(len(answers))
+                lengths = lengths * len(answers)
+            number = torch.arange(len(answers), device=input_ids.device)[:, None]
+            columns = encoder.rows.length[:-1, None] + torch.arange(answers.shape[1], device=input_ids.device)
+            encoder.rows.ids[number, columns] = answers.masked_fill(answers < 0, mask_token_id)
+            encoder.encode_spans([(row, n, n, n + num_columns) for row, n in enumerate(lengths)])
 
             # 3. Mask the answer's tokens one at a time, a chunk of masked copies of blocks a forward
             scores = []
@@ -465,7 +450,7 @@ def memory_advice(model: Any, prompt: Prompt, settings: DecodingSettings) -> Ite
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not any(said in str(error) for said in _NO_MEMORY):
             raise
-        release_idle_buffers(model)
+        release_idle(model)
         num_rows, longest = len(prompt.host_lengths) * settings.num_return_sequences, max(prompt.host_lengths)
         advice = [f"lower `max_new_tokens`, which is {settings.max_new_tokens}"]
         advice += ["set `prefill_chunk_size`"] if settings.prefill_chunk_size is None else []

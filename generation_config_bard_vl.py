@@ -198,11 +198,11 @@ SETTINGS = {
         Setting("prefill_chunk_size", integer(1), "whole prompts",
                 "tokens of a prompt encoded together, cut to whole blocks; bounds the memory of long prompts, costs"
                 " a forward a chunk"),
-        Setting("cache_implementation", choice("dynamic", "static"), "`dynamic`",
-                "`static`: fixed shapes, compiled steps; ended rows stay until all have ended"),
+        Setting("cache_implementation", choice("dynamic", "static"), "by the device",
+                "`static`: compiled layers, and on a GPU recorded steps; `dynamic`: eager ones; by default the former"
+                " on a GPU, the latter elsewhere"),
         Setting("check_interval", integer(1), "1",
-                "forwards between two checks for finished rows; more spares a GPU's synchronisations, and may run "
-                "so many forwards too many; streamers, criteria, processors and history look at every step",
+                "of earlier versions, without effect: the engine knows after each step who has ended",
                 1, "diffusion", WARM_UP),
     )
 }  # fmt: skip
@@ -392,9 +392,13 @@ class DecodingSettings:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     num_return_sequences: int
-    check_interval: int
     prefill_chunk_size: int | None
-    is_static: bool
+    cache_implementation: str | None
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn."""
+        return self.temperature != 0
 
     @classmethod
     def resolve(cls, config: BardVLGenerationConfig, model_config: Any, prompt_length: int) -> "DecodingSettings":
@@ -431,7 +435,7 @@ class DecodingSettings:
                 raise ValueError(f"`{name}` = {token_id} is the mask token")
         resolved = {field.name: setting(config, field.name) for field in fields(cls) if field.name in DEFAULTS}
         resolved |= {} if samples else {name: DEFAULTS[name] for name in ("top_k", "top_p")}
-        threshold = config.revision_threshold
+        threshold, is_eager = config.revision_threshold, getattr(config, "disable_compile", False)
         resolved |= {
             "block_size": block_size,
             "denoising_steps": block_size if denoising_steps is None else denoising_steps,
@@ -442,7 +446,7 @@ class DecodingSettings:
             "mask_token_id": mask_token_id,
             "eos_token_ids": eos,
             "pad_token_id": pad,
-            "is_static": config.cache_implementation == "static" and not getattr(config, "disable_compile", False),
+            "cache_implementation": "dynamic" if is_eager else config.cache_implementation,
             "prefill_chunk_size": chunk and max(chunk // block_size, 1) * block_size,
         }
         return cls(**resolved)

@@ -29,9 +29,8 @@ from .compat_bard_vl import (
     set_attention,
     visual_features,
 )
-from .compilation_bard_vl import compiled_step
 from .configuration_bard_vl import BardVLConfig
-from .decoding_bard_vl import BlockDecoder
+from .engine_bard_vl import Engine
 from .generation_bard_vl import BardVLGenerationMixin
 from .generation_config_bard_vl import BardVLGenerationConfig, resolve_block_size
 from .hooks_bard_vl import DecodingHooks
@@ -44,6 +43,8 @@ from .inputs_bard_vl import (
     check_visual_layout,
     visual_items,
 )
+from .kernel_bard_vl import attend_slots
+from .layers_bard_vl import Layers
 from .masking_bard_vl import (
     PADDING_BLOCK,
     block_visibility,
@@ -54,8 +55,9 @@ from .masking_bard_vl import (
     to_attention_mask,
 )
 from .processors_bard_vl import TokenProcessors
+from .recording_bard_vl import Recording
 from .remasking_bard_vl import REMASKING_RULES
-from .windows_bard_vl import WindowEncoder
+from .rows_bard_vl import Rows
 
 AUTO_MAP = {
     "AutoConfig": "configuration_bard_vl.BardVLConfig",
@@ -374,9 +376,11 @@ __all__ = [
     "BardVLForConditionalGeneration",
     "BardVLGenerationConfig",
     "BardVLModel",
-    "BlockDecoder",
     "DecodingHooks",
+    "Engine",
+    "Layers",
+    "Recording",
+    "Rows",
     "TokenProcessors",
-    "WindowEncoder",
-    "compiled_step",
+    "attend_slots",
 ]

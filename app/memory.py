@@ -15,7 +15,7 @@ import torch
 from ..compat_bard_vl import attention_of
 from ..generation_config_bard_vl import DecodingSettings
 from ..inputs_bard_vl import PromptSize, check_prompt, check_visual_inputs, pixel_advice, response_limits
-from ..windows_bard_vl import STATIC_COLUMNS
+from ..recording_bard_vl import COLUMNS
 
 TOLERANCE = 1.25
 SUGGESTED_CHUNK = 1024  # tokens
@@ -127,12 +127,11 @@ def working_bytes(model: Any, size: PromptSize, settings: DecodingSettings) -> i
 def certain_bytes(model: Any, size: PromptSize, settings: DecodingSettings) -> int:
     """The same if every response ends in its first block: what the call takes in any case.
 
-    A static cache has room for full responses from the start; another for what the host lets run before it looks.
+    A static cache has room for full responses from the start.
     """
     shortest = settings
-    if not settings.is_static:
-        unread = settings.block_size * settings.check_interval
-        shortest = replace(settings, max_new_tokens=min(settings.max_new_tokens, unread))
+    if settings.cache_implementation != "static":
+        shortest = replace(settings, max_new_tokens=min(settings.max_new_tokens, settings.block_size))
     further = table_bytes(size, settings) - table_bytes(size, shortest)
     return working_bytes(model, size, shortest) + further
 
@@ -152,10 +151,8 @@ def cache_columns(longest: int, settings: DecodingSettings) -> int:
     """Columns allocated for a response of full length: what is needed, or half more when it grows, up to the most."""
     block, blocks = settings.block_size, num_blocks(settings)
     most = longest + (blocks + 1) * block
-    if settings.is_static:
-        return -(-most // STATIC_COLUMNS) * STATIC_COLUMNS
-    if settings.check_interval > 1:
-        return most
+    if settings.cache_implementation == "static":
+        return -(-most // COLUMNS) * COLUMNS
     columns, first, chunk = 0, longest + block, settings.prefill_chunk_size
     while columns < longest + blocks * block:
         if chunk and columns < longest - chunk:
@@ -220,8 +217,10 @@ def decode_bytes(model: Any, size: PromptSize, settings: DecodingSettings) -> in
 def choice_bytes(settings: DecodingSettings, element: int) -> int:
     """Bytes per position and entry of the vocabulary while a token is chosen (`choose_tokens`, the rule's measure)."""
     needed = softmax_bytes(element)  # the normaliser
-    if settings.temperature:  # logits and those without the mask token; relative to the largest, weights, noise
-        needed = 2 * element + 3 * 4
+    if (
+        settings.temperature
+    ):  # logits and those without the mask token; relative to the largest, weights, noise, quotient
+        needed = 2 * element + 4 * 4
         if settings.top_p < 1:  # in order, their places, probabilities, sums, and those less the probabilities
             needed += 8 + 3 * 4 + 1
     if settings.remasking_strategy == "entropy_bounded":  # logits, their log-probabilities, the products twice

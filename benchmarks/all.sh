@@ -12,7 +12,6 @@ $decoding $single --steps 4 2 --repetitions 3 --only plain engine qwen --compile
 $decoding $single --steps 4 --repetitions 3 --only plain ladder engine --compile --json $results/cpu-100m-ladder.json
 $decoding --batch 8 --ragged 64 256 --new-tokens 128 --steps 4 --repetitions 5 --only engine --compile \
     --json $results/cpu-100m-batch8.json
-python benchmarks/mixed_steps.py --shape 100m --device cpu --batch 8 --ragged 64 256
 
 # Counts, which hold on any machine, of the small trained checkpoint.
 ask=("Describe the picture." "What is in row "{1,2,3}"?" "What is at "{b3,a1}"?" "Which word is written?")

@@ -58,10 +58,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, nargs="+", default=[4, 2], help="denoising steps per block; a table each (default: 4 2)")
     add("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="leave the others out")
     add("--compile", action="store_true", help="also static caches and compiled forwards; the warm-up takes minutes")
-    add(
-        "--check-interval", type=int, help="steps that the engine runs between two looks of the host (default: its own)"
-    )
-    add("--no-cudnn", action="store_true", help="attention without cuDNN, which plans anew for every length")
     add("--repetitions", type=int, default=5, help="timed rounds, every decoder once a round (default: 5)")
     add("--threads", type=int, help="CPU threads (default: torch's own choice, see OMP_NUM_THREADS)")
     add("--seed", type=int, default=0, help="of weights and prompts")
@@ -92,9 +88,7 @@ def prompt_lengths(chosen: argparse.Namespace) -> list[int]:
     return [round(length) for length in torch.linspace(low, high, chosen.batch).tolist()]
 
 
-def contenders(
-    model: BardVLForConditionalGeneration, groups: list[str], batch: int, compiled: bool, interval: int | None = None
-) -> list[Contender]:
+def contenders(model: BardVLForConditionalGeneration, groups: list[str], batch: int, compiled: bool) -> list[Contender]:
     """Those of `groups`, the plain baseline first.
 
     Args:
@@ -102,7 +96,6 @@ def contenders(
         groups: of `GROUPS`. `ladder` is for one prompt; with several, engine and baseline also go one by one.
         batch: number of prompts.
         compiled: add static caches with compilation.
-        interval: the engine's `check_interval`, None for its default.
     """
     chosen: list[Contender] = []
     twins = {rung.attention: stock_twin(model, rung.attention) for rung in LADDER}
@@ -111,13 +104,12 @@ def contenders(
             chosen.append(LadderContender(twins[rung.attention], rung))
     if batch > 1 and chosen:
         chosen[0].name += ", one by one"
-    engine = {} if interval is None else {"check_interval": interval}
     if "engine" in groups:
         if batch > 1:
-            chosen.append(EngineContender("this engine, one by one", model, is_batched=False, **engine))
-        chosen.append(EngineContender("this engine", model, is_batched=True, **engine))
+            chosen.append(EngineContender("this engine, one by one", model, is_batched=False))
+        chosen.append(EngineContender("this engine", model, is_batched=True))
         if compiled:
-            static = {**engine, "cache_implementation": "static"}
+            static = {"cache_implementation": "static"}
             chosen.append(EngineContender("this engine, static and compiled", model, is_batched=True, **static))
     if "qwen" in groups:
         chosen.append(AutoregressiveContender("Qwen3-VL, eager", twins["sdpa"]))
@@ -132,7 +124,6 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     """Measure everything that the command line asks for; the result is what `--json` writes, after each contender."""
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
-    torch.backends.cuda.enable_cudnn_sdp(not chosen.no_cudnn)
     device, shape = torch.device(chosen.device), SHAPES[chosen.shape]
     measured: dict[str, Any] = {
         "command": shlex.join(["python", "benchmarks/decoding.py", *chosen.command_line]),
@@ -150,7 +141,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         "results": [],
     }
     prompts = rounds_of_prompts(measured["prompt_lengths"], shape, chosen.seed, device)
-    compared = contenders(model, chosen.only, chosen.batch, chosen.compile, chosen.check_interval)
+    compared = contenders(model, chosen.only, chosen.batch, chosen.compile)
     for steps in chosen.steps:
         task = static_task(shape, chosen.new_tokens, chosen.block_size, steps)
         earlier = measured["results"]

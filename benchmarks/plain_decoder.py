@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from bard_vl.attention_bard_vl import ATTENTION_NAME
+from bard_vl.attention_bard_vl import ATTENTION_NAME, Slots
 from bard_vl.compat_bard_vl import cache_argument
 from contenders import Decoded, Task
 from torch.nn.functional import pad
@@ -187,7 +187,11 @@ class LadderDecoder:
         self.forwards[kind] += 1
         before = end - first - size  # tokens of a finished block in the window
         unmasked = self.rung.maskless and first >= self.length and (self.rung.shared_heads or not before)
-        settings = {"num_clean": before} if unmasked and self.rung.shared_heads else {}
+        parts = [(count, stop) for count, stop in ((before, end - size), (size, end)) if count]
+        settings = {}
+        if unmasked and self.rung.shared_heads:
+            counts, lengths = (list(column) for column in zip(*parts, strict=True))
+            settings["slots"] = Slots.of([0] * len(parts), counts, lengths, self.ids.device)
         hidden = self.model.model(
             input_ids=self.ids[:, first:end],
             attention_mask=None if unmasked else self.mask(first, end),

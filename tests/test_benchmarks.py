@@ -28,7 +28,6 @@ import batches  # noqa: E402
 import decoding  # noqa: E402
 import gpu  # noqa: E402
 import gpu_run  # noqa: E402
-import mixed_steps  # noqa: E402
 import speculation  # noqa: E402
 from contenders import MOST_OFFSET, Decoded, EngineContender, Task, make_prompts, rounds_of_prompts  # noqa: E402
 from decoding import contenders  # noqa: E402
@@ -384,22 +383,6 @@ def test_lock_step_and_cursors_by_hand() -> None:
     # Three, three (the first row's finished block along), two, two (the second row's along).
     assert ways.cursors == speculation.Count(4, 4 * (3 + 4 + 2 + 3))
     assert ways.padded_cursors == speculation.Count(4, 4 * (3 + 6 + 2 + 4))
-
-
-def test_mixed_steps_are_timed(capsys: Any) -> None:
-    prompts = make_prompts([9, 14, 20], TINY, 0, CPU)
-    decoder = mixed_steps.started(MODEL, prompts, 4)
-    widths: list[tuple[int, ...]] = []
-    hook = MODEL.model.language_model.register_forward_pre_hook(
-        lambda _, __, kwargs: widths.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
-    )
-    with hook, torch.no_grad():
-        for num_moved_on, is_padded in ((0, False), (1, False), (1, True), (3, False)):
-            assert mixed_steps.seconds_of_step(decoder, num_moved_on, is_padded) > 0
-    assert widths == [(3, 4), (1, 16), (3, 8), (3, 8)]
-    mixed_steps.main(["--shape", "tiny", "--batch", "3", "--ragged", "9", "20", "--repetitions", "1"])
-    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()]
-    assert rows[2:] == ["0 of 3", "1 of 3", "2 of 3", "3 of 3"]
 
 
 def lines_of(folder: Path) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from bard_vl import BardVLForConditionalGeneration, BardVLGenerationConfig, BardVLGenerationOutput
-from bard_vl.cache_bard_vl import BardVLCache
-from bard_vl.decoding_bard_vl import BlockDecoder
+from bard_vl import BardVLForConditionalGeneration, BardVLGenerationConfig, BardVLGenerationOutput, kernel_bard_vl
+from bard_vl.attention_bard_vl import Slots
 from bard_vl.generation_config_bard_vl import DecodingSettings
-from bard_vl.hooks_bard_vl import DecodingHooks
+from bard_vl.recording_bard_vl import Recording, layers_of, recording, release_idle
+from bard_vl.rows_bard_vl import Denoiser
 from bard_vl.training.packing import dense_mask, flex_mask, pack
 from fresh import call
 from ragged import MASK, NO_ID, PAD, Row, collate
@@ -34,11 +34,10 @@ BATCH = [
 ]
 SETTINGS: dict[str, Any] = {"block_size": 4, "confidence_threshold": 0.15, "eos_token_id": NO_ID, "max_new_tokens": 28}
 MODES = {
-    "dynamic": {},
-    "dynamic, looked at now and then": {"check_interval": 3},
-    "chunks": {"prefill_chunk_size": 4},
-    "static": {"cache_implementation": "static"},
-    "static, looked at now and then": {"cache_implementation": "static", "check_interval": 4},
+    "recorded": {},
+    "eager": {"cache_implementation": "dynamic"},
+    "eager, in chunks": {"cache_implementation": "dynamic", "prefill_chunk_size": 4},
+    "watched": {"stopping_criteria": [lambda ids, _: torch.zeros(len(ids), dtype=torch.bool, device=ids.device)]},
 }
 
 
@@ -53,7 +52,7 @@ def run(batch: list[Row], dtype: torch.dtype = torch.float32, **arguments: Any) 
     return load(dtype=dtype).generate(**inputs, return_dict_in_generate=True, **settings)
 
 
-@pytest.mark.parametrize("mode", ["dynamic", "dynamic, looked at now and then", "chunks"])
+@pytest.mark.parametrize("mode", ["recorded", "eager"])
 @pytest.mark.parametrize(("folder", "case"), cases_of("generate"))
 def test_the_references_tokens(folder: str, case: str, mode: str) -> None:
     _, tensors, cases = load_golden(folder)
@@ -89,23 +88,47 @@ def no_waiting() -> Iterator[None]:
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("is_static", [False, True])
-@pytest.mark.parametrize("way", [{}, {"temperature": 1.0, "top_p": 0.9}, {"revision": "remask"}], ids=str)
 @torch.no_grad()
-def test_steps_between_two_looks_wait_for_nothing(way: dict[str, Any], is_static: bool) -> None:
-    model, inputs = load(), {name: value.to(DEVICE) for name, value in collate(BATCH[::2]).items()}
-    cache_kind = {"cache_implementation": "static"} if is_static else {}
-    config = BardVLGenerationConfig(**SETTINGS, mask_token_id=MASK, check_interval=8, **way, **cache_kind)
-    settings = DecodingSettings.resolve(config, model.config, inputs["input_ids"].shape[1])
-    hooks = DecodingHooks(None, [], [], None, None, keep_history=False, deadline=float("inf"))
-    for is_measured in (False, True):  # what is made at first use may wait
-        prompt = model._realign(inputs["input_ids"], inputs["attention_mask"], {})
-        block_cache = BardVLCache(model.config.text_config.num_hidden_layers)
-        decoder = BlockDecoder(model, prompt, settings, block_cache, hooks)
-        decoder.prefill(0, [] if is_static else None)
-        with no_waiting() if is_measured else contextlib.nullcontext():
-            for _ in range(6):
-                decoder.step()
+def test_a_recorded_step_waits_for_nothing_and_leaves_its_memory() -> None:
+    model, device = load(), DEVICE
+    config = BardVLGenerationConfig(**SETTINGS, mask_token_id=MASK, cache_implementation="static")
+    settings = DecodingSettings.resolve(config, model.config, 16)
+    denoiser = Denoiser(settings, device)
+    with recording(model, layers_of(model, settings), denoiser, (2, 256)) as lent:
+        assert isinstance(lent, Recording)
+        for _ in range(2):
+            lent._replay(2, 2)
+        with no_waiting():
+            for _ in range(4):
+                lent._replay(2, 2)
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        del lent
+        release_idle(model)
+        assert torch.cuda.memory_allocated() < before
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="the kernel runs on a GPU; test_kernel.py interprets it")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(16, 32, 8, 128), (4, 8, 2, 64), (32, 4, 2, 16), (1, 6, 2, 80)], ids=str)
+def test_the_kernel_sees_what_it_should(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    block, heads, key_heads, size = shape
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    make = {"device": DEVICE, "dtype": dtype, "generator": generator}
+    key, value = (torch.randn(3, key_heads, 700, size, **make) for _ in range(2))
+    key[:, :, 690:] = float("nan")  # nobody may look there
+    for number in (1, 5, 200):
+        rows = [slot % 3 for slot in range(number)]
+        ends = [1 + block + (97 * slot) % 600 for slot in range(number)]
+        slots = Slots.of(rows, [block] * number, ends, DEVICE)
+        query = torch.randn(number * block, heads, size, **make)
+        found = kernel_bard_vl.attend_slots(query, key, value, slots).unflatten(0, (number, block))
+        for slot in range(0, number, 7):
+            seen = (x[rows[slot]][None, :, : ends[slot]].double() for x in (key, value))
+            mine = query[slot * block : (slot + 1) * block].double().transpose(0, 1)[None]
+            expected = torch.nn.functional.scaled_dot_product_attention(mine, *seen, enable_gqa=True)[0].transpose(0, 1)
+            error = (found[slot].double() - expected).norm() / expected.norm()
+            assert error < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -157,9 +180,9 @@ def test_flex_attention_learns_what_the_dense_mask_does(dtype: torch.dtype) -> N
 def tokens_from_threads() -> list[bool]:
     """Of each of several batches: whether a thread's tokens are those of the main thread."""
     batches = [[Row().add_text(4 + seed, seed)] for seed in range(8)]
-    expected = [run(batch).sequences.tolist() for batch in batches]
+    expected = [run(batch, cache_implementation="dynamic").sequences.tolist() for batch in batches]
     with ThreadPoolExecutor(3) as pool:
-        outputs = list(pool.map(lambda batch: run(batch, cache_implementation="static"), batches))
+        outputs = list(pool.map(run, batches))
     return [output.sequences.tolist() == tokens for output, tokens in zip(outputs, expected, strict=True)]
 
 

@@ -389,7 +389,7 @@ def test_several_responses_share_one_prompt_pass() -> None:
         output = run([IMAGE, TEXT], num_return_sequences=3, temperature=1.0, seed=2)
     # Each prompt once, with one first block behind it, end to end; then every response.
     assert calls[0][:2] == (1, len(IMAGE.ids) + len(TEXT.ids) + 2 * SETTINGS["block_size"])
-    assert calls[1][:2] == (6, SETTINGS["block_size"])
+    assert calls[1][:2] == (1, 6 * SETTINGS["block_size"])
     assert len(images) == 1
     width = len(IMAGE.ids)
     assert output.sequences.shape == (6, width + 20)
@@ -766,7 +766,8 @@ def test_score_encodes_prompt_and_images_once() -> None:
         load().score(collate([PROMPTS["several images"]]), answers(5, 6, 7), block_size=4)
     assert len(images) == 1
     assert calls[0][:2] == (1, len(PROMPTS["several images"].ids))
-    assert [shape[0] for shape in calls[1:]] == [3, 3]
+    assert calls[1][:2] == (1, 3 * 4), "a block of each answer, end to end"
+    assert [shape[0] for shape in calls[2:]] == [3]
 
 
 def test_score_prefers_what_greedy_decoding_of_single_tokens_writes() -> None:

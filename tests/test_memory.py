@@ -232,16 +232,14 @@ def test_responses_that_may_end_early_are_not_refused() -> None:
     needed = estimate_memory(model, prompt(text=9, rows=8), **long).working
     free = needed // 10
     check_fits(model, size, settings, torch.device("cpu"), free)
-    check_fits(model, size, replace(settings, check_interval=4), torch.device("cpu"), free)
     with pytest.raises(ValueError, match=r"or lower `max_new_tokens`, which is 100000; or give fewer than 8 prompts"):
-        check_fits(model, size, replace(settings, is_static=True), torch.device("cpu"), needed // 4)
+        check_fits(model, size, replace(settings, cache_implementation="static"), torch.device("cpu"), needed // 4)
 
 
-@pytest.mark.parametrize("interval", [1, 4])
-def test_what_is_sure_is_what_the_shortest_answers_take(interval: int) -> None:
+def test_what_is_sure_is_what_the_shortest_answers_take() -> None:
     model, inputs = load(), prompt(text=9, rows=8)
     ends = [token_id for token_id in range(20_000) if token_id != IDS.mask_token_id]
-    settings = {**SETTINGS, "max_new_tokens": 20_000, "check_interval": interval, "eos_token_id": ends}
+    settings = {**SETTINGS, "max_new_tokens": 20_000, "eos_token_id": ends}
     peak, output = highest_use(lambda: model.generate(**inputs, **settings, pad_token_id=0))
     assert output.shape[1] == 9 + 1
     sure = certain_bytes(model, *read_prompt(model, inputs, **settings))

@@ -1,10 +1,10 @@
-"""Every mode of the engine decides alike: golden cases and ragged batches over caches, compilation, chunks and batches.
+"""Golden cases and ragged batches in every mode: cache, compilation, chunks, rows.
 
-Compilation is real here. A graph takes long to make, so the calls keep to a family of shapes that share graphs: one or
-five rows, 256 columns, and in the golden cases windows of two blocks throughout.
+Compilation is real here. What is compiled serves all shapes of a model.
 """
 
 import contextlib
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -28,18 +28,19 @@ COMPANIONS = [
 # Cases that share a graph stand side by side.
 CASES = sorted(cases_of("generate"), key=lambda case: (case[0], load(case[0])[2][case[1]]["arguments"]["block_size"]))
 
-graphs: set[tuple] = set()  # what this process has compiled, by model, rows and block size
+graphs: Counter[str | None] = Counter()  # what this process has compiled, by model
 
 
 @contextlib.contextmanager
-def compilation(kind: str, shape: tuple | None) -> Any:
-    """Forbid compilation, or let it be and expect one graph of a shape that is new, none of one that is known."""
+def compilation(kind: str, folder: str | None) -> Any:
+    """Forbid compilation, or let it be and expect few graphs of a model, whatever the shapes."""
     before = counters["stats"]["unique_graphs"]
     with torch.compiler.set_stance("force_eager") if kind == "eager" else contextlib.nullcontext():
         yield
-    new = {shape} - graphs if shape and kind == "compiled" else set()
-    assert counters["stats"]["unique_graphs"] - before == len(new)
-    graphs.update(new)
+    # Three functions, each for the first number of tokens, for any, and for one alone.
+    made = counters["stats"]["unique_graphs"] - before
+    graphs[folder] += made
+    assert made == 0 if folder is None or kind == "eager" else graphs[folder] <= 9
 
 
 def row_of(golden: dict[str, torch.Tensor]) -> Row:
@@ -63,7 +64,7 @@ def test_golden_cases(folder: str, case: str, num_rows: int, cache: str, kind: s
     place = num_rows // 2
     batch = [*COMPANIONS[:place], row_of(golden), *COMPANIONS[place : num_rows - 1]]
     mode = {"cache_implementation": cache, "check_interval": 2, "prefill_chunk_size": CHUNKS[chunk]}
-    with compilation(kind, (folder, num_rows, arguments["block_size"]) if cache == "static" else None):
+    with compilation(kind, folder if cache == "static" else None):
         output = model.generate(**collate(batch), return_dict_in_generate=True, pad_token_id=PAD, **arguments, **mode)
     expected = golden["output_ids"][0, : arguments["max_new_tokens"]].tolist()
     if arguments["eos_token_id"] in expected:
@@ -111,5 +112,3 @@ def test_ragged_batches(num_rows: int, cache: str, kind: str, chunk: str) -> Non
 
     with torch.compiler.set_stance("force_eager") if kind == "eager" else contextlib.nullcontext():
         compare()
-    if cache == "static" and kind == "compiled":
-        graphs.add(("untied", num_rows, 4))  # windows of both widths, one of which the golden cases run

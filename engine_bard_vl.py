@@ -1,0 +1,451 @@
+"""The decoding engine: rows that denoise their responses block by block, each at its own pace, as slots of one forward.
+
+A slot is a block of queries of one row; it sees the columns of its row up to its own end. A block that is being
+denoised is a slot, a finished block in front of the next is one more, a prompt is slots, too. So a prompt shares a
+forward with the first step of its first block, and a finished block with the first step of the next; a separate pass to
+commit keys and values is never needed.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .attention_bard_vl import ATTENTION_NAME, Slots
+from .cache_bard_vl import BardVLCache, Writing
+from .compat_bard_vl import attention_of, encode_text
+from .generation_config_bard_vl import DecodingSettings
+from .hooks_bard_vl import DecodingHooks
+from .inputs_bard_vl import Prompt, VisualFeatures
+from .masking_bard_vl import to_attention_mask
+from .recording_bard_vl import COLUMNS, DEVICES, Recording, layers_of, recording
+from .rows_bard_vl import Decision, Denoiser, Rows
+
+
+@dataclass
+class DenoisingStep:
+    """One step of one row's block.
+
+    Attributes:
+        block: index of the block in the response.
+        ids: (block size,) CPU ids after the step, the mask id where undecided.
+        committed: (block size,) bool, decided at this step.
+        revised: (block size,) bool, decided before and changed, or masked again, at this step.
+        confidence: (block size,) probability of the token that each position would have taken.
+    """
+
+    block: int
+    ids: torch.Tensor
+    committed: torch.Tensor
+    revised: torch.Tensor
+    confidence: torch.Tensor
+
+
+class SlotEncoder:
+    """Encodes slots of a batch into hidden states, and their keys and values into the cache.
+
+    Args:
+        model: the whole model.
+        rows: the batch.
+        cache: its keys and values, in the order of the rows.
+        size: tokens of a block.
+    """
+
+    def __init__(self, model: Any, rows: Rows, cache: BardVLCache, size: int):
+        self.model, self.rows, self.cache, self.size = model, rows, cache, size
+        self.attention = attention_of(model.config.text_config)
+        self.device = rows.ids.device
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the cache."""
+        return self.rows.spare
+
+    def repeat_rows(self, times: int) -> None:
+        """Go on with every row `times` times, next to itself."""
+        self.rows = self.rows.repeated(times)
+
+    def encode(
+        self, blocks: list[tuple[int, int, int]], features: VisualFeatures | None = None, layers: Any = None
+    ) -> torch.Tensor:
+        """Encode slots, each (row, first column, columns): (tokens, hidden) states after the last norm.
+
+        Args:
+            blocks: slots, of which each ends where a block ends.
+            features: visual features, for slots of prompts.
+            layers: the text layers' arithmetic, where it is not the modules'.
+        """
+        numbers, firsts, counts = (list(column) for column in zip(*blocks, strict=True))
+        ends = [first + count for first, count in zip(firsts, counts, strict=True)]
+        slots = Slots.of(numbers, counts, ends, self.device)
+        slot_of = torch.arange(len(blocks)).repeat_interleave(torch.tensor(counts))
+        place = torch.arange(len(slot_of)) - torch.tensor([0, *counts[:-1]]).cumsum(0)[slot_of]
+        table = torch.stack([torch.tensor(numbers)[slot_of], torch.tensor(firsts)[slot_of] + place]).to(self.device)
+        row, column = table
+        writing = Writing(row, column, self.num_rows, max(ends), self.rows.num_columns)
+        if layers is not None:
+            embeds = self.model.get_input_embeddings()(self.rows.ids[row, column])[None]
+            with self.cache.writing(writing):
+                return layers.run(embeds, self.rows.positions[:, row, column][:, None], self.cache.layers, slots)[0]
+        return self._run(row[None], column[None], writing, None, features, slots=slots)[0]
+
+    def encode_side_by_side(
+        self, numbers: list[int], firsts: list[int], widths: list[int], features: VisualFeatures | None = None
+    ) -> torch.Tensor:
+        """Encode a window of each row under a mask, for stock attention: (tokens, hidden) states as `encode`'s.
+
+        Shorter windows run on into columns that are encoded again before they are seen.
+        """
+        width, device = max(widths), self.device
+        row, first = torch.tensor([numbers, firsts], device=device)
+        column = first[:, None] + torch.arange(width, device=device)
+        end = max(firsts) + width
+        everyone = numbers == list(range(self.num_rows))
+        writing = Writing(
+            row.repeat_interleave(width), column.flatten(), self.num_rows, end, self.rows.num_columns,
+            slice(self.num_rows) if everyone else row,
+        )  # fmt: skip
+        seen = self.block_ends(row, column)
+        visible = torch.arange(end, device=device) < seen[..., None]
+        hidden = self._run(row[:, None].expand_as(column), column, writing, visible, features)
+        wanted = torch.arange(width, device=device) < torch.tensor(widths, device=device)[:, None]
+        return hidden[wanted.to(hidden.device)]
+
+    def block_ends(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """(n, width) the column behind the block of each of the columns (n, width) of rows (n,).
+
+        A prompt is cut from column 0, its last block may be short; a response from the prompt's end.
+        """
+        length, size = self.rows.length[row][:, None], self.size
+        in_prompt = torch.minimum((column // size + 1) * size, length)
+        return torch.where(column < length, in_prompt, length + ((column - length) // size + 1) * size)
+
+    def blocks(self, row: int, length: int, first: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """The blocks of a row with a prompt of `length` tokens, from column `first`, where one begins, up to `end`."""
+        while first < end:
+            behind = length if first < length else end
+            count = min(self.size, behind - first)
+            yield row, first, count
+            first += count
+
+    def encode_spans(
+        self, spans: list[tuple[int, int, int, int]], features: VisualFeatures | None = None
+    ) -> torch.Tensor:
+        """Encode (row, prompt length, first column, end) of whole blocks: (tokens, hidden), in this order."""
+        if self.attention != ATTENTION_NAME:
+            numbers, _, firsts, ends = (list(column) for column in zip(*spans, strict=True))
+            widths = [end - first for first, end in zip(firsts, ends, strict=True)]
+            return self.encode_side_by_side(numbers, firsts, widths, features)
+        return self.encode([block for span in spans for block in self.blocks(*span)], features)
+
+    def encode_prompts(
+        self, prompt: Prompt, first: int, behind: int, chunk: int | None = None
+    ) -> tuple[torch.Tensor, int]:
+        """Encode every row's prompt from column `first` on, images included, and `behind` columns behind it.
+
+        With `chunk`, columns, in forwards of so many columns; the last one takes what is behind the prompts along.
+
+        Returns:
+            (rows, behind, hidden) hidden states of what is behind the prompts, and the number of forwards.
+        """
+        features = self.model.model.encode_visual(prompt.input_ids, prompt.visual_inputs, first)
+        lengths, num_forwards = prompt.host_lengths, 1
+        while chunk is not None and max(lengths) - first > chunk:
+            spans = [(row, n, first, min(first + chunk, n)) for row, n in enumerate(lengths) if n > first]
+            self.encode_spans(spans, features)
+            first, num_forwards = first + chunk, num_forwards + 1
+        # A row whose prompt has ended in an earlier chunk takes part with what is behind it alone.
+        spans = [(row, n, min(first, n), n + behind) for row, n in enumerate(lengths)]
+        hidden = self.encode_spans(spans, features)
+        ends = torch.tensor([end - start for _, _, start, end in spans]).cumsum(0)[:, None]
+        wanted = (ends - behind + torch.arange(behind)).to(hidden.device)
+        return hidden[wanted], num_forwards
+
+    def encode_masked_copies(self, answer_positions: torch.Tensor, block_size: int, mask_token_id: int) -> torch.Tensor:
+        """Hidden state of every answer token masked alone in a copy of its block: (rows, positions, hidden).
+
+        The copies lie side by side behind what is cached, and leave nothing there. A copy sees the blocks before its
+        own, and itself.
+        """
+        rows, device = self.rows, answer_positions.device
+        row, length = torch.arange(self.num_rows, device=device)[:, None], rows.length[: self.num_rows, None]
+        start = answer_positions // block_size * block_size
+        source = length + (start[:, None] + torch.arange(block_size, device=device)).flatten()
+        masked = torch.arange(len(answer_positions), device=device) * block_size + answer_positions - start
+        copy = torch.arange(len(answer_positions), device=device).repeat_interleave(block_size)
+        end = int((length + start).max())
+        before = torch.arange(end, device=device) < (length + start[copy])[..., None]
+        own = (copy[:, None] == copy[None]).expand(self.num_rows, -1, -1)
+        ids = rows.ids[row, source].index_fill(1, masked, mask_token_id)
+        writing = Writing(source, source, self.num_rows, end, end, is_kept=False)
+        return self._encode(ids, rows.positions[:, row, source], writing, torch.cat([before, own], -1))[:, masked]
+
+    def _run(
+        self,
+        row: torch.Tensor,
+        column: torch.Tensor,
+        writing: Writing,
+        visible: torch.Tensor | None,
+        features: VisualFeatures | None,
+        **attention: Any,
+    ) -> torch.Tensor:
+        if features is not None:
+            padded = torch.nn.functional.pad(features.index, [0, self.rows.num_columns], value=-1)
+            features = replace(features, index=padded[row, column])
+        ids, positions = self.rows.ids[row, column], self.rows.positions[:, row, column]
+        return self._encode(ids, positions, writing, visible, features, **attention)
+
+    def _encode(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        writing: Writing,
+        visible: torch.Tensor | None,
+        features: VisualFeatures | None = None,
+        **attention: Any,
+    ) -> torch.Tensor:
+        """One forward of the language model: (n, width, hidden) states after the last norm.
+
+        Args:
+            ids: (n, width); positions: (3, n, width).
+            writing: where the keys and values go.
+            visible: (n, width, keys) what each token sees, where the attention is not told by slots.
+            features: visual features, their index that of the (n, width) tokens.
+            attention: further arguments of `block_attention`.
+        """
+        text_model = self.model.model.language_model
+        embeds = text_model.embed_tokens(ids)
+        if features is not None:
+            embeds, deepstack = features.show(embeds)
+            attention |= deepstack
+        mask = None if visible is None else to_attention_mask(visible, self.attention, embeds.dtype)
+        with self.cache.writing(writing):
+            return encode_text(text_model, embeds, mask, positions, self.cache, use_cache=True, **attention)[0]
+
+
+class Engine:
+    """One call of `generate`: a batch from prompts to responses.
+
+    The rows' state is on the device. The host reads after each step who ended and who moved on, or, where steps are
+    recorded, one step late.
+
+    Args:
+        model: the whole model.
+        prompt: realigned.
+        limits: most response tokens of each prompt.
+        settings, cache, hooks: of the call.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompt: Prompt,
+        limits: list[int],
+        settings: DecodingSettings,
+        cache: BardVLCache,
+        hooks: DecodingHooks,
+    ):
+        self.model, self.prompt, self.settings, self.cache, self.hooks = model, prompt, settings, cache, hooks
+        self.device, self.copies = prompt.input_ids.device, settings.num_return_sequences
+        self.denoiser = Denoiser(settings, self.device)
+        size = settings.block_size
+        # One block to spare: what has no row, or no block of its own, writes there.
+        num_columns = max(prompt.host_lengths) + (-(-settings.max_new_tokens // size) + 1) * size
+        self.layers = layers_of(model, settings)
+        is_watched = hooks.any or settings.samples or hooks.own_processors is not None
+        self.is_recorded = self.layers is not None and self.device.type in DEVICES and not is_watched
+        if self.is_recorded:
+            num_columns = -(-num_columns // COLUMNS) * COLUMNS
+        self.rows = Rows.lay_out(prompt, limits, size, settings.mask_token_id, num_columns)
+        self.encoder = SlotEncoder(model, self.rows, cache, size)
+        self.lengths = [n for n in prompt.host_lengths for _ in range(self.copies)]
+        self.starts = list(self.lengths)  # host: first column of each row's block
+        self.running = list(range(len(self.lengths)))
+        self.carrying: list[int] = []
+        self.history: list[list[DenoisingStep]] = [[] for _ in self.lengths]
+        self.num_forwards: Counter[str] = Counter()
+        self.num_prefill_forwards = 0  # beyond the one that holds the first step
+
+    def run(self, reused: int) -> None:
+        """Decode, with the columns before `reused` from the cache."""
+        with self._recording() as recorded:
+            self._prefill(reused, recorded)
+            if recorded is not None:
+                self.num_forwards += recorded.run(self.rows, self.running, self.carrying)
+                return
+            while self.running:
+                self._step()
+
+    @contextmanager
+    def _recording(self) -> Iterator[Recording | None]:
+        if not self.is_recorded:
+            yield None
+            return
+        shape = (len(self.lengths), self.rows.num_columns)
+        with recording(self.model, self.layers, self.denoiser, shape) as lent:
+            yield lent
+
+    def _prefill(self, reused: int, recorded: Recording | None) -> None:
+        """Encode the prompts from column `reused` on, the last of them together with every first block's first step."""
+        if recorded is not None and self.copies == 1:
+            self.cache.lend(recorded.buffers)
+        size, chunk = self.settings.block_size, self.settings.prefill_chunk_size
+        hidden, num_forwards = self.encoder.encode_prompts(self.prompt, reused, size, chunk)
+        self.num_prefill_forwards = num_forwards - 1
+        if self.num_prefill_forwards:
+            self.num_forwards["prefill"] += self.num_prefill_forwards
+        self.num_forwards["prefill+denoise" if max(self.lengths) > reused else "denoise"] += 1
+        if self.copies > 1:
+            self.cache.repeat_rows(self.copies)
+            self.encoder.repeat_rows(self.copies)
+            self.rows = self.encoder.rows
+            hidden = hidden.repeat_interleave(self.copies, dim=0)
+            if recorded is not None:
+                self.cache.lend(recorded.buffers)
+        self._advance(hidden)
+
+    def _step(self) -> None:
+        """Encode every running row's block, finished blocks in front of it together with it, and decide."""
+        self.num_forwards["commit+denoise" if self.carrying else "denoise"] += 1
+        size, carrying = self.settings.block_size, set(self.carrying)
+        firsts = [self.starts[row] - size * (row in carrying) for row in self.running]
+        if self.encoder.attention == ATTENTION_NAME:
+            blocks = [(row, self.starts[row] - size, size) for row in self.carrying]
+            blocks += [(row, self.starts[row], size) for row in self.running]
+            hidden = self.encoder.encode(blocks, layers=self.layers)[len(self.carrying) * size :]
+            hidden = hidden.unflatten(0, (-1, size))
+        else:
+            widths = [self.starts[row] + size - first for row, first in zip(self.running, firsts, strict=True)]
+            hidden = self.encoder.encode_side_by_side(self.running, firsts, widths)
+            ends = torch.tensor(widths).cumsum(0)[:, None]
+            hidden = hidden[(ends - size + torch.arange(size)).to(hidden.device)]
+        self._advance(hidden)
+
+    def _advance(self, hidden: torch.Tensor) -> None:
+        """Decide by (running rows, block, hidden) states, show what callers want to see, and read where rows are."""
+        owner = torch.tensor(self.running, device=self.device)
+        decision = self._decide(owner, hidden)
+        if self.hooks.watch_blocks:
+            for row, is_finished in zip(self.running, decision.finished.tolist(), strict=True):
+                if is_finished:
+                    self._show_block(row)
+        rows = self.rows
+        state = torch.stack([rows.start[owner], rows.ended[owner].long(), rows.carries[owner].long()]).tolist()
+        running, self.running, self.carrying = self.running, [], []
+        for row, start, has_ended, carries in zip(running, *state, strict=True):
+            self.starts[row] = start
+            if not has_ended:
+                self.running.append(row)
+                if carries:
+                    self.carrying.append(row)
+
+    def _decide(self, owner: torch.Tensor, hidden: torch.Tensor) -> Decision:
+        settings, hooks, lm_head = self.settings, self.hooks, self.model.lm_head
+        processed = hooks.own_processors or hooks.processors
+        all_matter = settings.revision or settings.samples or processed or hooks.keep_history
+        if all_matter or {hidden.device.type, self.device.type} != {"cpu"}:
+            logits = lm_head(hidden).to(self.device)
+            then = self._process_logits if hooks.processors else None
+            choice = self.denoiser.choose(self.rows, owner, logits, hooks.generator, hooks.own_processors, then)
+        else:
+            choice = self.denoiser.choose_undecided(self.rows, owner, hidden, lm_head)
+        decision = self.denoiser.decide(self.rows, owner, choice)
+        self._report(decision, choice.confidence)
+        return decision
+
+    def _process_logits(self, logits: torch.Tensor, first: int) -> torch.Tensor:
+        """Run the caller's processors at every undecided position with the committed tokens left of it.
+
+        The logits (rows, n, vocabulary) are those of `n` positions of each row's block, from index `first` on.
+        """
+        mask_token_id = self.settings.mask_token_id
+        for place, row in enumerate(self.running):
+            start = self.starts[row] + first
+            block = self.rows.ids[row, start : start + logits.shape[1]]
+            for offset in (block == mask_token_id).nonzero()[:, 0].tolist():
+                left = self.rows.ids[row, : start + offset]
+                left = left[left != mask_token_id]
+                logits[place, offset] = self.hooks.processors(left[None], logits[place, offset][None])[0]
+        return logits
+
+    def _report(self, decision: Decision, confidence: torch.Tensor) -> None:
+        """Hand a draft to the streamer and keep the history, if asked."""
+        if hasattr(self.hooks.streamer, "put_draft"):
+            self.hooks.streamer.put_draft(value=decision.ids.cpu())
+        if self.hooks.keep_history:
+            parts = (decision.ids, decision.committed, decision.revised, confidence)
+            for row, *step in zip(self.running, *(part.cpu() for part in parts), strict=True):
+                index = (self.starts[row] - self.lengths[row]) // self.settings.block_size
+                self.history[row].append(DenoisingStep(index, *step))
+
+    def _show_block(self, row: int) -> None:
+        """Show a finished block to the stopping criteria, prefix by prefix, and to the streamer."""
+        rows, start = self.rows, self.starts[row]
+        kept = int(rows.response_length[row]) - (start - self.lengths[row])
+        stopped = time.monotonic() > self.hooks.deadline
+        for count in range(1, kept + 1) if self.hooks.criteria else ():
+            if bool(self.hooks.criteria(rows.ids[row, : start + count][None], None).all()):
+                kept, stopped = count, True
+                break
+        if self.hooks.streamer is not None:
+            self.hooks.streamer.put(rows.ids[row, start : start + kept].cpu())
+        if stopped:  # before the block was encoded clean: the cache ends where it begins
+            rows.response_length[row] = start - self.lengths[row] + kept
+            rows.ended[row], rows.carries[row], rows.start[row] = True, False, start
+
+    # --- what comes out --------------------------------------------------------------------------------------------
+
+    def responses(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Response ids (rows, longest) padded on the right, and the confidence of each token, 0 for padding."""
+        rows, own = self.rows, slice(self.rows.spare)
+        length = rows.response_length[own, None]
+        columns = torch.arange(int(length.max()), device=self.device)
+        cell = (torch.arange(rows.spare, device=self.device)[:, None], rows.length[own, None] + columns)
+        padding = columns >= length
+        ids = rows.ids[cell].masked_fill(padding, self.settings.pad_token_id)
+        return ids, rows.confidences[cell].masked_fill(padding, 0.0)
+
+    def tokens_per_forward(self) -> torch.Tensor:
+        """(rows,) response tokens over forwards: the row's steps, and those of its prompt that held no step."""
+        own = slice(self.rows.spare)
+        return (
+            self.rows.response_length[own].float() / (self.rows.steps[own].sum(-1) + self.num_prefill_forwards)
+        ).cpu()
+
+    def step_counts(self) -> torch.Tensor:
+        """(rows, blocks) steps of each block, 0 where a row has no such block."""
+        steps = self.rows.steps[: self.rows.spare]
+        return steps[:, : int(steps.any(0).sum())].cpu()
+
+    def reference_statistics(self) -> dict[str, Any]:
+        """The reference's `return_step_stats`, with tokens counted to the first EOS."""
+        counts = self.step_counts()
+        tokens, steps = int(self.rows.response_length[: self.rows.spare].sum()), int(counts.sum())
+        return {
+            "block_step_counts": counts,
+            "num_response_tokens": tokens,
+            "num_denoising_steps": steps,
+            "tpf": tokens / steps,
+        }
+
+    def encoded_contents(self, contents: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What the cache holds of each row in the partition of a later prompt, which is cut from position 0.
+
+        A response's blocks begin where its prompt ended: only behind a prompt of whole blocks they fit that partition.
+        """
+        encoded = []
+        for row, (length, committed) in enumerate(zip(self.lengths, self.rows.start.tolist(), strict=False)):
+            known = contents[row // self.copies]
+            whole = length // self.settings.block_size * self.settings.block_size
+            if whole == length:
+                known = torch.cat([known, self.rows.ids[row, length:committed].cpu()])
+                whole = committed
+            encoded.append(known[:whole])
+        return encoded
+
+
+__all__ = ["DenoisingStep", "Engine", "SlotEncoder"]

@@ -1,0 +1,252 @@
+"""Steps recorded by CUDA graphs: a whole step, choice and table of slots included, as one launch that reads nothing.
+
+A recording has rows, keys and values at fixed addresses, and a graph for each number of slots. Calls of a shape use it
+in turn; a few wait with the model. Any thread may record: the capture is its own.
+"""
+
+import threading
+import weakref
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from .attention_bard_vl import ATTENTION_NAME, Slots
+from .cache_bard_vl import BlockCacheLayer, Buffers, Writing
+from .compat_bard_vl import attention_of
+from .generation_config_bard_vl import DecodingSettings
+from .inputs_bard_vl import Prompt
+from .layers_bard_vl import Layers, is_plain
+from .rows_bard_vl import Denoiser, Rows
+
+logger = logging.get_logger(__name__)
+
+COLUMNS = 256  # recordings have a multiple of so many columns, so that calls of similar lengths share them
+DEVICES = {"cuda"}  # that have graphs; elsewhere the same steps would run one launch after another
+NUM_WARM_UP_RUNS = 3  # of a step before it is recorded: kernels are compiled, libraries find their algorithms
+NUM_IDLE = 2  # recordings that wait for another call; the one that has waited longest goes first
+ALWAYS_TWO = 8  # rows up to which every step has two slots a row: weights rule, and the host need not know who carries
+
+
+@dataclass
+class Kept:
+    """What is kept for a model as long as it lives."""
+
+    layers: Layers | None = None
+    idle: list[tuple[tuple, "Recording"]] = field(default_factory=list)
+
+
+_kept: weakref.WeakKeyDictionary[torch.nn.Module, Kept] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+_recording = threading.Lock()
+
+
+def layers_of(model: Any, settings: DecodingSettings) -> Layers | None:
+    """The compiled layers that decode a model's blocks; None where its modules do.
+
+    That is: where the call asks for it, on a GPU also if it asks for nothing, and nothing about the layers is special.
+    """
+    text_model, device = model.model.language_model, model.get_input_embeddings().weight.device
+    asked = settings.cache_implementation
+    if asked == "dynamic" or (asked is None and device.type != "cuda"):
+        return None
+    if attention_of(model.config.text_config) != ATTENTION_NAME or torch.is_autocast_enabled(device.type):
+        return None
+    with _lock:
+        kept = _kept.setdefault(model, Kept())
+        if kept.layers is not None and kept.layers.is_current() and is_plain(text_model):
+            return kept.layers
+        kept.layers, kept.idle = None, []
+        if not is_plain(text_model):
+            if asked is not None:
+                logger.warning_once(
+                    "the text layers are adapted, quantised, hooked or spread over devices: their steps are not "
+                    "compiled and run eagerly"
+                )
+            return None
+        kept.layers = Layers(text_model, fuses=device.type == "cuda")
+        return kept.layers
+
+
+@contextmanager
+def recording(model: Any, layers: Layers, denoiser: Denoiser, shape: tuple[int, int]) -> Iterator["Recording"]:
+    """A recording for (rows, columns) that no other call has meanwhile."""
+    settings = replace(denoiser.settings, max_new_tokens=0, num_return_sequences=1, prefill_chunk_size=None, top_k=0)
+    key = (id(layers), shape, settings, torch.is_inference_mode_enabled())
+    with _lock:
+        idle = _kept[model].idle
+        places = [place for place, (other, _) in enumerate(idle) if other == key]
+        lent = idle.pop(places[-1])[1] if places else None
+    if lent is None:
+        lent = Recording(model, layers, denoiser, shape)
+    try:
+        yield lent
+    finally:
+        with _lock:
+            idle = _kept[model].idle
+            idle.append((key, lent))
+            del idle[:-NUM_IDLE]
+
+
+def release_idle(model: Any) -> None:
+    """Give back the memory of a model's recordings that no call is using."""
+    with _lock:
+        if model in _kept:
+            _kept[model].idle.clear()
+
+
+class Recording:
+    """Rows and buffers at fixed addresses, and the graphs of steps on them.
+
+    Args:
+        model: the whole model.
+        layers: its compiled layers.
+        denoiser: of the settings that a step depends on.
+        shape: rows and columns.
+    """
+
+    def __init__(self, model: Any, layers: Layers, denoiser: Denoiser, shape: tuple[int, int]):
+        self.embed, self.lm_head = model.get_input_embeddings(), model.lm_head
+        self.layers, self.denoiser, self.size = layers, denoiser, denoiser.size
+        self.num_rows, num_columns = shape
+        form, weight = layers.form, self.embed.weight
+        device = weight.device
+        state = weight.new_zeros(self.num_rows, form.key_heads, num_columns, form.size)
+        self.buffers: list[Buffers] = [(torch.zeros_like(state), torch.zeros_like(state)) for _ in layers.layers]
+        self.cache_layers = [BlockCacheLayer() for _ in layers.layers]
+        for layer, pair in zip(self.cache_layers, self.buffers, strict=True):
+            layer.lend(pair)
+        self.rows = blank_rows(self.num_rows, num_columns, denoiser.settings, device)
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self.status = torch.zeros(2, dtype=torch.long, device=device)
+        self.seen = [torch.zeros(2, dtype=torch.long, pin_memory=device.type == "cuda") for _ in range(2)]
+
+    def step(self, num_main: int, num_extra: int) -> None:
+        """One step of `num_main` rows at most, of which `num_extra` at most carry a finished block.
+
+        Reads and writes nothing but what lies at fixed addresses.
+        """
+        rows, size, device = self.rows, self.size, self.status.device
+        owner = torch.cat(
+            [in_front(~rows.ended[:-1], num_main, rows.spare), in_front(rows.carries[:-1], num_extra, rows.spare)]
+        )
+        is_spare = owner == rows.spare
+        behind = torch.arange(len(owner), device=device) >= num_main
+        first = torch.where(is_spare, rows.num_columns - size, rows.start[owner] - size * behind)
+        source = owner.clamp(max=rows.spare - 1)
+        place = torch.arange(size, device=device)
+        column = first[:, None] + place
+        begin = torch.arange(len(owner), device=device, dtype=torch.int32) * size
+        slots = Slots(
+            row=source.int(),
+            begin=begin,
+            count=torch.full_like(begin, size),
+            length=torch.where(is_spare, 1, first + size).int(),
+            width=size,
+        )
+        cell = (owner[:, None].expand_as(column).flatten(), column.flatten())
+        written = source[:, None].expand_as(column).flatten()
+        writing = Writing(written, cell[1], self.num_rows, rows.num_columns, rows.num_columns)
+        for layer in self.cache_layers:
+            layer.writing = writing
+        embeds, positions = self.embed(rows.ids[cell])[None], rows.positions[(slice(None), *cell)][:, None]
+        hidden = self.layers.run(embeds, positions, self.cache_layers, slots)[0, : num_main * size]
+        logits = self.lm_head(hidden.unflatten(0, (num_main, size)))
+        main = owner[:num_main]
+        self.denoiser.decide(rows, main, self.denoiser.choose(rows, main, logits))
+        running = ~rows.ended[:-1]
+        self.status.copy_(torch.stack([running.sum(), (running & rows.carries[:-1]).sum()]))
+
+    def run(self, rows: Rows, running: list[int], carrying: list[int]) -> Counter[str]:
+        """Run steps until all rows have ended; `rows` is brought up to date. Returns the forwards by kind."""
+        states = [(len(running), len(carrying))]
+        self.rows.copy_from(rows)
+        pending: deque[tuple[Any, torch.Tensor]] = deque()
+        is_late = self.num_rows <= ALWAYS_TWO
+        number = 0
+        while states[-1][0]:
+            self._replay(*(2 * (self.num_rows,) if is_late else self._slots_for(*states[-1])))
+            pending.append(self._look(self.seen[number % 2]))
+            number += 1
+            if len(pending) > is_late:
+                states.append(_read(*pending.popleft()))
+        while pending:
+            states.append(_read(*pending.popleft()))
+        rows.copy_from(self.rows)
+        kinds = ("commit+denoise" if carry else "denoise" if run else "overrun" for run, carry in states[:number])
+        return Counter(kinds)
+
+    def _slots_for(self, running: int, carrying: int) -> tuple[int, int]:
+        """Numbers of slots, few different ones, that have room for these rows."""
+        main = self.num_rows
+        while main // 2 >= running and main > ALWAYS_TWO:
+            main //= 2
+        extra = next(n for n in (0, main // 4, main // 2, main) if n >= carrying)
+        return main, extra
+
+    def _look(self, seen: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """Have the status copied to the host, and an event that tells when it is there."""
+        seen.copy_(self.status, non_blocking=True)
+        event = None
+        if self.status.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        return event, seen
+
+    def _replay(self, num_main: int, num_extra: int) -> None:
+        if not self.status.is_cuda:
+            self.step(num_main, num_extra)
+            return
+        if (num_main, num_extra) not in self.graphs:
+            self._record(num_main, num_extra)
+        self.graphs[num_main, num_extra].replay()
+
+    def _record(self, num_main: int, num_extra: int) -> None:
+        """Record a step, while no row runs."""
+        kept = [each.clone() for each in vars(self.rows).values()]
+        self.rows.ended.fill_(True)
+        self.rows.carries.fill_(False)
+        with _recording:
+            torch.cuda.synchronize()
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(NUM_WARM_UP_RUNS):
+                    self.step(num_main, num_extra)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.step(num_main, num_extra)
+            self.graphs[num_main, num_extra] = graph
+        for each, value in zip(vars(self.rows).values(), kept, strict=True):
+            each.copy_(value)
+
+
+def _read(event: Any, seen: torch.Tensor) -> tuple[int, int]:
+    if event is not None:
+        event.synchronize()
+    running, carrying = seen.tolist()
+    return running, carrying
+
+
+def in_front(wanted: torch.Tensor, count: int, spare: int) -> torch.Tensor:
+    """(count,) the numbers of rows for which `wanted` (rows,) holds, in order, then the spare one."""
+    order = wanted.int().argsort(descending=True, stable=True)[:count]
+    return torch.where(wanted[order], order, spare)
+
+
+def blank_rows(num_rows: int, num_columns: int, settings: DecodingSettings, device: torch.device) -> Rows:
+    """Rows of which none runs."""
+    empty = torch.zeros(num_rows, 1, dtype=torch.long, device=device)
+    ones = torch.ones(num_rows, dtype=torch.long, device=device)
+    prompt = Prompt(empty, ones, [1] * num_rows, empty.expand(3, -1, -1), ones, {})
+    rows = Rows.lay_out(prompt, [0] * num_rows, settings.block_size, settings.mask_token_id, num_columns)
+    rows.ended.fill_(True)
+    return rows
+
+
+__all__ = ["COLUMNS", "DEVICES", "Recording", "layers_of", "recording", "release_idle"]

@@ -1,0 +1,218 @@
+"""The rows of a batch while they are decoded: a table of tokens, where each row is in it, and what a step decides.
+
+Everything is on the device and by row. The last row is a spare one that never runs: what has no row refers to it.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from .generation_config_bard_vl import DecodingSettings
+from .inputs_bard_vl import Prompt
+from .processors_bard_vl import TokenProcessors
+from .remasking_bard_vl import REMASKING_RULES, Choice, Chooser, in_order, overwritten, remasked, transfer_schedule
+
+
+@dataclass
+class Rows:
+    """State of a batch. Every row lies in the table from column 0 on: its prompt, its response, room to spare.
+
+    Attributes:
+        ids: (rows + 1, columns), the mask id where undecided.
+        positions: (3, rows + 1, columns) temporal, height and width.
+        length, limit: (rows + 1,) prompt tokens, and response tokens at most.
+        start: (rows + 1,) first column of the block that is being denoised.
+        steps: (rows + 1, blocks) denoising steps of each block of the response.
+        carries: (rows + 1,) bool, the block in front is finished and its keys and values are not yet encoded.
+        ended: (rows + 1,) bool.
+        response_length: (rows + 1,) tokens of a response that has ended, or up to its last finished block.
+        confidences: (rows + 1, columns) of committed tokens.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    length: torch.Tensor
+    limit: torch.Tensor
+    start: torch.Tensor
+    steps: torch.Tensor
+    carries: torch.Tensor
+    ended: torch.Tensor
+    response_length: torch.Tensor
+    confidences: torch.Tensor
+
+    @classmethod
+    def lay_out(
+        cls, prompt: Prompt, limits: list[int], block_size: int, mask_token_id: int, num_columns: int
+    ) -> "Rows":
+        """Lay prompts out, with undecided tokens behind each."""
+        device = prompt.input_ids.device
+        longest = prompt.input_ids.shape[1]
+        columns, pad = torch.arange(num_columns, device=device), [0, num_columns - longest]
+        behind = columns - prompt.lengths[:, None]
+        ids = torch.nn.functional.pad(prompt.input_ids, pad).masked_fill_(behind >= 0, mask_token_id)
+        known = torch.nn.functional.pad(prompt.positions, pad)
+        positions = torch.where(behind < 0, known, prompt.next_position[:, None] + behind)
+        table = (ids, positions, prompt.lengths, torch.tensor(limits, device=device))
+        ids, positions, length, limit = (_with_spare(each, dim) for each, dim in zip(table, (0, 1, 0, 0), strict=True))
+        length[-1] = num_columns - block_size
+        ended = torch.zeros_like(length, dtype=torch.bool)
+        ended[-1] = True
+        return cls(
+            ids=ids,
+            positions=positions,
+            length=length,
+            limit=limit,
+            start=length.clone(),
+            steps=ids.new_zeros(len(ids), num_columns // block_size),
+            carries=torch.zeros_like(ended),
+            ended=ended,
+            response_length=torch.zeros_like(length),
+            confidences=torch.zeros(ids.shape, dtype=torch.float32, device=device),
+        )
+
+    @property
+    def spare(self) -> int:
+        """The number of the spare row, and of the others."""
+        return len(self.length) - 1
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of the table."""
+        return self.ids.shape[1]
+
+    def repeated(self, times: int) -> "Rows":
+        """Every row `times` times, next to each other."""
+        order = torch.arange(self.spare, device=self.ids.device).repeat_interleave(times)
+        order = torch.nn.functional.pad(order, [0, 1], value=self.spare)
+        dims = {each.name: int(each.name == "positions") for each in fields(self)}
+        return Rows(**{name: getattr(self, name).index_select(dim, order) for name, dim in dims.items()})
+
+    def copy_from(self, other: "Rows") -> None:
+        """Take over the state of another of the same shape, in place."""
+        for each in fields(self):
+            getattr(self, each.name).copy_(getattr(other, each.name))
+
+    def cells(self, owner: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Index of the block of `size` tokens that each of the rows `owner` (n,) denoises."""
+        return owner[:, None], self.start[owner][:, None] + torch.arange(size, device=owner.device)
+
+
+def _with_spare(states: torch.Tensor, dim: int) -> torch.Tensor:
+    """With a row of zeros behind the others."""
+    return torch.nn.functional.pad(states, [0, 0] * (states.ndim - 1 - dim) + [0, 1])
+
+
+@dataclass
+class Decision:
+    """What a step did to the blocks of n rows.
+
+    Attributes:
+        ids: (n, block) after it.
+        committed, revised: (n, block) bool.
+        finished, running: (n,) bool; rows that had ended before do not run.
+    """
+
+    ids: torch.Tensor
+    committed: torch.Tensor
+    revised: torch.Tensor
+    finished: torch.Tensor
+    running: torch.Tensor
+
+
+class Denoiser:
+    """Chooses tokens by logits and commits them: what the settings say, and no state."""
+
+    def __init__(self, settings: DecodingSettings, device: torch.device):
+        self.settings, self.size = settings, settings.block_size
+        self.schedule = transfer_schedule(self.size, settings.denoising_steps).to(device)
+        self.eos = torch.tensor(settings.eos_token_ids, dtype=torch.long, device=device)
+        self.rule = REMASKING_RULES[settings.remasking_strategy]
+        self.bound = getattr(settings, self.rule.bound)
+        self.chooser = Chooser(
+            settings.mask_token_id,
+            settings.temperature,
+            settings.top_k,
+            settings.top_p,
+            self.rule.measure,
+            keeps_present=settings.revision == "remask",
+        )
+
+    def choose(
+        self,
+        rows: Rows,
+        owner: torch.Tensor,
+        logits: torch.Tensor,
+        generator: torch.Generator | None = None,
+        processors: TokenProcessors | None = None,
+        then: Any = None,
+    ) -> Choice:
+        """Choose a token for every position of (n, block, vocabulary) logits; see `TokenProcessors.choose`."""
+        if processors is not None:
+            return processors.choose(logits, rows.ids[owner], rows.start[owner], self.chooser, generator, then)
+        logits = logits if then is None else then(logits.float(), 0)
+        return self.chooser.choose(logits, rows.ids[rows.cells(owner, self.size)], generator)
+
+    def choose_undecided(self, rows: Rows, owner: torch.Tensor, hidden: torch.Tensor, lm_head: Any) -> Choice:
+        """The same greedily by (n, block, hidden) states, of which only undecided positions are projected.
+
+        The others get zeros: nothing may need them. On a GPU counting the undecided ones would force a sync.
+        """
+        held = rows.ids[rows.cells(owner, self.size)]
+        undecided = held == self.settings.mask_token_id
+        logits = lm_head(hidden[undecided]).to(held.device)  # `device_map` may have the head elsewhere
+        choice = self.chooser.choose(logits[None], held[undecided][None])
+        ids, confidence, measure = (part.new_zeros(held.shape).masked_scatter(undecided, part) for part in choice[:3])
+        return Choice(ids, confidence, measure, present=None)
+
+    def decide(self, rows: Rows, owner: torch.Tensor, choice: Choice) -> Decision:
+        """Commit tokens in the blocks of the rows `owner` (n,), and move the rows on, in place."""
+        settings, size, cell = self.settings, self.size, rows.cells(owner, self.size)
+        offset = rows.start[owner] - rows.length[owner]
+        step = (owner, offset // size)
+        block, running = rows.ids[cell], ~rows.ended[owner]
+        masked = (block == settings.mask_token_id) & running[:, None]
+        is_last = rows.steps[step] >= len(self.schedule) - 1
+        quota = torch.where(is_last, size, self.schedule[rows.steps[step].clamp(max=len(self.schedule) - 1)])
+        commit = self.rule.commit(choice.measure, masked, quota, self.bound)
+        if choice.reads is not None:
+            commit = in_order(commit, masked, quota, choice.reads)
+        revised = self._revise(block, ~masked & running[:, None], is_last, choice)
+        again = revised & (settings.revision == "remask")
+        block = torch.where(commit | revised, choice.ids, block).masked_fill(again, settings.mask_token_id)
+        rows.ids[cell] = block
+        rows.confidences[cell] = torch.where(commit | revised, choice.confidence, rows.confidences[cell])
+        rows.steps[step] += running
+
+        finished = running & (block != settings.mask_token_id).all(-1)
+        length, ends = self._response_end(block, offset, rows.limit[owner])
+        rows.response_length[owner] = torch.where(finished, length, rows.response_length[owner])
+        rows.ended[owner] |= finished & ends
+        rows.carries[owner] = finished & ~ends
+        rows.start[owner] += size * (finished & ~ends)
+        return Decision(block, commit, revised, finished, running)
+
+    def _revise(
+        self, block: torch.Tensor, visible: torch.Tensor, is_last: torch.Tensor, choice: Choice
+    ) -> torch.Tensor:
+        """(n, block) visible positions that change; none is masked again at a block's last step."""
+        threshold = self.settings.revision_threshold
+        if self.settings.revision == "overwrite":
+            return overwritten(block, visible, choice.ids, choice.confidence, threshold)
+        if choice.present is not None:
+            return remasked(choice.present, visible & ~is_last[:, None], threshold)
+        return torch.zeros_like(visible)
+
+    def _response_end(
+        self, block: torch.Tensor, offset: torch.Tensor, limit: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Response tokens up to the end of each finished block (n, block), EOS and limit heeded; is it the end?"""
+        room = (limit - offset).clamp(max=self.size)
+        place = torch.arange(self.size, device=block.device)
+        is_eos = torch.isin(block, self.eos) & (place < room[:, None])
+        kept = torch.where(is_eos.any(-1), is_eos.long().argmax(-1) + 1, room)
+        length = offset + kept
+        return length, is_eos.any(-1) | (length == limit)
+
+
+__all__ = ["Decision", "Denoiser", "Rows"]
