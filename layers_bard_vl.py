@@ -26,8 +26,8 @@ def is_plain(text_model: Any) -> bool:
     """Whether nothing has changed the text model: its modules are transformers' own, unhooked and on one device."""
     kinds = {
         stock.Qwen3VLTextModel, stock.Qwen3VLTextDecoderLayer, CheckpointedLayer, stock.Qwen3VLTextAttention,
-        stock.Qwen3VLTextMLP, stock.Qwen3VLTextRMSNorm, stock.Qwen3VLTextRotaryEmbedding, torch.nn.Linear, torch.nn.Embedding,
-        torch.nn.ModuleList,
+        stock.Qwen3VLTextMLP, stock.Qwen3VLTextRMSNorm, stock.Qwen3VLTextRotaryEmbedding,
+        torch.nn.Linear, torch.nn.Embedding, torch.nn.ModuleList,
     }  # fmt: skip
     hooks = ("_forward_hooks", "_forward_pre_hooks")
     for module in text_model.modules():
