@@ -50,12 +50,14 @@ class Slots:
         for count in counts[:-1]:
             begins.append(begins[-1] + count)
         table = torch.tensor([rows, begins, counts, lengths], dtype=torch.int32).to(device)
-        return cls(*table, width=max(counts), host=(rows, counts, lengths))
+        row, begin, count, length = table
+        return cls(row, begin, count, length, max(counts), (rows, counts, lengths))
 
     def tiles(self) -> Iterator[tuple[int, int, int, list[tuple[int, int]]]]:
         """Runs of a row's slots, up to `TILE` queries: (row, first query, queries, [(queries, keys) of each slot])."""
         host = self.host or (self.row.tolist(), self.count.tolist(), self.length.tolist())
-        open_row, begin, total, parts = -1, 0, 0, []
+        parts: list[tuple[int, int]] = []
+        open_row, begin, total = -1, 0, 0
         for row, count, length in zip(*host, strict=True):
             if parts and (row != open_row or total + count > TILE or length != parts[-1][1] + count):
                 yield open_row, begin, total, parts

@@ -247,7 +247,7 @@ class BardVLCache(Cache):
         self._in_doubt = False
 
     def _clear(self) -> None:
-        self.layers = [BlockCacheLayer() for _ in self.layers]
+        self.layers: list[Any] = [BlockCacheLayer() for _ in range(len(self.layers))]
 
 
 def version(tensor: torch.Tensor) -> int | None:
@@ -280,7 +280,7 @@ class WeightsPrint:
     numbers changed through `.data` may go unnoticed; an optimizer's step, a merged adapter or other weights do not.
     """
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: Any):
         tensors = [*model.parameters(), *model.buffers()]
         self._tensors = [weakref.ref(tensor) for tensor in tensors]
         self._facts = ([version(tensor) for tensor in tensors], sampled_bits(tensors), adapter_state(model))

@@ -104,7 +104,7 @@ class CheckpointedLayer(Qwen3VLTextDecoderLayer):
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, value: bool) -> None:
-        vars(self)["_gradient_checkpointing"] = value
+        self.__dict__["_gradient_checkpointing"] = value
 
 
 CheckpointedLayer.__name__ = Qwen3VLTextDecoderLayer.__name__  # by which device maps and sharding know the layers

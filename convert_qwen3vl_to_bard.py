@@ -320,7 +320,7 @@ def choose_block_size(job: Conversion, block_size: int | None) -> int:
     if job.is_bard:
         named, trained = BLOCK_SIZE_IN_NAME.search(job.name), job.config.get("block_size")
         trained = int(named[1]) if trained is None and named else trained
-    chosen = trained if block_size is None else block_size
+    chosen: Any = trained if block_size is None else block_size
     advice = f"{job.name} does not say its block size: pass block_size, the size it was trained with"
     require(chosen is not None, advice)
     require(type(chosen) is int and chosen > 0, f"block_size must be a positive integer, got {chosen!r}")
@@ -380,7 +380,7 @@ def read_tensors(job: Conversion) -> dict[str, Tensor]:
     require(found, f"{job.folder} has neither {single.name} nor {index.name}; other formats are not read")
     if single.is_file():
         return {tensor.name: tensor for tensor in read_header(single, job.to_rewrite)}
-    weight_map = read_json(index).get("weight_map")
+    weight_map: Any = read_json(index).get("weight_map")
     is_map = isinstance(weight_map, dict) and all(Path(str(file)).name == file for file in weight_map.values())
     require(is_map, f"{index} has no weight_map from tensor names to file names")
     tensors: dict[str, Tensor] = {}

@@ -57,7 +57,7 @@ class SlotEncoder:
 
     def __init__(self, model: Any, rows: Rows, cache: BardVLCache, size: int):
         self.model, self.rows, self.cache, self.size = model, rows, cache, size
-        self.attention = attention_of(model.config.text_config)
+        self.attention: Any = attention_of(model.config.text_config)
         self.device = rows.ids.device
 
     @property
@@ -282,7 +282,7 @@ class Engine:
 
     @contextmanager
     def _recording(self) -> Iterator[Recording | None]:
-        if not self.is_recorded:
+        if not self.is_recorded or self.layers is None:
             yield None
             return
         shape = (len(self.lengths), self.rows.num_columns)

@@ -268,7 +268,7 @@ class BardVLGenerationConfig(SettingsFile):
     @property
     def _filled(self) -> dict[str, Any]:
         """Values that transformers reads or fills in, and nobody stated."""
-        return vars(self).setdefault("_filled_in", {})
+        return self.__dict__.setdefault("_filled_in", {})
 
     def _fill(self, name: str, value: Any) -> None:
         setattr(self, name, value)

@@ -50,7 +50,7 @@ class Media:
         self.source, self.options = source, dict(options or {})
         for name, value in self.options.items():
             least = 0 if name.startswith("video_") else np.nextafter(0, 1)
-            if not isinstance(value, Real) or isinstance(value, bool) or not least <= value < np.inf:
+            if not isinstance(value, Real) or isinstance(value, bool) or not least <= float(value) < np.inf:
                 raise ValueError(f"`{name}` of {describe(source)} must be a number above 0, got {value!r}")
         for one, other in (("resized_height", "resized_width"), ("resized_width", "resized_height")):
             if one in self.options and other not in self.options:

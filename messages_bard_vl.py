@@ -65,7 +65,7 @@ def normalize_message(message: Any) -> dict[str, Any]:
     content = as_list(message.get("content", []))
     if isinstance(content, str):
         content = [content]
-    items = [as_mapping(item) for item in content] if isinstance(content, list) else [None]
+    items: list[Any] = [as_mapping(item) for item in content] if isinstance(content, list) else [None]
     if not all(isinstance(item, (str, dict)) for item in items):
         raise ValueError(f"a content must be a string or a list of items, got {content!r:.80}")
     return {**message, "content": [normalize_item(item) for item in items]}

@@ -160,7 +160,7 @@ class BardVLModel(PortableModel, Qwen3VLModel):
         block_ids: torch.Tensor | None,
     ) -> torch.Tensor | BlockMask:
         """The 4-D mask of (batch, queries, ...) `tokens` behind `cached` keys, in the form that the attention takes."""
-        implementation = attention_of(self.config.text_config)
+        implementation: Any = attention_of(self.config.text_config)
         check_attention_implementation(implementation)
         dtype = self.get_input_embeddings().weight.dtype
         batch, queries = tokens.shape[:2]

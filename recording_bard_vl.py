@@ -153,7 +153,7 @@ class Recording:
         writing = Writing(written, cell[1], self.num_rows, rows.num_columns, rows.num_columns)
         for layer in self.cache_layers:
             layer.writing = writing
-        embeds, positions = self.embed(rows.ids[cell])[None], rows.positions[(slice(None), *cell)][:, None]
+        embeds, positions = self.embed(rows.ids[cell])[None], rows.positions[:, cell[0], cell[1]][:, None]
         hidden = self.layers.run(embeds, positions, self.cache_layers, slots)[0, : num_main * size]
         logits = self.lm_head(hidden.unflatten(0, (num_main, size)))
         main = owner[:num_main]

@@ -251,7 +251,8 @@ def write_whole(path: Path, text: str) -> None:
 
 def read_requests(path: Path) -> list[Request]:
     """A request for each line of the input that is not empty; one that cannot be asked has a fault."""
-    requests, seen = [], {}
+    requests: list[Request] = []
+    seen: dict[Any, Any] = {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line.strip():
             request = read_request(number, line)
