@@ -52,7 +52,7 @@ def nothing_computed(model: Any) -> Iterator[None]:
 
 
 def snapshot(cache: Any) -> list[Any]:
-    layers = [(layer.keys.clone(), layer.values.clone(), layer.window) for layer in cache.layers]
+    layers = [(layer.keys.clone(), layer.values.clone(), layer.writing) for layer in cache.layers]
     return [layers, copy.deepcopy(cache.contents), cache.block_size]
 
 
