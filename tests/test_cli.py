@@ -412,7 +412,7 @@ def test_help_teaches(run: Any, command: str) -> None:
     if command in ("run", "chat", "demo"):
         assert re.search(rf"Examples? *\n.*bard-vl {command} ", out, flags=re.DOTALL)
     else:
-        assert {"convert": "--mask-row", "bench": "--check-interval"}[command] in out
+        assert {"convert": "--mask-row", "bench": "--compile"}[command] in out
 
 
 def test_version_and_entry_point(run: Any) -> None:
@@ -578,7 +578,8 @@ def test_an_interrupt_while_the_program_starts_is_one_line(folder: Path, library
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=300)
-    assert (process.returncode, out, err) == (130, "", "error: interrupted\n")
+    # Other packages may log while they are imported.
+    assert (process.returncode, out, err.splitlines()[-1]) == (130, "", "error: interrupted")
 
 
 @pytest.mark.parametrize("line", ["--help", "run --help", "--version", "run --nonsense", "run", "chat --seed x"])

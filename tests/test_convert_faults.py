@@ -402,7 +402,7 @@ def test_too_little_space_is_found_before_writing(tmp_path: Path, monkeypatch: p
     source = cases.write_source(tmp_path / "source")
     usage = type("usage", (), {"free": 10**6})
     monkeypatch.setattr(converter.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ConversionError, match="has 1 MB free, the output needs 2 MB"):
+    with pytest.raises(ConversionError, match="has 1 MB free, the output needs 3 MB"):
         cases.convert(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

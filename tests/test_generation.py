@@ -766,7 +766,7 @@ def test_score_encodes_prompt_and_images_once() -> None:
         load().score(collate([PROMPTS["several images"]]), answers(5, 6, 7), block_size=4)
     assert len(images) == 1
     assert calls[0][:2] == (1, len(PROMPTS["several images"].ids))
-    assert calls[1][:2] == (1, 3 * 4), "a block of each answer, end to end"
+    assert calls[1][:2] == (1, 3 * 8), "two blocks of each answer, end to end"
     assert [shape[0] for shape in calls[2:]] == [3]
 
 
