@@ -22,7 +22,6 @@ from .generation_config_bard_vl import (
     drop_plain_defaults,
     merged_settings,
     python_value,
-    resolve_block_size,
     resolve_mask_token_id,
     setting,
 )
@@ -50,6 +49,8 @@ from .masking_bard_vl import check_attention_implementation
 from .processors_bard_vl import build_processors
 from .recording_bard_vl import release_idle
 from .rows_bard_vl import Rows
+
+MODEL_INPUTS = (*VISUAL_INPUTS, "input_ids", "attention_mask")
 
 
 @dataclass
@@ -79,6 +80,25 @@ class BardVLGenerationOutput(CacheOutput):
     num_encoded_tokens: torch.Tensor | None = None
     confidences: torch.Tensor | None = None
     history: list[list[DenoisingStep]] | None = None
+
+
+@dataclass
+class Call:
+    """What a call asks for, read and checked.
+
+    Attributes:
+        config: the settings that model and call state.
+        settings: resolved; `max_new_tokens` is that of the row with the most room.
+        input_ids: (batch, length) as given, padded on the left.
+        prompt: realigned.
+        limits: most response tokens of each row.
+    """
+
+    config: BardVLGenerationConfig
+    settings: DecodingSettings
+    input_ids: torch.Tensor
+    prompt: Prompt
+    limits: list[int]
 
 
 class BardVLGenerationMixin(PortableGeneration):
@@ -172,13 +192,8 @@ class BardVLGenerationMixin(PortableGeneration):
         # 1. Settings and checks
         past_key_values = one_cache(past_key_values, cache)
         from_mapping = isinstance(inputs, Mapping)
-        model_inputs = dict(inputs) if from_mapping else {} if inputs is None else {"input_ids": inputs}
-        config = self._generation_settings(generation_config, kwargs, model_inputs)
-        input_ids, attention_mask, visual_inputs = self._split_inputs(model_inputs)
-        settings = DecodingSettings.resolve(config, self.config, input_ids.shape[-1])
-        check_attention_implementation(attention_of(self.config.text_config))
-        attention_mask = check_prompt(self.config, input_ids, attention_mask, settings.mask_token_id)
-        check_visual_inputs(self.config, input_ids, **visual_inputs)
+        call = self.read_call(inputs, generation_config, kwargs)
+        input_ids, config, settings, prompt = call.input_ids, call.config, call.settings, call.prompt
         check_streamer(streamer, len(input_ids) * settings.num_return_sequences)
         return_dict = setting(config, "return_dict_in_generate")
         output_history = setting(config, "output_history")
@@ -207,10 +222,6 @@ class BardVLGenerationMixin(PortableGeneration):
         )
 
         # 2. Layout and reuse
-        prompt = self._realign(input_ids, attention_mask, visual_inputs)
-        is_stated = bool({"max_new_tokens", "max_length"} & config.explicit().keys())
-        limits = response_limits(self.config, prompt, settings.max_new_tokens, settings.block_size, is_stated)
-        settings = replace(settings, max_new_tokens=max(limits))
         cache = BardVLCache(self.config.text_config.num_hidden_layers) if past_key_values is None else past_key_values
         track = return_dict or past_key_values is not None
         contents = prompt.contents(self.config) if track else [prompt.input_ids[:0, 0].cpu()] * len(input_ids)
@@ -222,7 +233,7 @@ class BardVLGenerationMixin(PortableGeneration):
         with memory_advice(self, prompt, settings):
             if streamer is not None:
                 streamer.put(input_ids.cpu())
-            engine = Engine(self, prompt, limits, settings, cache, hooks)
+            engine = Engine(self, prompt, call.limits, settings, cache, hooks)
             with cache.generation(contents, scheme):
                 engine.run(reused)
                 if track:
@@ -302,14 +313,11 @@ class BardVLGenerationMixin(PortableGeneration):
         if not isinstance(inputs, Mapping):
             raise ValueError(f"`inputs` must be the processor's output, a mapping, got {type(inputs).__name__}")
         positions_per_forward = check_integer("positions_per_forward", python_value(positions_per_forward), minimum=1)
-        input_ids, attention_mask, visual_inputs = self._split_inputs(dict(inputs))
-        block_size = resolve_block_size(block_size, self.config)
-        mask_token_id = resolve_mask_token_id(mask_token_id, self.config)
-        check_attention_implementation(attention_of(self.config.text_config))
-        attention_mask = check_prompt(self.config, input_ids, attention_mask, mask_token_id)
-        check_visual_inputs(self.config, input_ids, **visual_inputs)
+        stated = {"block_size": block_size, "mask_token_id": mask_token_id, "max_new_tokens": 1}
+        call = self.read_call(inputs, None, {name: value for name, value in stated.items() if value is not None})
+        input_ids, prompt = call.input_ids, call.prompt
+        block_size, mask_token_id = call.settings.block_size, call.settings.mask_token_id
         check_answers(self.config, answers, len(input_ids), mask_token_id)
-        prompt = self._realign(input_ids, attention_mask, visual_inputs)
         num_columns = -(-answers.shape[1] // block_size) * block_size
         check_length(self.config, prompt, answers.shape[1], block_size)
 
@@ -340,47 +348,60 @@ class BardVLGenerationMixin(PortableGeneration):
                 scores.append(log_probs.gather(-1, targets[..., None])[..., 0])
         return torch.cat(scores, dim=1).masked_fill(answers < 0, 0.0)
 
-    def _generation_settings(
-        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], model_inputs: dict[str, Any]
-    ) -> BardVLGenerationConfig:
-        """Merge the model's settings, `generation_config` and keyword arguments, of which inputs go to `model_inputs`.
+    def read_call(
+        self, inputs: Any, generation_config: GenerationConfig | None, arguments: Mapping[str, Any], warn: bool = True
+    ) -> Call:
+        """Read and check what a call of `generate` asks for; nothing is computed.
 
-        A later source overrides an earlier one; a keyword argument does so even with None, which unsets a field.
+        Args:
+            inputs, generation_config: as of `generate`.
+            arguments: its keyword arguments, settings and inputs.
+            warn: whether to say that a stated length passes the model's positions.
+
+        Raises:
+            ValueError: a prompt or a setting is wrong, or not supported.
+        """
+        check_left_alone(self)
+        check_attention_implementation(attention_of(self.config.text_config))
+        given = dict(inputs) if isinstance(inputs, Mapping) else {} if inputs is None else {"input_ids": inputs}
+        twice = sorted(given.keys() & arguments.keys() & {*MODEL_INPUTS})
+        if twice:
+            raise ValueError(f"`{twice[0]}` is given twice")
+        named = {name: value for name, value in arguments.items() if name in MODEL_INPUTS}
+        config = self.merge_settings(
+            generation_config, {name: arguments[name] for name in arguments if name not in named}
+        )
+        input_ids, attention_mask, visual_inputs = split_inputs({**given, **named})
+        settings = DecodingSettings.resolve(config, self.config, input_ids.shape[-1])
+        attention_mask = check_prompt(self.config, input_ids, attention_mask, settings.mask_token_id)
+        check_visual_inputs(self.config, input_ids, **visual_inputs)
+        grids = {name: visual_inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
+        positions = self.get_position_ids(input_ids, attention_mask, **grids)[1:]
+        prompt = Prompt.realign(input_ids, attention_mask, positions, visual_inputs)
+        is_stated = warn and bool({"max_new_tokens", "max_length"} & config.explicit().keys())
+        limits = response_limits(self.config, prompt, settings.max_new_tokens, settings.block_size, is_stated)
+        return Call(config, replace(settings, max_new_tokens=max(limits)), input_ids, prompt, limits)
+
+    def merge_settings(
+        self, generation_config: GenerationConfig | None, arguments: Mapping[str, Any]
+    ) -> BardVLGenerationConfig:
+        """The model's settings, those of a config over them, and `arguments` over both.
+
+        A keyword argument overrides others even with None, which unsets a field; one that is no setting and asks for
+        nothing is left out.
         """
         # The class lets such names through, for transformers alone.
-        private = sorted(name for name in kwargs if name.startswith("_"))
+        private = sorted(name for name in arguments if name.startswith("_"))
         if private:
             raise ValueError(f"unknown generation settings: {', '.join(private)}")
-        check_left_alone(self)
-        settings = {}
-        for name, value in kwargs.items():
-            if name in (*VISUAL_INPUTS, "input_ids", "attention_mask"):
-                if name in model_inputs:
-                    raise ValueError(f"`{name}` is given twice")
-                model_inputs[name] = value
-            elif name in FIELDS or not asks_for_nothing(name, value):
-                settings[name] = value
+        settings = {
+            name: value for name, value in arguments.items() if name in FIELDS or not asks_for_nothing(name, value)
+        }
         merged = merged_settings(_explicit(self.generation_config), _explicit(generation_config), settings)
         # As in the reference, an explicit None takes the value of the steps, where the checkpoint states no size.
         if "block_size" in settings and merged["block_size"] is None and self.config.block_size is None:
             merged["block_size"] = merged.get("denoising_steps")
         return BardVLGenerationConfig(**merged)
-
-    def _split_inputs(
-        self, model_inputs: dict[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
-        """Ids, mask and visual inputs of the processor's output; `ValueError` names what has no place in it."""
-        check_left_alone(self)
-        input_ids, attention_mask = model_inputs.pop("input_ids", None), model_inputs.pop("attention_mask", None)
-        model_inputs = {name: value for name, value in model_inputs.items() if not asks_for_nothing(name, value)}
-        unknown = sorted(set(model_inputs) - set(VISUAL_INPUTS))
-        if unknown:
-            raise ValueError(f"unexpected inputs: {', '.join(unknown)}")
-        if input_ids is None:
-            raise ValueError("no `input_ids`")
-        check_ids(input_ids)
-        input_ids = input_ids.long()
-        return input_ids, attention_mask, {name: visual_tensor(name, value) for name, value in model_inputs.items()}
 
     def _cache_scheme(self, block_size: int, device: torch.device) -> tuple:
         """What keys and values of another call must have been computed under to serve in this one."""
@@ -388,12 +409,18 @@ class BardVLGenerationMixin(PortableGeneration):
         inference = torch.is_inference_mode_enabled()
         return (block_size, self.model.get_input_embeddings().weight.dtype, device, autocast, inference)
 
-    def _realign(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, visual_inputs: dict[str, torch.Tensor]
-    ) -> Prompt:
-        grids = {name: visual_inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
-        positions = self.get_position_ids(input_ids, attention_mask, **grids)[1:]
-        return Prompt.realign(input_ids, attention_mask, positions, visual_inputs)
+
+def split_inputs(given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
+    """Ids, mask and visual inputs of the processor's output; `ValueError` names what has no place in it."""
+    input_ids, attention_mask = given.pop("input_ids", None), given.pop("attention_mask", None)
+    given = {name: value for name, value in given.items() if not asks_for_nothing(name, value)}
+    unknown = sorted(given.keys() - {*VISUAL_INPUTS})
+    if unknown:
+        raise ValueError(f"unexpected inputs: {', '.join(unknown)}")
+    if input_ids is None:
+        raise ValueError("no `input_ids`")
+    check_ids(input_ids)
+    return input_ids.long(), attention_mask, {name: visual_tensor(name, value) for name, value in given.items()}
 
 
 def check_answers(config: Any, answers: Any, num_prompts: int, mask_token_id: int) -> None:

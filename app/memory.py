@@ -14,7 +14,7 @@ import torch
 
 from ..compat_bard_vl import attention_of
 from ..generation_config_bard_vl import DecodingSettings
-from ..inputs_bard_vl import PromptSize, check_prompt, check_visual_inputs, pixel_advice, response_limits
+from ..inputs_bard_vl import PromptSize, pixel_advice
 from ..recording_bard_vl import COLUMNS
 
 TOLERANCE = 1.25
@@ -83,15 +83,8 @@ def read_prompt(
 
     Their `max_new_tokens` is that of the row with the most room.
     """
-    model_inputs = dict(inputs)
-    config = model._generation_settings(generation_config, settings, model_inputs)
-    input_ids, attention_mask, visual_inputs = model._split_inputs(model_inputs)
-    resolved = DecodingSettings.resolve(config, model.config, input_ids.shape[-1])
-    attention_mask = check_prompt(model.config, input_ids, attention_mask, resolved.mask_token_id)
-    check_visual_inputs(model.config, input_ids, **visual_inputs)
-    prompt = model._realign(input_ids, attention_mask, visual_inputs)
-    limits = response_limits(model.config, prompt, resolved.max_new_tokens, resolved.block_size, is_stated=False)
-    return PromptSize.of(model.config, prompt), replace(resolved, max_new_tokens=max(limits))
+    call = model.read_call(inputs, generation_config, settings, warn=False)
+    return PromptSize.of(model.config, call.prompt), call.settings
 
 
 def estimate(model: Any, size: PromptSize, settings: DecodingSettings) -> MemoryEstimate:

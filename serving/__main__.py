@@ -74,7 +74,7 @@ def model_with(settings: BardVLGenerationConfig) -> type[BardVLForConditionalGen
         @classmethod
         def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
             model = super().from_pretrained(*args, **kwargs)
-            model.generation_config = model._generation_settings(settings, {}, {})
+            model.generation_config = model.merge_settings(settings, {})
             return model
 
     Served.__name__ = BardVLForConditionalGeneration.__name__  # by which `serve` knows that it sees pictures

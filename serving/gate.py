@@ -170,7 +170,7 @@ class CheckedGeneration:
 def check_call(model: Any, inputs: Any, config: Any) -> None:
     """Raise `ValueError` if `generate` would refuse a prompt and settings."""
     size, settings = read_prompt(model, inputs, config)
-    check_banned_tokens(model._generation_settings(config, {}, {}), settings, model.config.get_text_config().vocab_size)
+    check_banned_tokens(model.merge_settings(config, {}), settings, model.config.get_text_config().vocab_size)
     device = inputs["input_ids"].device
     check_fits(model, size, settings, device, free_memory(device))
 

@@ -423,9 +423,9 @@ def test_what_a_call_states_wins_over_what_the_file_states(
         given = copy.deepcopy(model.generation_config)
         for name, value in stated.items():
             setattr(given, name, value)
-        config = model._generation_settings(given, {}, {})
+        config = model.merge_settings(given, {})
     else:
-        config = model._generation_settings(None, stated, {})
+        config = model.merge_settings(None, stated)
     settings = DecodingSettings.resolve(config, model.config, 10)
     assert {name: getattr(settings, name) for name in found} == found
 
@@ -434,7 +434,7 @@ def test_sampling_at_a_stated_temperature_of_one_wins_over_the_files() -> None:
     model = own_copy(block_size=8)
     model.generation_config = BardVLGenerationConfig(temperature=0.0, repetition_penalty=1.2)
     plain = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
-    merged = model._generation_settings(plain, {}, {})
+    merged = model.merge_settings(plain, {})
     assert DecodingSettings.resolve(merged, model.config, 10).temperature == 1.0
     if (
         GenerationConfig().repetition_penalty is None

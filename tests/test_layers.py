@@ -24,7 +24,7 @@ def fresh() -> BardVLForConditionalGeneration:
 def encoder_of(model: BardVLForConditionalGeneration) -> SlotEncoder:
     """Three encoded prompts of different lengths."""
     inputs = collate([Row().add_text(length, length) for length in LENGTHS])
-    prompt = model._realign(inputs["input_ids"], inputs["attention_mask"], {})
+    prompt = model.read_call(inputs, None, {"block_size": 4, "mask_token_id": MASK}).prompt
     rows = Rows.lay_out(prompt, [8] * 3, 4, MASK, 48)
     encoder = SlotEncoder(model, rows, BardVLCache(model.config.text_config.num_hidden_layers), 4)
     encoder.encode_prompts(prompt, 0, 0)

@@ -148,9 +148,7 @@ def test_a_held_prefix_is_not_paid_again() -> None:
     model, inputs = load(), prompt(LARGE, text=64)
     size, settings = read_prompt(model, inputs, **SETTINGS)
     whole = estimate_memory(model, inputs, **SETTINGS)
-    realigned = model._realign(
-        inputs["input_ids"], torch.ones_like(inputs["input_ids"]), {"image_grid_thw": inputs["image_grid_thw"]}
-    )
+    realigned = model.read_call(inputs, None, SETTINGS).prompt
     behind = PromptSize.of(model.config, realigned, first=size.lengths[0] - 1)
     assert behind.items == ()
     check_fits(model, behind, settings, torch.device("cpu"), whole.prefill // 4)
