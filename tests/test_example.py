@@ -204,7 +204,9 @@ class Letters:
     """A processor whose ids are code points; 0 is the mask."""
 
     def __init__(self) -> None:
-        self.tokenizer = SimpleNamespace(decode=lambda ids, **_: "".join(map(chr, ids)))
+        self.tokenizer = SimpleNamespace(
+            decode=lambda ids, **_: "".join(map(chr, [ids] if isinstance(ids, int) else ids))
+        )
 
     def decode_draft(self, ids: torch.Tensor) -> str:
         return "".join(chr(i) if i else "▒" for i in ids.tolist())
