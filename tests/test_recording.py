@@ -4,6 +4,8 @@ import gc
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from bard_vl.remasking_bard_vl import REMASKING_RULES
 from bard_vl.rows_bard_vl import Denoiser
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ragged import MASK, NO_ID, Row, collate, load, rows
+from ragged import MASK, NO_ID, Row, collate, rows
 from ragged import settings as arguments_of
 from test_engine import HostChecks, any_arguments
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 BLOCKS: dict[str, Any] = {"block_size": 4, "confidence_threshold": 0.1, "eos_token_id": NO_ID, "max_new_tokens": 24}
 BATCH = [Row().add_text(3 + 5 * seed, seed) for seed in range(5)]
 STATIC = {"cache_implementation": "static"}
+GOLDEN = Path(__file__).parent / "golden" / "untied"
+
+
+@cache
+def load() -> BardVLForConditionalGeneration:
+    """A model that no other test has hooked or changed."""
+    return BardVLForConditionalGeneration.from_pretrained(GOLDEN, dtype=torch.float32, mask_token_id=MASK).eval()
 
 
 @pytest.fixture(autouse=True)
@@ -98,8 +107,7 @@ def test_threads_share_no_recording() -> None:
 
 
 def test_few_recordings_wait_and_none_keeps_a_model_alive() -> None:
-    path = "tests/golden/untied"
-    model = BardVLForConditionalGeneration.from_pretrained(str(__file__).rpartition("/")[0] + path[5:]).eval()
+    model = BardVLForConditionalGeneration.from_pretrained(GOLDEN).eval()
     for size in (2, 4, 8, 3):
         run(BATCH[:1], model, mask_token_id=MASK, **(BLOCKS | {"block_size": size}), **STATIC)
     assert len(recording_bard_vl._kept[model].idle) == NUM_IDLE

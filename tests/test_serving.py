@@ -32,6 +32,7 @@ import torch
 from bard_vl.evaluation.scenes import scene
 from bard_vl.serving.__main__ import main
 from golden_models import calls_of
+from packaging.version import Version
 from PIL import Image
 from test_readme import make_published
 from transformers.cli.serving.utils import DirectStreamer, _GenerationCancelled
@@ -618,7 +619,10 @@ def test_an_old_transformers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         main()
 
 
-@pytest.mark.parametrize("line", fresh.LINES[1:], ids=fresh.line_name)
+TOO_OLD = [line for line in fresh.LINES[1:] if Version(fresh.line_name(line)) < Version("5.9")]
+
+
+@pytest.mark.parametrize("line", TOO_OLD, ids=fresh.line_name)
 def test_lines_too_old_to_serve_say_so(tmp_path: Path, line: str) -> None:
     variables = {**environment(tmp_path), "PYTHONPATH": os.pathsep.join([line, os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "bard_vl.serving", "x"]
