@@ -78,8 +78,8 @@ def test_the_next_turn_and_several_responses() -> None:
     first, static = (run(BATCH[:2], **BLOCKS, **mode) for mode in ({}, STATIC))
     turns = [row.then(first.sequences[place, -24:].tolist()).add_text(5, 9) for place, row in enumerate(BATCH[:2])]
     expected = run(turns, **BLOCKS)
-    for cache in (first.cache, static.cache):
-        assert_same(run(turns, **BLOCKS, **STATIC, past_key_values=cache), expected)
+    for kept in (first.cache, static.cache):
+        assert_same(run(turns, **BLOCKS, **STATIC, past_key_values=kept), expected)
     assert_same(
         run(BATCH[1:3], **BLOCKS, **STATIC, num_return_sequences=3), run(BATCH[1:3], **BLOCKS, num_return_sequences=3)
     )
