@@ -23,6 +23,7 @@ from .hooks_bard_vl import DecodingHooks
 from .inputs_bard_vl import Prompt, VisualFeatures
 from .masking_bard_vl import to_attention_mask
 from .recording_bard_vl import COLUMNS, DEVICES, Recording, layers_of, recording
+from .remasking_bard_vl import Choice
 from .rows_bard_vl import Decision, Denoiser, Rows
 
 
@@ -82,10 +83,10 @@ class SlotEncoder:
         numbers, firsts, counts = (list(column) for column in zip(*blocks, strict=True))
         ends = [first + count for first, count in zip(firsts, counts, strict=True)]
         slots = Slots.of(numbers, counts, ends, self.device)
-        slot_of = torch.arange(len(blocks)).repeat_interleave(torch.tensor(counts))
-        place = torch.arange(len(slot_of)) - torch.tensor([0, *counts[:-1]]).cumsum(0)[slot_of]
-        table = torch.stack([torch.tensor(numbers)[slot_of], torch.tensor(firsts)[slot_of] + place]).to(self.device)
-        row, column = table
+        # By the table of slots on the device alone: one copy from the host a forward.
+        slot = torch.repeat_interleave(slots.count, output_size=sum(counts))
+        row = slots.row[slot].long()
+        column = (slots.length - slots.count - slots.begin)[slot] + torch.arange(len(slot), device=self.device)
         writing = Writing(row, column, self.num_rows, max(ends), self.rows.num_columns)
         if layers is not None:
             embeds = self.model.get_input_embeddings()(self.rows.ids[row, column])[None]
@@ -231,7 +232,7 @@ class Engine:
     """One call of `generate`: a batch from prompts to responses.
 
     The rows' state is on the device. The host reads after each step who ended and who moved on, or, where steps are
-    recorded, one step late.
+    recorded and nobody looks at them, one step late.
 
     Args:
         model: the whole model.
@@ -256,8 +257,8 @@ class Engine:
         # One block to spare: what has no row, or no block of its own, writes there.
         num_columns = max(prompt.host_lengths) + (-(-settings.max_new_tokens // size) + 1) * size
         self.layers = layers_of(model, settings)
-        is_watched = hooks.any or settings.samples or hooks.own_processors is not None
-        self.is_recorded = self.layers is not None and self.device.type in DEVICES and not is_watched
+        # The caller's processors run on the host, in the middle of a step.
+        self.is_recorded = self.layers is not None and self.device.type in DEVICES and not hooks.processors
         if self.is_recorded:
             num_columns = -(-num_columns // COLUMNS) * COLUMNS
         self.rows = Rows.lay_out(prompt, limits, size, settings.mask_token_id, num_columns)
@@ -274,11 +275,11 @@ class Engine:
         """Decode, with the columns before `reused` from the cache."""
         with self._recording() as recorded:
             self._prefill(reused, recorded)
-            if recorded is not None:
-                self.num_forwards += recorded.run(self.rows, self.running, self.carrying)
-                return
-            while self.running:
-                self._step()
+            if recorded is None:
+                while self.running:
+                    self._step()
+            else:
+                self._replay(recorded)
 
     @contextmanager
     def _recording(self) -> Iterator[Recording | None]:
@@ -286,7 +287,7 @@ class Engine:
             yield None
             return
         shape = (len(self.lengths), self.rows.num_columns)
-        with recording(self.model, self.layers, self.denoiser, shape) as lent:
+        with recording(self.model, self.layers, self.denoiser, shape, self.hooks.own_processors) as lent:
             yield lent
 
     def _prefill(self, reused: int, recorded: Recording | None) -> None:
@@ -308,9 +309,26 @@ class Engine:
                 self.cache.lend(recorded.buffers)
         self._advance(hidden)
 
+    def _replay(self, recorded: Recording) -> None:
+        """Decode by recorded steps; where callers look at them, the host reads each before it launches the next."""
+        own = self.rows
+        recorded.start(own, self.hooks.generator)
+        if self.hooks.any:
+            self.rows = recorded.rows
+            while self.running:
+                self._count_step()
+                self._follow(*recorded.next_step(len(self.running), len(self.carrying)))
+            self.rows = own
+        else:
+            self.num_forwards += recorded.run(len(self.running), len(self.carrying))
+        own.copy_from(recorded.rows)
+
+    def _count_step(self) -> None:
+        self.num_forwards["commit+denoise" if self.carrying else "denoise"] += 1
+
     def _step(self) -> None:
         """Encode every running row's block, finished blocks in front of it together with it, and decide."""
-        self.num_forwards["commit+denoise" if self.carrying else "denoise"] += 1
+        self._count_step()
         size, carrying = self.settings.block_size, set(self.carrying)
         firsts = [self.starts[row] - size * (row in carrying) for row in self.running]
         if self.encoder.attention == ATTENTION_NAME:
@@ -326,14 +344,29 @@ class Engine:
         self._advance(hidden)
 
     def _advance(self, hidden: torch.Tensor) -> None:
-        """Decide by (running rows, block, hidden) states, show what callers want to see, and read where rows are."""
+        """Decide by (running rows, block, hidden) states."""
         owner = torch.tensor(self.running, device=self.device)
-        decision = self._decide(owner, hidden)
+        choice = self._choose(owner, hidden)
+        self._follow(self.denoiser.decide(self.rows, owner, choice), choice.confidence)
+
+    def _choose(self, owner: torch.Tensor, hidden: torch.Tensor) -> Choice:
+        settings, hooks, lm_head = self.settings, self.hooks, self.model.lm_head
+        processed = hooks.own_processors or hooks.processors
+        all_matter = settings.revision or settings.samples or processed or hooks.keep_history
+        if all_matter or {hidden.device.type, self.device.type} != {"cpu"}:
+            logits = lm_head(hidden).to(self.device)
+            then = self._process_logits if hooks.processors else None
+            return self.denoiser.choose(self.rows, owner, logits, hooks.generator, hooks.own_processors, then)
+        return self.denoiser.choose_undecided(self.rows, owner, hidden, lm_head)
+
+    def _follow(self, decision: Decision, confidence: torch.Tensor) -> None:
+        """Show what a step decided to those who want to see it, and read where the running rows are."""
+        self._report(decision, confidence)
         if self.hooks.watch_blocks:
             for row, is_finished in zip(self.running, decision.finished.tolist(), strict=True):
                 if is_finished:
                     self._show_block(row)
-        rows = self.rows
+        rows, owner = self.rows, torch.tensor(self.running, device=self.device)
         state = torch.stack([rows.start[owner], rows.ended[owner].long(), rows.carries[owner].long()]).tolist()
         running, self.running, self.carrying = self.running, [], []
         for row, start, has_ended, carries in zip(running, *state, strict=True):
@@ -342,20 +375,6 @@ class Engine:
                 self.running.append(row)
                 if carries:
                     self.carrying.append(row)
-
-    def _decide(self, owner: torch.Tensor, hidden: torch.Tensor) -> Decision:
-        settings, hooks, lm_head = self.settings, self.hooks, self.model.lm_head
-        processed = hooks.own_processors or hooks.processors
-        all_matter = settings.revision or settings.samples or processed or hooks.keep_history
-        if all_matter or {hidden.device.type, self.device.type} != {"cpu"}:
-            logits = lm_head(hidden).to(self.device)
-            then = self._process_logits if hooks.processors else None
-            choice = self.denoiser.choose(self.rows, owner, logits, hooks.generator, hooks.own_processors, then)
-        else:
-            choice = self.denoiser.choose_undecided(self.rows, owner, hidden, lm_head)
-        decision = self.denoiser.decide(self.rows, owner, choice)
-        self._report(decision, choice.confidence)
-        return decision
 
     def _process_logits(self, logits: torch.Tensor, first: int) -> torch.Tensor:
         """Run the caller's processors at every undecided position with the committed tokens left of it.

@@ -76,6 +76,7 @@ class TokenProcessors:
         radius: how many tokens away the farthest of them looks.
         num_free: tokens of the vocabulary that neither a ban nor a banned phrase names.
         overwrite_threshold: probability above which a committed token is replaced, None where it stays.
+        made_of: the settings in it; equal ones do the same.
     """
 
     mask_token_id: int
@@ -91,6 +92,7 @@ class TokenProcessors:
     radius: int
     num_free: int
     overwrite_threshold: float | None
+    made_of: tuple
 
     @property
     def looks_beside(self) -> bool:
@@ -316,6 +318,7 @@ def build_processors(
     if not (words or banned or biases or ngram_size) and penalty == 1:
         return None
     radius = max([1, ngram_size, *map(len, [*phrases, *sequences])]) - 1
+    overwrite_threshold = settings.revision_threshold if settings.revision == "overwrite" else None
     named = {token for phrase in phrases for token in phrase}
     places = [(phrase, place) for phrase in phrases for place in range(len(phrase))]
     return TokenProcessors(
@@ -331,8 +334,12 @@ def build_processors(
         ngram_size=ngram_size,
         radius=radius,
         num_free=vocab_size - len({*banned, *named, settings.mask_token_id}),
-        overwrite_threshold=settings.revision_threshold if settings.revision == "overwrite" else None,
-    )
+        overwrite_threshold=overwrite_threshold,
+        made_of=(
+            settings.mask_token_id, penalty, tuple(phrases), tuple(sorted(banned)), tuple(sorted(biases.items())),
+            ngram_size, overwrite_threshold,
+        ),
+    )  # fmt: skip
 
 
 def _by_token(values: dict[int, Any], vocab_size: int, default: Any) -> torch.Tensor:

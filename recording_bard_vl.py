@@ -9,7 +9,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from .compat_bard_vl import attention_of
 from .generation_config_bard_vl import DecodingSettings
 from .inputs_bard_vl import Prompt
 from .layers_bard_vl import Layers, is_plain
-from .rows_bard_vl import Denoiser, Rows
+from .processors_bard_vl import TokenProcessors
+from .rows_bard_vl import Decision, Denoiser, Rows
 
 logger = logging.get_logger(__name__)
 
@@ -29,6 +30,7 @@ COLUMNS = 256  # recordings have a multiple of so many columns, so that calls of
 DEVICES = {"cuda"}  # that have graphs; elsewhere the same steps would run one launch after another
 NUM_WARM_UP_RUNS = 3  # of a step before it is recorded: kernels are compiled, libraries find their algorithms
 NUM_IDLE = 2  # recordings that wait for another call; the one that has waited longest goes first
+Outcome = tuple[Decision, torch.Tensor]
 ALWAYS_TWO = 8  # rows up to which every step has two slots a row: weights rule, and the host need not know who carries
 
 
@@ -73,16 +75,21 @@ def layers_of(model: Any, settings: DecodingSettings) -> Layers | None:
 
 
 @contextmanager
-def recording(model: Any, layers: Layers, denoiser: Denoiser, shape: tuple[int, int]) -> Iterator["Recording"]:
+def recording(
+    model: Any, layers: Layers, denoiser: Denoiser, shape: tuple[int, int], processors: TokenProcessors | None = None
+) -> Iterator["Recording"]:
     """A recording for (rows, columns) that no other call has meanwhile."""
-    settings = replace(denoiser.settings, max_new_tokens=0, num_return_sequences=1, prefill_chunk_size=None, top_k=0)
-    key = (id(layers), shape, settings, torch.is_inference_mode_enabled())
+    settings = replace(denoiser.settings, max_new_tokens=0, num_return_sequences=1, prefill_chunk_size=None)
+    if not settings.samples:
+        settings = replace(settings, top_k=0, top_p=1.0)
+    made_of = processors and processors.made_of
+    key = (id(layers), shape, settings, made_of, torch.is_inference_mode_enabled())
     with _lock:
         idle = _kept[model].idle
         places = [place for place, (other, _) in enumerate(idle) if other == key]
         lent = idle.pop(places[-1])[1] if places else None
     if lent is None:
-        lent = Recording(model, layers, denoiser, shape)
+        lent = Recording(model, layers, denoiser, shape, processors)
     try:
         yield lent
     finally:
@@ -107,10 +114,18 @@ class Recording:
         layers: its compiled layers.
         denoiser: of the settings that a step depends on.
         shape: rows and columns.
+        processors: of the settings that name one.
     """
 
-    def __init__(self, model: Any, layers: Layers, denoiser: Denoiser, shape: tuple[int, int]):
-        self.embed, self.lm_head = model.get_input_embeddings(), model.lm_head
+    def __init__(
+        self,
+        model: Any,
+        layers: Layers,
+        denoiser: Denoiser,
+        shape: tuple[int, int],
+        processors: TokenProcessors | None = None,
+    ):
+        self.embed, self.lm_head, self.processors = model.get_input_embeddings(), model.lm_head, processors
         self.layers, self.denoiser, self.size = layers, denoiser, denoiser.size
         self.num_rows, num_columns = shape
         form, weight = layers.form, self.embed.weight
@@ -121,14 +136,17 @@ class Recording:
         for layer, pair in zip(self.cache_layers, self.buffers, strict=True):
             layer.lend(pair)
         self.rows = blank_rows(self.num_rows, num_columns, denoiser.settings, device)
+        self.generator = torch.Generator(device)
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self.outcomes: dict[tuple[int, int], Outcome] = {}
         self.status = torch.zeros(2, dtype=torch.long, device=device)
         self.seen = [torch.zeros(2, dtype=torch.long, pin_memory=device.type == "cuda") for _ in range(2)]
 
-    def step(self, num_main: int, num_extra: int) -> None:
+    def step(self, num_main: int, num_extra: int) -> Outcome:
         """One step of `num_main` rows at most, of which `num_extra` at most carry a finished block.
 
-        Reads and writes nothing but what lies at fixed addresses.
+        Reads and writes nothing but what lies at fixed addresses. Returns the decision on the rows that run, in their
+        order, then on the spare one, and the confidence (rows, block) of what was chosen.
         """
         rows, size, device = self.rows, self.size, self.status.device
         owner = torch.cat(
@@ -157,31 +175,47 @@ class Recording:
         hidden = self.layers.run(embeds, positions, self.cache_layers, slots)[0, : num_main * size]
         logits = self.lm_head(hidden.unflatten(0, (num_main, size)))
         main = owner[:num_main]
-        self.denoiser.decide(rows, main, self.denoiser.choose(rows, main, logits))
+        choice = self.denoiser.choose(rows, main, logits, self.generator, self.processors)
+        decision = self.denoiser.decide(rows, main, choice)
         running = ~rows.ended[:-1]
         self.status.copy_(torch.stack([running.sum(), (running & rows.carries[:-1]).sum()]))
+        return decision, choice.confidence
 
-    def run(self, rows: Rows, running: list[int], carrying: list[int]) -> Counter[str]:
-        """Run steps until all rows have ended; `rows` is brought up to date. Returns the forwards by kind."""
-        states = [(len(running), len(carrying))]
+    def start(self, rows: Rows, generator: torch.Generator | None) -> None:
+        """Take over the rows of a call, and draw the seed of its samples from its generator, or torch's own."""
         self.rows.copy_from(rows)
+        if self.denoiser.settings.samples:
+            device = "cpu" if generator is None else generator.device
+            seed = torch.randint(2**62, (), generator=generator, device=device).item()
+            self.generator.manual_seed(int(seed))
+
+    def next_step(self, num_running: int, num_carrying: int) -> Outcome:
+        """A step of the rows that run: the decision on them, and the confidence of what was chosen."""
+        decision, confidence = self._replay(*self._slots_for(num_running, num_carrying))
+        parts = (getattr(decision, each.name)[:num_running] for each in fields(decision))
+        return Decision(*parts), confidence[:num_running]
+
+    def run(self, num_running: int, num_carrying: int) -> Counter[str]:
+        """Run steps until all rows have ended. Returns the forwards by kind."""
+        states = [(num_running, num_carrying)]
         pending: deque[tuple[Any, torch.Tensor]] = deque()
         is_late = self.num_rows <= ALWAYS_TWO
         number = 0
         while states[-1][0]:
-            self._replay(*(2 * (self.num_rows,) if is_late else self._slots_for(*states[-1])))
+            self._replay(*self._slots_for(*states[-1]))
             pending.append(self._look(self.seen[number % 2]))
             number += 1
             if len(pending) > is_late:
                 states.append(_read(*pending.popleft()))
         while pending:
             states.append(_read(*pending.popleft()))
-        rows.copy_from(self.rows)
         kinds = ("commit+denoise" if carry else "denoise" if run else "overrun" for run, carry in states[:number])
         return Counter(kinds)
 
     def _slots_for(self, running: int, carrying: int) -> tuple[int, int]:
         """Numbers of slots, few different ones, that have room for these rows."""
+        if self.num_rows <= ALWAYS_TWO:
+            return self.num_rows, self.num_rows
         main = self.num_rows
         while main // 2 >= running and main > ALWAYS_TWO:
             main //= 2
@@ -197,17 +231,18 @@ class Recording:
             event.record()
         return event, seen
 
-    def _replay(self, num_main: int, num_extra: int) -> None:
+    def _replay(self, num_main: int, num_extra: int) -> Outcome:
         if not self.status.is_cuda:
-            self.step(num_main, num_extra)
-            return
+            return self.step(num_main, num_extra)
         if (num_main, num_extra) not in self.graphs:
             self._record(num_main, num_extra)
         self.graphs[num_main, num_extra].replay()
+        return self.outcomes[num_main, num_extra]
 
     def _record(self, num_main: int, num_extra: int) -> None:
         """Record a step, while no row runs."""
         kept = [each.clone() for each in vars(self.rows).values()]
+        state = self.generator.get_state()
         self.rows.ended.fill_(True)
         self.rows.carries.fill_(False)
         with _recording:
@@ -219,9 +254,11 @@ class Recording:
                     self.step(num_main, num_extra)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(self.generator)
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.step(num_main, num_extra)
+                self.outcomes[num_main, num_extra] = self.step(num_main, num_extra)
             self.graphs[num_main, num_extra] = graph
+        self.generator.set_state(state)
         for each, value in zip(vars(self.rows).values(), kept, strict=True):
             each.copy_(value)
 

@@ -6,11 +6,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 decoding="python benchmarks/decoding.py --shape 100m --device cpu --block-size 16 --quiet"
 results=benchmarks/results
 single="--prompt-length 1024 --new-tokens 256"
+before=()
+if [ -n "${BEFORE:-}" ]; then before=(--before "$BEFORE"); fi # a checkout of an earlier commit, to compare with
 
-$decoding $single --steps 4 2 --repetitions 3 --only plain engine qwen --compile \
+$decoding $single --steps 4 2 --repetitions 3 --only plain engine qwen --compile "${before[@]}" \
     --json $results/cpu-100m.json --plot $results/cpu-100m.png
 $decoding $single --steps 4 --repetitions 3 --only plain ladder engine --compile --json $results/cpu-100m-ladder.json
-$decoding --batch 8 --ragged 64 256 --new-tokens 128 --steps 4 --repetitions 5 --only engine --compile \
+$decoding --batch 8 --ragged 64 256 --new-tokens 128 --steps 4 --repetitions 5 --only engine --compile "${before[@]}" \
     --json $results/cpu-100m-batch8.json
 
 # Counts, which hold on any machine, of the small trained checkpoint.

@@ -77,6 +77,7 @@ class Contender(Protocol):
         num_warm_ups: rounds before the first that is timed.
         is_optional: whether it may be impossible here, on this device or version.
         dtype: of the weights.
+        is_in_process: whether its memory is this process's.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Contender(Protocol):
     num_warm_ups: int
     is_optional: bool
     dtype: torch.dtype
+    is_in_process: bool
 
     def decode(self, prompts: list[torch.Tensor], task: Task) -> Decoded:
         """Decode 1-D prompts."""
@@ -93,7 +95,7 @@ class Contender(Protocol):
 class EngineContender:
     """`generate` of this package; `settings` are further arguments of it."""
 
-    is_block_diffusion = True
+    is_block_diffusion = is_in_process = True
 
     def __init__(self, name: str, model: BardVLForConditionalGeneration, is_batched: bool, **settings: Any):
         self.name, self.model, self.is_batched, self.settings = name, model, is_batched, settings
@@ -115,7 +117,7 @@ class EngineContender:
 class AutoregressiveContender:
     """Qwen3-VL of the same weights by transformers' own `generate`, token by token; `settings` are arguments of it."""
 
-    is_block_diffusion, is_batched = False, True
+    is_block_diffusion, is_batched, is_in_process = False, True, True
 
     def __init__(self, name: str, model: Qwen3VLForConditionalGeneration, **settings: Any):
         self.name, self.model, self.settings = name, model, settings

@@ -8,6 +8,7 @@ It compares
 - a plain baseline that decodes as published block-diffusion decoders do (plain_decoder.py),
 - the rungs of a ladder from there to this engine, each with one improvement more than the one before,
 - this engine, `generate` of the package,
+- with `--before`, `generate` of another checkout of it,
 - Qwen3-VL of the same shape and weights, token by token, through transformers' own `generate`.
 
 Weights and prompts are random, so the time per forward is real and the text is not. Every round has new prompts, a few
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 from bard_vl import BardVLForConditionalGeneration
+from checkout import CheckoutContender
 from contenders import (
     AutoregressiveContender,
     Contender,
@@ -57,6 +59,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--block-size", type=int, default=16, help="tokens denoised together (default: 16)")
     add("--steps", type=int, nargs="+", default=[4, 2], help="denoising steps per block; a table each (default: 4 2)")
     add("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="leave the others out")
+    add(
+        "--before", type=Path, metavar="CHECKOUT", help="also decode with the package in this folder, an earlier commit"
+    )
     add("--compile", action="store_true", help="also static caches and compiled forwards; the warm-up takes minutes")
     add("--repetitions", type=int, default=5, help="timed rounds, every decoder once a round (default: 5)")
     add("--threads", type=int, help="CPU threads (default: torch's own choice, see OMP_NUM_THREADS)")
@@ -67,6 +72,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--quiet", action="store_true", help="no progress on stderr")
     chosen = parser.parse_args(arguments)
     chosen.dtype = chosen.dtype or ("float32" if torch.device(chosen.device).type == "cpu" else "bfloat16")
+    if chosen.before and not (chosen.before / "modeling_bard_vl.py").is_file():
+        parser.error(f"--before {chosen.before} is no checkout of the package")
     if chosen.new_tokens <= chosen.block_size:
         parser.error(f"--new-tokens {chosen.new_tokens} must be more than one block of {chosen.block_size}")
     if not all(1 <= steps <= chosen.block_size for steps in chosen.steps):
@@ -142,6 +149,12 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     }
     prompts = rounds_of_prompts(measured["prompt_lengths"], shape, chosen.seed, device)
     compared = contenders(model, chosen.only, chosen.batch, chosen.compile)
+    if chosen.before:
+        twin = {name: getattr(chosen, name) for name in ("shape", "device", "dtype", "seed")}
+        static = [{}, {"cache_implementation": "static"}] if chosen.compile else [{}]
+        for settings in static:
+            name = "the commit before" + (", static and compiled" if settings else "")
+            compared.append(CheckoutContender(name, chosen.before, twin, is_batched=True, **settings))
     for steps in chosen.steps:
         task = static_task(shape, chosen.new_tokens, chosen.block_size, steps)
         earlier = measured["results"]

@@ -38,7 +38,8 @@ class Result:
         warm_up_seconds: of the calls before, in turns one that stops after the first block and a whole one.
         seconds: of whole calls, one a repetition.
         first_block_seconds: of calls that stop after the first block, one a repetition.
-        peak_memory_bytes: highest use in a whole call, model included: the allocator's on CUDA, else the process's.
+        peak_memory_bytes: highest use in a whole call, model included: the allocator's on CUDA, else the process's; 0
+            for a contender in a process of its own.
         memory_growth_bytes: by how much that is more than before the call.
         error: why nothing was measured.
     """
@@ -132,6 +133,8 @@ class Comparison:
         result.first_block_seconds.append(first.seconds)
         result.seconds.append(whole.seconds)
         result.forwards_after_first_block.append(whole.forwards.total() - first.forwards.total())
+        if not contender.is_in_process:
+            return
         peak = peak_memory(device)
         result.peak_memory_bytes = max(result.peak_memory_bytes, peak)
         result.memory_growth_bytes = max(result.memory_growth_bytes, peak - before)

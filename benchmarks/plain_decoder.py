@@ -244,7 +244,7 @@ def commit_on_device(block: torch.Tensor, logits: torch.Tensor, step: int, task:
 class LadderContender:
     """A rung of the ladder, one prompt at a time."""
 
-    is_block_diffusion, is_batched, num_warm_ups, is_optional = True, False, 1, False
+    is_block_diffusion, is_in_process, is_batched, num_warm_ups, is_optional = True, True, False, 1, False
 
     def __init__(self, model: Qwen3VLForConditionalGeneration, rung: Rung):
         self.name, self.model, self.rung, self.dtype = rung.name, model, rung, model.dtype

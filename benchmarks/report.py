@@ -67,7 +67,9 @@ def table_row(result: dict[str, Any], base: dict[str, Any]) -> str:
         f"{figure['decode_tokens_per_second']['median']:.4g}",
         f"{speed['median']:.4g} ({speed['min']:.4g}-{speed['max']:.4g})",
         relative,
-        f"{result['peak_memory_bytes'] / 2**20:.0f} ({result['memory_growth_bytes'] / 2**20:.0f})",
+        f"{result['peak_memory_bytes'] / 2**20:.0f} ({result['memory_growth_bytes'] / 2**20:.0f})"
+        if result["peak_memory_bytes"]
+        else "",
     ]
     return "| " + " | ".join(cells) + " |"
 

@@ -64,7 +64,14 @@ def test_the_references_tokens(folder: str, case: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("settings", [{}, {"remasking_strategy": "margin"}, {"revision": "remask"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({}, {"remasking_strategy": "margin"}, {"revision": "remask"}, {"repetition_penalty": 1.4}),
+        {"no_repeat_ngram_size": 2, "bad_words_ids": [[7], [11, 12]], "sequence_bias": [[[9, 8], 3.0]]},
+    ],
+    ids=str,
+)
 def test_every_mode_decides_alike(mode: str, settings: dict[str, Any]) -> None:
     expected = run(BATCH, **settings)
     for _ in range(4):  # a CUDA graph runs, is recorded, is replayed
@@ -73,6 +80,18 @@ def test_every_mode_decides_alike(mode: str, settings: dict[str, Any]) -> None:
         assert torch.equal(output.block_step_counts, expected.block_step_counts)
     for row, whole in zip(BATCH, expected.sequences[:, -28:].tolist(), strict=True):
         assert run([row], **settings).sequences[0, -28:].tolist() == whole
+
+
+def test_samples_follow_the_seed() -> None:
+    sampled = {"temperature": 1.5, "top_p": 0.95, "num_return_sequences": 3}
+    for mode in MODES.values():
+        first, again, other = (run(BATCH, **sampled, **mode, seed=seed).sequences for seed in (1, 1, 2))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+        generator = torch.Generator(DEVICE).manual_seed(1)
+        one, two = (run(BATCH, **sampled, **mode, generator=generator).sequences for _ in range(2))
+        assert torch.equal(one, first)
+        assert not torch.equal(one, two)
 
 
 @contextlib.contextmanager

@@ -74,6 +74,88 @@ def test_many_rows_of_which_some_carry_and_some_have_ended(
     assert_same(output, run(batch, **arguments))
 
 
+class Follower:
+    """A streamer that notes what it gets."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, list[int]]] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.seen.append(("put", value.flatten().tolist()))
+
+    def put_draft(self, value: torch.Tensor) -> None:
+        self.seen.append(("draft", value.tolist()))
+
+    def end(self) -> None:
+        self.seen.append(("end", []))
+
+
+PROCESSED: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.4, "suppress_tokens": [3, 5]},
+    {"no_repeat_ngram_size": 2, "bad_words_ids": [[7], [11, 12]], "revision": "remask"},
+    {"sequence_bias": [[[4], 2.0], [[9, 8, 7], 5.0]]},
+]
+
+
+@pytest.mark.parametrize("processed", PROCESSED, ids=lambda chosen: ",".join(chosen))
+@torch.no_grad()
+def test_the_processors_of_the_settings_are_part_of_a_step(
+    processed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [BLOCKS | processed, BLOCKS | {"repetition_penalty": 0.7}, BLOCKS | processed]
+    for arguments in calls:
+        assert_same(run(BATCH, **arguments, **STATIC), run(BATCH, **arguments))
+    lent = recording_bard_vl._kept[load()].idle[-1][1]
+    assert lent.processors is not None
+    monkeypatch.setattr(layers_bard_vl, "attend_slots", lambda query, *_: query)  # a kernel on a GPU
+    with HostChecks() as checks:
+        lent.step(5, 5)
+    assert (checks.count, checks.num_sent) == (0, 0)
+
+
+def test_callers_that_look_at_the_steps_see_the_same() -> None:
+    row, seen = BATCH[2], []
+    for mode in ({}, STATIC):
+        follower = Follower()
+        run([row], **BLOCKS, **mode, streamer=follower)
+        seen.append(follower.seen)
+    assert seen[0] == seen[1]
+    assert [kind for kind, _ in seen[0]].count("draft") >= 4
+    plain, static = (run(BATCH, **BLOCKS, **mode, output_history=True).history for mode in ({}, STATIC))
+    for mine, theirs in zip(plain, static, strict=True):
+        for step, other in zip(mine, theirs, strict=True):
+            assert step.block == other.block
+            assert all(torch.equal(getattr(step, name), getattr(other, name)) for name in ("ids", "committed"))
+            torch.testing.assert_close(step.confidence, other.confidence, atol=1e-4, rtol=1e-3)
+
+
+def test_a_criterion_ends_rows_between_recorded_steps() -> None:
+    whole = run(BATCH, **BLOCKS).sequences[:, -24:]
+    stops = {int(whole[row, 5 + 4 * row]) for row in range(3)}
+
+    def criterion(ids: torch.Tensor, _: Any) -> torch.Tensor:
+        return torch.tensor([int(ids[0, -1]) in stops])
+
+    outputs = [run(BATCH, **BLOCKS, **mode, stopping_criteria=[criterion]) for mode in ({}, STATIC)]
+    assert_same(outputs[1], outputs[0])
+    assert outputs[0].num_forwards == outputs[1].num_forwards
+    assert len(set((outputs[0].sequences[:, -24:] != 0).sum(-1).tolist())) > 1
+
+
+def test_recorded_samples_follow_the_seed_and_the_generator() -> None:
+    sampled = {**BLOCKS, **STATIC, "temperature": 1.5, "num_return_sequences": 4}
+    first, again, other = (run(BATCH[:2], **sampled, seed=seed).sequences for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert len(first.unique(dim=0)) == len(first)
+    generator = torch.Generator().manual_seed(1)
+    one, two = (run(BATCH[:2], **sampled, generator=generator).sequences for _ in range(2))
+    assert torch.equal(one, first)
+    assert not torch.equal(one, two)
+    cold = run(BATCH[:2], **BLOCKS, **STATIC, temperature=1e-6, seed=3)
+    assert torch.equal(cold.sequences, run(BATCH[:2], **BLOCKS).sequences)
+
+
 def test_the_next_turn_and_several_responses() -> None:
     first, static = (run(BATCH[:2], **BLOCKS, **mode) for mode in ({}, STATIC))
     turns = [row.then(first.sequences[place, -24:].tolist()).add_text(5, 9) for place, row in enumerate(BATCH[:2])]
