@@ -26,6 +26,8 @@ class Stage:
         ce_weight: of the cross entropy beside the divergence from the teacher.
         noise: mask, uniform or mixed.
         visible_weight: in the loss, of tokens that the noise left alone.
+        loss_form: of the loss; the committed results were made with "corrupted_mean".
+        padding_weight: of the padding behind an answer, None for the form's own.
         faulty_mask: clean tokens see the noisy ones of their block and of earlier blocks, as in the reference.
         rate: share of the peak learning rate.
         large: the larger model.
@@ -40,6 +42,8 @@ class Stage:
     rate: float = 1.0
     large: bool = False
     visible_weight: float = 0.0
+    loss_form: Literal["sample_mean", "corrupted_mean", "inverse_time"] = "corrupted_mean"
+    padding_weight: float | None = None
 
 
 @dataclass(frozen=True)

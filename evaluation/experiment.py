@@ -79,6 +79,8 @@ def train_stage(
         warmup_steps=min(20, steps // 10),
         noise=stage.noise,
         visible_weight=stage.visible_weight,
+        loss_form=stage.loss_form,
+        padding_weight=stage.padding_weight,
         time_sampling="stratified",
         seed=seed,
         logging_steps=max(steps // 10, 1),

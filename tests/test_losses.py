@@ -302,8 +302,36 @@ def positions(*numbers: int) -> torch.Tensor:
     return torch.tensor([numbers])
 
 
+@pytest.mark.parametrize(("padding_weight", "visible_weight"), [(None, 0.0), (0.0, 0.0), (0.25, 0.5)])
+def test_the_papers_form_is_the_mean_within_each_sample_then_over_samples(
+    padding_weight: float | None, visible_weight: float
+) -> None:
+    """Read sample by sample, for long and short ones, over several rows; one of them has nothing corrupted."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [1, 2, 40, 7, 3, 90, 1]
+    sample = torch.tensor([n for n, length in enumerate(lengths) for _ in range(length)] + [-1] * 6).view(2, 75)
+    noisy = sample >= 0
+    draw, padding, losses = (torch.rand(sample.shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    corrupted, padding = noisy & (draw < 0.6) & (sample != 4), noisy & (padding < 0.3)
+    weights, normaliser = position_weights(
+        "sample_mean", corrupted, draw, noisy, sample, padding, padding_weight, noisy & ~corrupted, visible_weight
+    )
+    means = []
+    for number in range(len(lengths)):
+        total = count = 0.0
+        for place in (sample == number).nonzero().tolist():
+            weight = 1.0 if corrupted[tuple(place)] else visible_weight
+            if padding[tuple(place)] and padding_weight is not None:
+                weight *= padding_weight
+            total, count = total + weight * losses[tuple(place)].item(), count + weight
+        means.append(total / max(1.0, count))
+    assert normaliser == len(lengths)
+    assert (weights * losses).sum().item() / normaliser == pytest.approx(sum(means) / len(means), rel=1e-6)
+    assert weights.dtype == torch.float32
+
+
 @pytest.mark.parametrize("padding_weight", [None, 0.0, 0.25])
-def test_weights_of_the_papers_form(padding_weight: float | None) -> None:
+def test_weights_of_the_mean_over_all_samples(padding_weight: float | None) -> None:
     corrupted, noisy = positions(0, 1, 1, 0, 1).bool(), positions(0, 1, 1, 1, 1).bool()
     padding = positions(0, 0, 0, 0, 1).bool()
     sample = positions(-1, 0, 0, 1, 1)
@@ -327,16 +355,24 @@ def test_weights_of_the_references_form() -> None:
 
 @pytest.mark.parametrize(
     ("form", "expected", "normaliser"),
-    [("corrupted_mean", [0, 1, 0.5, 0, 1, 0.125], 2.625), ("inverse_time", [0, 1.25, 0.25, 0, 1.25, 0.0625], 2)],
+    [
+        ("corrupted_mean", [0, 1, 0.5, 0, 1, 0.125], 2.625),
+        ("inverse_time", [0, 1.25, 0.25, 0, 1.25, 0.0625], 2),
+        ("sample_mean", [0, 1 / 1.5, 0.5 / 1.5, 0, 1 / 1.125, 0.125 / 1.125], 2),
+    ],
 )
 def test_tokens_that_the_noise_left_alone_weigh_as_asked(form: str, expected: list[float], normaliser: float) -> None:
     corrupted, visible = positions(0, 1, 0, 0, 1, 0).bool(), positions(0, 0, 1, 0, 0, 1).bool()
     padding, sample = positions(0, 0, 0, 0, 0, 1).bool(), positions(-1, 0, 0, -1, 1, 1)
     arguments = (form, corrupted, torch.full((1, 6), 0.4), corrupted | visible, sample, padding, 0.25)
     weights, found = position_weights(*arguments, visible=visible, visible_weight=0.5)
-    assert (weights.tolist(), found) == ([expected], normaliser)
+    torch.testing.assert_close(weights, torch.tensor([expected]))
+    assert found == normaliser
     plain = position_weights(*arguments)[0]
-    assert torch.equal(weights * corrupted, plain)
+    if form == "sample_mean":  # where what is visible shares in the mean
+        assert plain.tolist() == corrupted.float().tolist()
+    else:
+        assert torch.equal(weights * corrupted, plain)
 
 
 @pytest.mark.parametrize("form", LOSS_FORMS)

@@ -137,10 +137,14 @@ class BlockDiffusionArguments(TrainingArguments):
     time_low: float = option(0.0, "smallest time; 0 is all corrupted")
     time_high: float = option(1.0, "largest time; 1 is clean")
     replace_with_special_tokens: bool = option(False, "uniform noise may draw special tokens too, never the mask")
-    loss_form: Literal["corrupted_mean", "inverse_time"] = option(
-        "corrupted_mean", "the paper's mean over corrupted positions, or the reference's weights of 1 / probability"
+    loss_form: Literal["sample_mean", "corrupted_mean", "inverse_time"] = option(
+        "sample_mean",
+        "the paper's mean over corrupted positions within each sample, then over samples; the mean over those of all "
+        "samples together; or the reference's weights of 1 / probability",
     )
-    padding_weight: float | None = option(None, "weight of the padding behind a response (unset: 1, or 0.5)")
+    padding_weight: float | None = option(
+        None, "weight of the padding behind a response (unset: 1, for `inverse_time` 0.5)"
+    )
     visible_weight: float = option(
         0.0,
         "weight of response tokens that the noise left alone; above 0 they are learnt too, as `revision` needs",

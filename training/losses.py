@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-LOSS_FORMS = {"corrupted_mean": 1.0, "inverse_time": 0.5}  # the forms, and what response padding weighs in each
+# The forms, and what response padding weighs in each.
+LOSS_FORMS = {"sample_mean": 1.0, "corrupted_mean": 1.0, "inverse_time": 0.5}
 DIRECTIONS = ("forward", "reverse")
 
 
@@ -32,9 +33,12 @@ def position_weights(
 ) -> tuple[torch.Tensor, float]:
     """Weights of the positions, and what the weighted sum of losses is to be divided by.
 
-    "corrupted_mean" is the paper's: the mean over S_t, the corrupted positions. "inverse_time" is the reference's: a
-    corrupted position weighs 1 / P(corrupted at its time), 1 / t_mask for mask noise; the sum of a sample is divided by
-    the number of its noisy response tokens, and samples are averaged.
+    "sample_mean" is the paper's: the mean over S_t, the corrupted positions, within each sample, then over samples: a
+    short answer counts as much as a long one. The sum of a sample's weights stands for |S_t| and is taken as 1 where it
+    is less, as the paper's max(1, |S_t|). "corrupted_mean" is the mean over the corrupted positions of all samples: a
+    long answer counts for more. "inverse_time" is the reference's: a corrupted position weighs
+    1 / P(corrupted at its time), 1 / t_mask for mask noise; the sum of a sample is divided by the number of its noisy
+    response tokens, and samples are averaged.
 
     Neither says anything of tokens that the noise left alone: of what is visible only replaced tokens are learnt, and a
     model may find that whatever it sees is wrong. `visible_weight` lets it learn what is right too, as revision needs.
@@ -47,18 +51,18 @@ def position_weights(
         corrupted: bool, S_t.
         probability: that a position is corrupted at its time, `sum(corruption_probabilities(kind, t))`.
         noisy: bool, the noisy response tokens.
-        sample: number of each position's sample.
+        sample: number of each position's sample, less than 0 for none; a sample lies in these positions as a whole.
         is_response_padding: bool, what fills up a response's last block.
-        padding_weight: factor on response padding, default 1 for "corrupted_mean" and 0.5 for "inverse_time".
+        padding_weight: factor on response padding, default 0.5 for "inverse_time" and 1 for the others.
         visible: bool, the noisy tokens that are not corrupted and learnt nevertheless; None for none of them.
-        visible_weight: of these, beside 1 for a corrupted position of the paper's form, or for one that is always
-            corrupted of the reference's.
+        visible_weight: of these, beside 1 for a corrupted position, or in the reference's form for one that is always
+            corrupted.
 
     All tensors are (rows, length) or of another common shape.
 
     Returns:
         weights, float32, 0 where nothing is learnt; and the normaliser: the sum of the weights for "corrupted_mean",
-        the number of samples with noisy tokens for "inverse_time".
+        the number of samples with noisy tokens for the others.
 
     Raises:
         ValueError: an unknown form, a negative padding weight, or corrupted positions that are not noisy.
@@ -75,9 +79,15 @@ def position_weights(
     weights = factor * corrupted + kept
     if form == "corrupted_mean":
         return weights, weights.sum(dtype=torch.float64).item()
-    tokens = sample[noisy].bincount()
-    counts = tokens[sample.clamp(min=0, max=max(len(tokens) - 1, 0))] if len(tokens) else torch.ones_like(sample)
-    weights = torch.where(corrupted, weights / (probability * counts), kept / counts)
+    number = sample.clamp(min=0)
+    tokens = sample[noisy].bincount(minlength=int(number.max()) + 1)
+    if form == "sample_mean":
+        sums = torch.zeros(len(tokens), dtype=torch.float64, device=weights.device)
+        sums.index_add_(0, number.flatten(), weights.flatten().double())
+        weights = weights / sums.clamp(min=1)[number]
+    else:
+        counts = tokens[number].clamp(min=1)
+        weights = torch.where(corrupted, weights / (probability * counts), kept / counts)
     return weights.to(torch.float32), float((tokens > 0).sum().item())
 
 
