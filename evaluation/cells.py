@@ -23,7 +23,8 @@ class Stage:
         units: optimizer steps, in units.
         teacher: distil from it: the chain's first stage, another one with ten times its steps, that of the
             larger model, or the parent.
-        ce_weight: of the cross entropy beside the divergence from the teacher.
+        ce_weight, kd_weight: of the cross entropy, and of the divergence from the teacher.
+        kd_positions: where the teacher is followed.
         noise: mask, uniform or mixed.
         visible_weight: in the loss, of tokens that the noise left alone.
         loss_form: of the loss; the committed results were made with "corrupted_mean".
@@ -37,6 +38,8 @@ class Stage:
     units: int = 1
     teacher: TeacherName | None = None
     ce_weight: float = 0.0
+    kd_weight: float = 1.0
+    kd_positions: Literal["all", "fair"] = "all"
     noise: Literal["mask", "uniform", "mixed"] = "mask"
     faulty_mask: bool = False
     rate: float = 1.0

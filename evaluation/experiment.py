@@ -109,7 +109,9 @@ def train_stage(
 def as_teacher(model: BardVLForConditionalGeneration, stage: Stage) -> Teacher:
     """A model in the role that the stage names; divergence over the whole vocabulary, as in the paper."""
     kind: Literal["ar", "block"] = "ar" if stage.teacher == "autoregressive" else "block"
-    settings = DistillArguments(teacher_kind=kind, ce_weight=stage.ce_weight)
+    settings = DistillArguments(
+        teacher_kind=kind, ce_weight=stage.ce_weight, kd_weight=stage.kd_weight, kd_positions=stage.kd_positions
+    )
     size = 1 if kind == "ar" else model.config.block_size
     return Teacher(model.eval().requires_grad_(False), size, kind, settings)
 

@@ -159,6 +159,25 @@ def test_chunks_give_the_loss_and_gradients_of_whole_logits(mixture: str, chunk_
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.parametrize("chunk_size", [4, 1000])
+@pytest.mark.parametrize("mixture", ["paper", "reference", "reverse"])
+def test_where_the_teacher_is_not_followed_cross_entropy_takes_both_weights(mixture: str, chunk_size: int) -> None:
+    problem, (ce_weight, kd_weight, direction, temperature, top_k) = Problem(), MIXTURES[mixture]
+    taught = torch.arange(len(problem.targets)) % 3 > 0
+    settings = {"direction": direction, "temperature": temperature, "top_k": top_k}
+    weights = {"ce_weight": ce_weight, "kd_weight": kd_weight}
+    found = problem.losses(True, taught=taught, chunk_size=chunk_size, **weights, **settings)
+    every = problem.weights.clone()
+    problem.weights = every * taught
+    expected = problem.whole(ce_weight, kd_weight, direction, temperature, top_k)
+    problem.weights = every * ~taught
+    expected = expected + problem.whole(ce_weight + kd_weight, 0.0, direction, temperature, top_k)
+    torch.testing.assert_close(found.loss, expected)
+    for mine, other in zip(problem.gradients(found.loss), problem.gradients(expected), strict=True):
+        torch.testing.assert_close(mine, other)
+    assert (found.divergence[~taught] == 0).all()
+
+
 def test_losses_of_positions_are_reported_and_detached() -> None:
     problem = Problem()
     found = problem.losses(True, ce_weight=0.5, kd_weight=1.0, temperature=2.0, chunk_size=4)
@@ -522,6 +541,7 @@ def weigh(form: str = "corrupted_mean", noisy: torch.Tensor = FLAGS, padding_wei
         (lambda: Problem().losses(True, ce_weight=-1.0, kd_weight=2.0), r"CE -1.0 and KD 2.0"),
         (lambda: Problem().losses(True, kd_weight=1.0, top_k=51), r"vocabulary of 50, got 51"),
         (lambda: Problem().losses(True, kd_weight=1.0, temperature=-1.0), r"positive, got -1.0"),
+        (lambda: Problem().losses(True, kd_weight=1.0, taught=FLAGS[0]), r"taught must be \(21,\), got \(2,\)"),
         (
             lambda: linear_losses(torch.zeros(3, 6), torch.zeros(50, 6), torch.zeros(2).long(), torch.zeros(3)),
             r"got \(3, 6\), \(2,\) and \(3,\)",

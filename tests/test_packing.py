@@ -18,6 +18,7 @@ from bard_vl.training.packing import (
     PackedRows,
     Sample,
     dense_mask,
+    fair,
     first_fit_decreasing,
     flex_mask,
     pack,
@@ -208,6 +209,30 @@ def test_block_mask_is_the_dense_mask(batch: list[Responses], sizes: tuple[int, 
         for query, number in enumerate(numbers):
             skipped[row, query, block_mask.full_kv_indices[row, 0, query, :number].long()] = True
     assert tiles.all(4).all(2)[skipped].all()
+
+
+@given(
+    st.lists(turns(), min_size=1, max_size=4), st.sampled_from([(4, 4), (8, 4), (8, 2), (6, 3), (16, 1)]), st.integers()
+)
+@hypothesis_settings(max_examples=40)
+def test_fair_positions_are_read_off_both_masks(batch: list[Responses], sizes: tuple[int, int], seed: int) -> None:
+    """What the student is shown the teacher sees too, as it is or clean; key by key."""
+    rows = pack([text_sample(responses) for responses in batch], sizes[0], 200, PAD, EOS)
+    shown = torch.rand(rows.noisy.shape, generator=torch.Generator().manual_seed(seed % 2**32)) < 0.3
+    shown &= rows.noisy
+    student, teacher, causal = (dense_mask(rows.layout(size)) for size in (*sizes, 1))
+    for sees_own, size in ((True, sizes[1]), (False, 1)):
+        expected = torch.zeros_like(shown)
+        for row, query in rows.noisy.nonzero().tolist():
+            own = query if sees_own else int(rows.previous[row, query])
+            seen = (teacher if sees_own else causal)[row, own]
+            keys = student[row, query].nonzero()[:, 0].tolist()
+            of_base = [key for key in keys if not rows.noisy[row, key]]
+            assert seen[of_base].all()
+            noisy = [key for key in keys if shown[row, key]]
+            expected[row, query] = all(seen[key] or seen[rows.twin[row, key]] for key in noisy)
+        found = fair(rows.layout(), rows.layout(size), shown, sees_own)
+        assert torch.equal(found, expected)
 
 
 # --- what lies where -------------------------------------------------------------------------------------------------

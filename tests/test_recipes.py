@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from bard_vl.training import distill, merge_blocks
+from bard_vl.training import distill, merge_and_distill, merge_blocks
 from bard_vl.training.arguments import RecipeError, parse_recipe
 from bard_vl.training.stages import Run, build_trainer
 from tiny import draw_scene
@@ -81,7 +81,8 @@ def test_recipes_hold_the_settings_of_the_paper(tmp_path, size):
     assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
     assert (args.learning_rate, args.warmup_steps, args.num_train_epochs) == (6e-6, 100, 3)
     assert args.lr_scheduler_kwargs == {"min_lr_rate": 0.5}
-    assert (teaching.kd_direction, teaching.kd_temperature, teaching.ce_weight) == ("forward", 1.0, 0.0)
+    assert (teaching.kd_direction, teaching.kd_temperature) == ("forward", 1.0)
+    assert (teaching.kd_positions, teaching.kd_weight, teaching.ce_weight) == ("fair", 0.5, 1.0)
     assert data.max_pixels == 1_048_576
 
 
@@ -223,6 +224,40 @@ def test_bad_recipes_of_distillation(tmp_path, capsys, case):
     refused(distill, recipe, tmp_path / "run", message, capsys)
 
 
+BAD_PAIRS = {
+    "one recipe": (["{merge}"], "name two recipes"),
+    "unknown flag": (["{merge}", "{distill}", "--kd_wait", "1"], "unknown argument '--kd_wait'"),
+    "word": (["{merge}", "{distill}", "7"], "unknown argument '7'"),
+    "one folder": (["{merge}", "{distill}", "--output_dir", "{run}"], "both recipes have the `output_dir`"),
+    "one stage": (["{merge}", "{distill}", "--block_sizes", "4"], "there is nothing to distil"),
+    "teacher": (["{merge}", "{distill}", "--teacher_block_size", "3"], "an anchor at 3 cannot teach blocks of 8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PAIRS)
+def test_bad_pairs_of_recipes(tmp_path, capsys, case):
+    words, message = BAD_PAIRS[case]
+    names = {
+        "merge": write_recipe(tmp_path / "merge.yaml", settings(tmp_path / "merged", block_sizes=[4, 8])),
+        "distill": write_recipe(tmp_path / "distill.yaml", settings(tmp_path / "taught")),
+        "run": tmp_path / "merged",
+    }
+    capsys.readouterr()
+    assert merge_and_distill.main([word.format(**names) for word in words]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert not [path for name in ("merged", "taught") for path in (tmp_path / name).glob("**/*") if path.is_file()]
+
+
+@pytest.mark.parametrize("positions", ["all", "fair"])
+def test_divergence_alone_at_blind_positions_is_warned_of(tmp_path, caplog, monkeypatch, positions):
+    monkeypatch.setattr(distill, "plan", lambda run, settings: [])
+    shape = {"ce_weight": 0.0, "kd_weight": 1.0, "kd_positions": positions}
+    assert distill.main([str(write_recipe(tmp_path / "a.yaml", settings(tmp_path / "run", **shape)))]) == 0
+    assert ("set `kd_positions: fair`" in caplog.text) == (positions == "all")
+
+
 def documented_commands() -> list[list[str]]:
     """The training commands of the manual, in words."""
     text = (RECIPES.parents[1] / "docs" / "training.md").read_text()
@@ -233,11 +268,16 @@ def documented_commands() -> list[list[str]]:
 @pytest.mark.parametrize("command", documented_commands(), ids=lambda command: command[-5])
 def test_commands_of_the_manual_parse(command):
     place = command.index("-m")
-    module = {"bard_vl.training.merge_blocks": merge_blocks, "bard_vl.training.distill": distill}[command[place + 1]]
-    recipe, *flags = command[place + 2 :]
-    launcher = command[:place]
+    launcher, name, (recipe, *flags) = command[:place], command[place + 1], command[place + 2 :]
     if launcher[0] == "accelerate":
         assert (RECIPES.parents[1] / launcher[launcher.index("--config_file") + 1]).is_file()
+    if name == "bard_vl.training.merge_and_distill":
+        other, *flags = flags
+        words = [*(str(RECIPES.parents[1] / each) for each in (recipe, other)), *flags, "--use_cpu", "true"]
+        merging, _, distilling, _ = merge_and_distill.parse(words)
+        assert merging.data.train_data == distilling.data.train_data == flags[flags.index("--train_data") + 1]
+        return
+    module = {"bard_vl.training.merge_blocks": merge_blocks, "bard_vl.training.distill": distill}[name]
     parsed = parse_recipe(module.RECIPE, [str(RECIPES.parents[1] / recipe), *flags, "--use_cpu", "true"])
     assert parsed[1].train_data == flags[flags.index("--train_data") + 1]
 

@@ -278,8 +278,13 @@ class DistillArguments:
     teacher_kind: Literal["block", "ar"] = option("block", "a Bard-VL checkpoint, or an autoregressive Qwen3-VL")
     teacher_block_size: int | None = option(None, "block size that the teacher runs at (unset: its config's)")
     teacher_dtype: Literal["float32", "bfloat16"] | None = option(None, "dtype of its weights (unset: its own)")
-    ce_weight: float = option(0.0, "weight of the cross entropy with the data")
-    kd_weight: float = option(1.0, "weight of the divergence from the teacher")
+    ce_weight: float = option(1.0, "weight of the cross entropy with the data")
+    kd_weight: float = option(0.5, "weight of the divergence from the teacher")
+    kd_positions: Literal["all", "fair"] = option(
+        "all",
+        "where the teacher is followed: everywhere, or where it sees all that the student sees; elsewhere, and in "
+        "blocks of padding behind an answer, the cross entropy takes both weights",
+    )
     kd_direction: Literal["forward", "reverse"] = option("forward", "KL(teacher || student), or the reverse")
     kd_temperature: float = option(1.0, "temperature of both distributions; the divergence is multiplied by its square")
     kd_top_k: int | None = option(None, "compare on the teacher's likeliest so many tokens (unset: all)")

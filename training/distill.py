@@ -7,6 +7,7 @@ is distilled, or those that `block_sizes` names. The teacher is the run's stage 
 `teacher_name_or_path` names another. It resumes as `merge_blocks` does.
 """
 
+import logging
 import shutil
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,11 @@ from .stages import (
 )
 
 RECIPE = (ModelArguments, DataArguments, BlockDiffusionArguments, DistillArguments)
+BLIND = (
+    "`ce_weight: 0` with `kd_positions: all` teaches students to ignore what the teacher cannot see, the tokens shown "
+    "behind its smaller blocks: answers came out worse than without distillation; set `kd_positions: fair`, or a weight"
+)
+logger = logging.getLogger(__name__)
 
 
 def distill(
@@ -33,10 +39,18 @@ def distill(
 ) -> list[Path]:
     """Distil the students, or those that are left; returns their checkpoint folders."""
     run = Run(model, data, args)
-    folders = [run_stage(run, stage) for stage in plan(run, settings)]
+    stages = plan(run, settings)
+    warn(run, settings)
+    folders = [run_stage(run, stage) for stage in stages]
     if args.should_save:
         shutil.rmtree(run.output / "start", ignore_errors=True)
     return folders
+
+
+def warn(run: Run, settings: DistillArguments) -> None:
+    """Say, on one process, that settings have made models worse."""
+    if settings.ce_weight == 0 and settings.kd_positions == "all" and run.args.should_save:
+        logger.warning(BLIND)
 
 
 def plan(run: Run, settings: DistillArguments) -> list[Stage]:

@@ -195,7 +195,8 @@ class LinearLosses(NamedTuple):
     Attributes:
         loss: scalar, the weighted sum over positions; divide it by the normaliser. Always part of the graph.
         cross_entropy: (n,) of each position in nats, detached.
-        divergence: (n,) of each position in nats, detached, without the factor temperature^2; None without a teacher.
+        divergence: (n,) of each position in nats, detached, without the factor temperature^2, 0 where the teacher is
+            not followed; None without a teacher.
     """
 
     loss: torch.Tensor
@@ -213,6 +214,7 @@ def linear_losses(
     weights: torch.Tensor,
     *,
     teacher: tuple[torch.Tensor, Head] | None = None,
+    taught: torch.Tensor | None = None,
     ce_weight: float = 1.0,
     kd_weight: float = 0.0,
     direction: str = "forward",
@@ -222,11 +224,11 @@ def linear_losses(
 ) -> LinearLosses:
     """Sum of weighted losses of hidden states, projected to the vocabulary chunk by chunk.
 
-    The loss of a position is `ce_weight * CE + kd_weight * temperature^2 * KL`. Select the positions that have a weight
-    first: `hidden[weights > 0]`. No tensor of more than `chunk_size` positions x vocabulary exists, forward or
-    backward, nor such tensors of two chunks at once: all chunks but the last, which backward begins with, run under
-    activation checkpointing. Logits are computed in the dtype of the hidden states, what follows in float32. No
-    positions give a loss of 0 that is part of the graph.
+    The loss of a position is `ce_weight * CE + kd_weight * temperature^2 * KL`; where the teacher is not followed it is
+    `(ce_weight + kd_weight) * CE`. Select the positions that have a weight first: `hidden[weights > 0]`. No tensor of
+    more than `chunk_size` positions x vocabulary exists, forward or backward, nor such tensors of two chunks at once:
+    all chunks but the last, which backward begins with, run under activation checkpointing. Logits are computed in the
+    dtype of the hidden states, what follows in float32. No positions give a loss of 0 that is part of the graph.
 
     PyTorch's `linear_cross_entropy` (2.13 and later) projects in chunks too, and takes weights through
     `reduction="none"`, but it returns losses of bfloat16 hidden states in bfloat16, knows no teacher and wants a bare
@@ -241,6 +243,7 @@ def linear_losses(
         targets: (n,) clean ids.
         weights: (n,) as `position_weights` gives them.
         teacher: hidden states (n, any size) and head of the teacher, which gets no gradient.
+        taught: (n,) bool, where the teacher is followed; None for everywhere.
         ce_weight, kd_weight: of the mixture.
         direction, temperature, top_k: as in `kl_divergence`.
         chunk_size: positions projected at a time.
@@ -249,15 +252,16 @@ def linear_losses(
         ValueError: shapes, weights or settings that do not go together.
         TypeError: a head's weight that is still sharded.
     """
-    _check_linear(hidden, head, targets, weights, teacher, ce_weight, kd_weight, chunk_size)
+    _check_linear(hidden, head, targets, weights, teacher, taught, ce_weight, kd_weight, chunk_size)
+    taught = torch.ones_like(targets, dtype=torch.bool) if taught is None else taught
     check_distillation(direction, temperature, top_k)
     divergence = partial(kl_divergence, direction=direction, temperature=temperature, top_k=top_k)
-    mixture = partial(_chunk_losses, head, divergence, ce_weight, kd_weight * temperature**2)
+    mixture = partial(_chunk_losses, head, divergence, ce_weight + kd_weight, ce_weight, kd_weight * temperature**2)
     chunks = []
     for start in range(0, max(len(hidden), 1), chunk_size):
         part = slice(start, start + chunk_size)
-        taught = None if teacher is None else (teacher[0][part].detach(), teacher[1])
-        arguments = hidden[part], targets[part], weights[part], taught
+        teaching = None if teacher is None else (teacher[0][part].detach(), teacher[1], taught[part])
+        arguments = hidden[part], targets[part], weights[part], teaching
         is_last = start + chunk_size >= len(hidden)
         chunks.append(mixture(*arguments) if is_last else checkpoint(mixture, *arguments, use_reentrant=False))
     losses, entropies, divergences = zip(*chunks, strict=True)
@@ -266,31 +270,33 @@ def linear_losses(
     )
 
 
-def _chunk_losses(head, divergence, ce_weight, kd_weight, hidden, targets, weights, teacher):
+def _chunk_losses(head, divergence, weight_alone, ce_weight, kd_weight, hidden, targets, weights, teacher):
     """(weighted sum, cross entropy, divergence or None) of some positions; the latter two are detached."""
     logits = at_least_float32(_project(hidden, head))
-    cross_entropy = F.cross_entropy(logits if ce_weight else logits.detach(), targets, reduction="none")
-    losses = ce_weight * cross_entropy
-    distance = None
-    if teacher is not None:
-        with torch.no_grad():
-            teacher_logits = _project(*teacher)
-        distance = divergence(logits, teacher_logits)
-        losses = losses + kd_weight * distance
-        distance = distance.detach()
-    return (losses * weights).sum(), cross_entropy.detach(), distance
+    cross_entropy = F.cross_entropy(logits, targets, reduction="none")
+    if teacher is None:
+        return (ce_weight * cross_entropy * weights).sum(), cross_entropy.detach(), None
+    *teacher, taught = teacher
+    with torch.no_grad():
+        teacher_logits = _project(*teacher)
+    distance = torch.where(taught, divergence(logits, teacher_logits), 0.0)
+    entropies = torch.where(taught, ce_weight * cross_entropy, weight_alone * cross_entropy)
+    losses = entropies + kd_weight * distance
+    return (losses * weights).sum(), cross_entropy.detach(), distance.detach()
 
 
 def _project(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     return head(hidden) if isinstance(head, nn.Module) else F.linear(hidden, head)
 
 
-def _check_linear(hidden, head, targets, weights, teacher, ce_weight, kd_weight, chunk_size) -> None:
+def _check_linear(hidden, head, targets, weights, teacher, taught, ce_weight, kd_weight, chunk_size) -> None:
     if hidden.ndim != 2 or targets.shape != hidden.shape[:1] or weights.shape != hidden.shape[:1]:
         raise ValueError(
             "hidden states, targets and weights must be (n, hidden size), (n,) and (n,), got "
             f"{tuple(hidden.shape)}, {tuple(targets.shape)} and {tuple(weights.shape)}"
         )
+    if taught is not None and taught.shape != hidden.shape[:1]:
+        raise ValueError(f"what is taught must be {tuple(hidden.shape[:1])}, got {tuple(taught.shape)}")
     if teacher is not None and len(teacher[0]) != len(hidden):
         raise ValueError(f"the teacher has hidden states of {len(teacher[0])} positions, the student of {len(hidden)}")
     if not (ce_weight >= 0 and kd_weight >= 0 and ce_weight + kd_weight > 0):

@@ -88,6 +88,28 @@ def dense_mask(layout: Layout) -> torch.Tensor:
     return visible(Layout(*(x[:, :, None] for x in layout)), Layout(*(x[:, None, :] for x in layout)))
 
 
+def fair(student: Layout, teacher: Layout, shown: torch.Tensor, sees_own: bool = True) -> torch.Tensor:
+    """Whether a teacher of smaller blocks sees all that the student sees, for noisy tokens (rows, length) bool.
+
+    Under both masks of one packed row the teacher sees, of the student's block, its own smaller block as it is, and
+    those before it clean. What the student sees beyond that are the shown tokens of smaller blocks behind: where there
+    are none, a position is fair.
+
+    Args:
+        student, teacher: layouts of one packed row, members (rows, length).
+        shown: bool, the noisy tokens that are not masked.
+        sees_own: False for an autoregressive teacher, which predicts a token from those before it and so does not see
+            what is shown in its place.
+    """
+    rows = torch.arange(len(shown), device=shown.device)[:, None].expand_as(shown)
+    group = torch.stack([rows, student.sample, student.turn, student.rank, student.noisy.long()])
+    groups, number = group.flatten(1).unique(dim=1, return_inverse=True)
+    last = torch.full((groups.shape[1],), -1, device=shown.device)
+    rank = torch.where(shown & teacher.noisy, teacher.rank, -1).flatten()
+    last = last.scatter_reduce(0, number, rank, "amax")[number].view_as(shown)
+    return student.noisy & (last <= teacher.rank if sees_own else last < teacher.rank)
+
+
 def flex_mask(layout: Layout, tile: int = 128) -> BlockMask:
     """The same mask for FlexAttention, in tiles of `tile` x `tile`; seen on CUDA only in training."""
     rows, length = layout.rank.shape
@@ -454,6 +476,7 @@ __all__ = [
     "check_responses",
     "check_sample",
     "dense_mask",
+    "fair",
     "first_fit_decreasing",
     "flex_mask",
     "pack",

@@ -121,8 +121,13 @@ class Stage:
 
 def run_recipe(kinds: Sequence[type], run: Callable[..., Any], arguments: Sequence[str] | None) -> int:
     """Parse a recipe and run it; returns 0, or 1 after printing one line that says what is wrong."""
+    return in_one_line(lambda: run(*parse_recipe(kinds, sys.argv[1:] if arguments is None else arguments)))
+
+
+def in_one_line(work: Callable[[], Any]) -> int:
+    """Do a command's work; returns 0, or 1 after printing one line that says what is wrong."""
     try:
-        run(*parse_recipe(kinds, sys.argv[1:] if arguments is None else arguments))
+        work()
     except (RecipeError, ConversionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

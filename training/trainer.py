@@ -20,7 +20,7 @@ from .checkpoints import COMPLETE, complete_checkpoints, mark_complete, writing
 from .data import PackedBatch, PackingCollator, SkippedChats
 from .losses import LinearLosses, linear_losses, position_weights
 from .noise import corrupt_rows, corruption_probabilities, replacement_ids
-from .packing import Layout, PackedRows, Sample, dense_mask, flex_mask
+from .packing import Layout, PackedRows, Sample, dense_mask, fair, flex_mask
 
 NUM_TIMES = 4  # metrics by quarters of t
 NOISES = ("masked", "replaced", "visible")  # what the noise did to a token
@@ -37,6 +37,7 @@ class NoisyRows:
         masked, replaced: where that noise is.
         t: its time, 1 is clean.
         weights: of each position's loss; 0 where there is none.
+        taught: where a teacher is followed; None without one.
     """
 
     rows: PackedBatch
@@ -45,12 +46,13 @@ class NoisyRows:
     replaced: torch.Tensor
     t: torch.Tensor
     weights: torch.Tensor
+    taught: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "NoisyRows":
         """The same on a device."""
-        names = ("input_ids", "masked", "replaced", "t", "weights")
         rows: Any = self.rows.to(device)
-        return replace(self, rows=rows, **{name: getattr(self, name).to(device) for name in names})
+        others = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, rows=rows, **others)
 
 
 @dataclass
@@ -86,6 +88,17 @@ class Teacher:
 
         self.model(**model_inputs(rows, ids, mask), objective=select)
         return found[0]
+
+    def teaches(self, rows: PackedRows, masked: torch.Tensor) -> torch.Tensor:
+        """Noisy tokens (rows, length) where it is followed, given where the noise masks.
+
+        Not in blocks of padding behind an answer, of which a model of smaller blocks has seen none.
+        """
+        found = rows.noisy & ~padding_blocks(rows, self.block_size)
+        if self.settings.kd_positions == "fair":
+            layouts = rows.layout(), rows.layout(self.block_size)
+            found &= fair(*layouts, shown=rows.noisy & ~masked, sees_own=self.kind == "block")
+        return found
 
 
 def model_inputs(rows: PackedRows, input_ids: torch.Tensor, mask: Any) -> dict[str, Any]:
@@ -153,7 +166,7 @@ class BlockDiffusionTrainer(Trainer):
         processing_class: the processor, saved beside the weights.
         train_dataset, eval_dataset: of `Sample`.
         data_collator: packs samples in blocks of `block_size`.
-        teacher: distil from it; else the loss is the cross entropy.
+        teacher: distil from it, where it is followed; else the loss is the cross entropy.
     """
 
     args: BlockDiffusionArguments
@@ -282,21 +295,19 @@ class BlockDiffusionTrainer(Trainer):
             args.time_high,
             repeats,
         )
-        learnt = rows.noisy
-        if self.teacher is not None:
-            learnt = learnt & ~padding_blocks(rows, self.teacher.block_size)
         weights, normaliser = position_weights(
             args.loss_form,
-            learnt & noise.corrupted,
+            noise.corrupted,
             torch.stack(corruption_probabilities(args.noise, noise.t)).sum(0),
             rows.noisy,
             rows.sample,
             rows.is_response_padding,
             args.padding_weight,
-            visible=learnt & ~noise.corrupted,
+            visible=rows.noisy & ~noise.corrupted,
             visible_weight=args.visible_weight,
         )
-        return NoisyRows(rows, noise.ids, noise.masked, noise.replaced, noise.t, weights), normaliser
+        taught = None if self.teacher is None else self.teacher.teaches(rows, noise.masked)
+        return NoisyRows(rows, noise.ids, noise.masked, noise.replaced, noise.t, weights, taught), normaliser
 
     def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of every process's tensor."""
@@ -330,6 +341,7 @@ class BlockDiffusionTrainer(Trainer):
             mask = self.attention_mask(rows.layout(teacher.block_size))
             settings = {
                 "teacher": (teacher.hidden_states(batch, index, mask), teacher.model.lm_head),
+                "taught": None if batch.taught is None else batch.taught.flatten()[index],
                 "ce_weight": teacher.settings.ce_weight,
                 "kd_weight": teacher.settings.kd_weight,
                 "direction": teacher.settings.kd_direction,
@@ -547,11 +559,12 @@ class LossTally:
 
     Attributes:
         by_noise: (3 kinds: masked, replaced, visible; `NUM_TIMES` parts of t; cross entropy, positions).
-        totals: cross entropy, divergence, positions, packed tokens, row padding, samples, broken samples.
+        totals: cross entropy, divergence, positions, packed tokens, row padding, samples, broken samples, positions
+            where a teacher is followed.
     """
 
     by_noise: torch.Tensor = field(default_factory=lambda: torch.zeros(3, NUM_TIMES, 2, dtype=torch.float64))
-    totals: torch.Tensor = field(default_factory=lambda: torch.zeros(7, dtype=torch.float64))
+    totals: torch.Tensor = field(default_factory=lambda: torch.zeros(8, dtype=torch.float64))
 
     def add(self, batch: NoisyRows, index: torch.Tensor, losses: LinearLosses) -> None:
         """Count the positions `index` (n,) of a micro-batch with their losses, without a wait for the device."""
@@ -562,9 +575,11 @@ class LossTally:
         sums = torch.stack([entropy, torch.ones_like(entropy)], dim=1)
         counted = torch.zeros(3 * NUM_TIMES, 2, dtype=torch.float64, device=sums.device).index_add_(0, slot, sums)
         divergence = torch.zeros_like(entropy) if losses.divergence is None else losses.divergence.double()
-        sizes = [len(index), rows.sample.numel(), 0, len(rows.sample_ids), len(rows.broken)]
+        sizes = [len(index), rows.sample.numel(), 0, len(rows.sample_ids), len(rows.broken), 0]
         totals = [entropy.sum(), divergence.sum(), *(torch.tensor(size, dtype=torch.float64) for size in sizes)]
         totals[4] = (rows.sample < 0).sum()
+        if batch.taught is not None:
+            totals[7] = batch.taught.flatten()[index].sum()
         self.by_noise = self.by_noise.to(sums.device) + counted.view_as(self.by_noise)
         self.totals = self.totals.to(sums.device) + torch.stack([x.to(sums.device, torch.float64) for x in totals])
 
@@ -574,9 +589,10 @@ class LossTally:
         for part in range(NUM_TIMES):
             parts[f"loss_t{part / NUM_TIMES:g}-{(part + 1) / NUM_TIMES:g}"] = self.by_noise[:, part].sum(0)
         found = {name: (total / count).item() for name, (total, count) in parts.items() if count > 0}
-        entropy, divergence, positions, tokens, padding, samples, broken = self.totals.tolist()
+        entropy, divergence, positions, tokens, padding, samples, broken, taught = self.totals.tolist()
         if distils:
-            found |= {"cross_entropy": entropy / max(positions, 1), "divergence": divergence / max(positions, 1)}
+            found |= {"cross_entropy": entropy / max(positions, 1), "divergence": divergence / max(taught, 1)}
+            found |= {"taught_share": taught / max(positions, 1)}
         counts = {"packed_tokens": tokens, "samples": samples, "broken_samples": broken}
         return found | counts | {"padding_share": padding / max(tokens, 1)}
 
