@@ -1,0 +1,158 @@
+"""vLLM's OpenAI server with the plugin, blocks of 16 and two ranks of tensor parallelism, asked by the real client."""
+
+import base64
+import io
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import tiny
+from oracle import Oracle, make_checkpoint
+
+SETTINGS = {"confidence_threshold": 0.02, "max_new_tokens": 40, "block_size": 16}
+
+
+class Server:
+    """A running server, and what `generate` says without it."""
+
+    def __init__(self, folder: Path, url: str, log: Path):
+        self.name, self.url, self.log, self.oracle = str(folder), url, log, Oracle(folder)
+        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=200)
+
+    def ask(self, messages: list[dict[str, Any]], **options: Any) -> Any:
+        stated = {"model": self.name, "messages": messages, "max_tokens": 40, "temperature": 0}
+        return self.client.chat.completions.create(**{**stated, **options})
+
+    def expected(self, messages: list[dict[str, Any]], **settings: Any) -> tuple[str, int]:
+        """Text and number of tokens."""
+        (tokens,) = self.oracle.see(messages, **{**SETTINGS, **settings}).tokens
+        return self.oracle.text(tokens), len(tokens)
+
+    def gauge(self, name: str) -> float:
+        text = urllib.request.urlopen(f"{self.url}/metrics", timeout=60).read().decode()
+        return sum(float(value) for value in re.findall(rf"^vllm:{name}(?:{{.*}})? (\S+)$", text, re.M))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    room = tmp_path_factory.mktemp("served")
+    folder, log = make_checkpoint(room), room / "log"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--dtype", "float32"]
+    command += ["--port", port, "--host", "127.0.0.1", "--max-model-len", 512, "--max-num-seqs", 4, "--enforce-eager"]
+    command += ["--tensor-parallel-size", 2, "--hf-overrides", '{"block_size": 16}', "--block-size", 32]
+    command += ["--override-generation-config", '{"confidence_threshold": 0.02}']
+    variables = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    with log.open("w") as output:
+        process = subprocess.Popen(list(map(str, command)), env=variables, stdout=output, stderr=output)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while not answers(f"{url}/health"):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.2)
+        yield Server(folder, url, log)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        return urllib.request.urlopen(url, timeout=5).status == 200
+    except OSError:
+        return False
+
+
+def text(words: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": words}]
+
+
+QUESTIONS = ["What is the colour of the circle?", "How many?", "Describe the image. It shows a star.", "one, two"]
+
+
+def test_questions_together_with_a_threshold_each(server: Server) -> None:
+    thresholds = (0.01, 0.02, 0.05, 0.9)
+
+    def ask(place: int) -> Any:
+        extra = {"vllm_xargs": {"confidence_threshold": thresholds[place]}}
+        return server.ask(text(QUESTIONS[place]), extra_body=extra)
+
+    with ThreadPoolExecutor(4) as pool:
+        replies = list(pool.map(ask, range(4)))
+    for place, reply in enumerate(replies):
+        said, count = server.expected(text(QUESTIONS[place]), confidence_threshold=thresholds[place])
+        assert (reply.choices[0].message.content, reply.usage.completion_tokens) == (said, count)
+
+
+def test_pictures_in_a_stream_of_a_part_for_each_block(server: Server) -> None:
+    pictures, parts = [tiny.draw((96, 64), 3), tiny.draw((64, 128), 4)], []
+    for picture in pictures:
+        data = io.BytesIO()
+        picture.save(data, "PNG")
+        address = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+        parts.append({"type": "image_url", "image_url": {"url": address}})
+    question = {"type": "text", "text": "Which one?"}
+    mine = [{"role": "user", "content": [*({"type": "image", "image": each} for each in pictures), question]}]
+    said, _ = server.expected(mine)
+    stream = server.ask([{"role": "user", "content": [*parts, question]}], stream=True)
+    deltas = [chunk.choices[0].delta.content for chunk in stream if chunk.choices and chunk.choices[0].delta.content]
+    assert "".join(deltas) == said
+    assert 2 <= len(deltas) <= 3  # 40 tokens are three blocks, of which one may hold no text
+
+
+def test_the_servers_own_defaults_are_greedy_and_bounded_by_the_request_alone(server: Server) -> None:
+    reply = server.ask(
+        text(QUESTIONS[0]), temperature=openai.NOT_GIVEN, max_tokens=300, extra_body={"ignore_eos": True}
+    )
+    said, count = server.expected(text(QUESTIONS[0]), max_new_tokens=300, eos_token_id=[])
+    assert (reply.choices[0].message.content, reply.usage.completion_tokens, count) == (said, 300, 300)
+
+
+def test_a_conversation_goes_on(server: Server) -> None:
+    messages = text(QUESTIONS[2])
+    for question in (QUESTIONS[0], QUESTIONS[3]):
+        reply = server.ask(messages).choices[0].message.content
+        assert reply == server.expected(messages)[0]
+        messages = [*messages, {"role": "assistant", "content": reply}, *text(question)]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"logprobs": True, "top_logprobs": 2}, "logprobs"),
+        ({"extra_body": {"vllm_xargs": {"confidence_threshold": 2}}}, "confidence_threshold.*2"),
+        ({"extra_body": {"vllm_xargs": {"steps": 2}}}, "denoising_steps.*got steps"),
+        ({"frequency_penalty": 1.0}, "frequency_penalty=1.0"),
+        ({"response_format": {"type": "json_object"}}, "structured_outputs"),
+    ],
+)
+def test_a_wrong_request_is_told_so(server: Server, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=said):
+        server.ask(text(QUESTIONS[1]), **options)
+
+
+def test_a_client_that_leaves_ends_its_request(server: Server) -> None:
+    extra = {"ignore_eos": True, "vllm_xargs": {"confidence_threshold": 1.0}}
+    stream = server.ask(text(QUESTIONS[0]), max_tokens=400, stream=True, extra_body=extra)
+    next(iter(stream))
+    stream.close()
+    while server.gauge("num_requests_running"):
+        time.sleep(0.1)
+    assert server.ask(text(QUESTIONS[1])).choices[0].message.content == server.expected(text(QUESTIONS[1]))[0]
+    assert server.gauge("generation_tokens_total") < 2000
+
+
+def test_a_seed_is_warned_of(server: Server) -> None:
+    assert "is a seed: until it is trained for block diffusion it writes nonsense" in server.log.read_text()
