@@ -11,9 +11,12 @@ from typing import Any
 
 import transformers
 from packaging.version import Version
+from transformers.utils import logging
 
 from .. import BardVLConfig, BardVLForConditionalGeneration, BardVLGenerationConfig
 from ..configuration_bard_vl import check_integer
+
+logger = logging.get_logger(__name__)
 
 PROGRAM = "python -m bard_vl.serving"
 OLDEST = "5.9.0"  # the first transformers whose `serve` loads other classes than its own
@@ -74,6 +77,9 @@ def model_with(settings: BardVLGenerationConfig) -> type[BardVLForConditionalGen
         @classmethod
         def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
             model = super().from_pretrained(*args, **kwargs)
+            if getattr(model.config, "trained", None) is False:
+                name = model.config._name_or_path
+                logger.warning(f"{name} is a seed: until it is trained for block diffusion it writes nonsense")
             model.generation_config = model.merge_settings(settings, {})
             return model
 

@@ -144,6 +144,11 @@ def test_every_command_of_the_manual_is_run() -> None:
     assert all(command.startswith((*known, *elsewhere)) for command in COMMANDS)
 
 
+def test_a_seed_is_warned_of(folder: Path, ours: Server) -> None:
+    log = (folder.parent / "home without trust" / "log").read_text()
+    assert f"{folder} is a seed: until it is trained for block diffusion it writes nonsense" in log
+
+
 def streamed(text: str) -> str:
     """What a stream tells of a text: its decoder keeps back the bytes of a character that never ends."""
     return text.rstrip("\N{REPLACEMENT CHARACTER}")
