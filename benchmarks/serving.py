@@ -9,10 +9,10 @@ It starts one server after the other, those that are asked for:
 - vLLM with a Qwen3-VL: give the one that the Bard-VL was made of, and both have the same shapes.
 
 Every server gets the same pictures and questions by the `openai` client. Options behind `--` are vLLM's.
-Answers go on to `--max-tokens` where the server can ignore ends, which vLLM can. Forwards and steps are vLLM's own
-Answers go on to `--max-tokens` where the server can ignore ends, which vLLM can. Forwards and steps are what vLLM counts.
+Answers go on to `--max-tokens` where the server can ignore ends, as vLLM can. Forwards and steps are what vLLM counts.
 vLLM's steps on a CPU run in Triton's interpreter, where seconds mean nothing: there tokens and counts are what is
 measured, and `agreement` says how many answers of the two Bard-VL servers are the same.
+"""
 
 import argparse
 import base64
