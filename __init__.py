@@ -5,9 +5,11 @@ without `trust_remote_code`.
 """
 
 from .app.chats import check_chat, is_text
+from .app.checkpoints import complete_settings, read_config
+from .app.devices import find_device
 from .app.errors import UsageError, one_line
 from .app.memory import MemoryEstimate, estimate_memory
-from .app.session import Session, check_config, read_config
+from .app.session import Session
 from .app.terminal import DraftStreamer
 from .cache_bard_vl import BardVLCache
 from .compat_bard_vl import register
@@ -36,8 +38,9 @@ __all__ = [
     "Session",
     "UsageError",
     "check_chat",
-    "check_config",
+    "complete_settings",
     "estimate_memory",
+    "find_device",
     "is_text",
     "one_line",
     "read_config",

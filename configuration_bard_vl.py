@@ -3,9 +3,11 @@
 from typing import Any, ClassVar
 
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
+from transformers.utils import logging
 
 from .compat_bard_vl import CACHE_NAMES, name_multimodal, read_rope, write_rope
 
+logger = logging.get_logger(__name__)
 name_multimodal("bard_vl", "BardVLForConditionalGeneration")
 
 DEFAULT_MASK_TOKEN_ID = 151671  # an unused embedding row of the Qwen3-VL vocabulary; the published checkpoints' choice
@@ -27,6 +29,9 @@ class BardVLConfig(Qwen3VLConfig):
             `generate` then ask for it.
         mask_token_id (`int`, defaults to 151671):
             Id that stands for an undecided token. It is checked against the vocabulary when it is first used.
+        kwargs:
+            As in `Qwen3VLConfig`; and `trained`, of which `False` marks a seed: weights of an autoregressive model that
+            have not been trained for block diffusion. Training drops the mark.
 
     Raises:
         ValueError: `block_size` is no positive integer, or `mask_token_id` no non-negative one.
@@ -74,6 +79,15 @@ def check_integer(name: str, value: Any, *, minimum: int, optional: bool = False
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}")
     return value
+
+
+def warn_if_seed(config: Any) -> None:
+    """Say once that a model has not been trained for block diffusion."""
+    if getattr(config, "trained", None) is False:
+        logger.warning_once(
+            "This model is a seed: its weights come from an autoregressive model and have not been trained for block "
+            "diffusion, so it writes nonsense. Its config.json says so by `trained`, which training removes."
+        )
 
 
 __all__ = ["BardVLConfig"]

@@ -37,6 +37,7 @@ class DenoisingStep:
         committed: (block size,) bool, decided at this step.
         revised: (block size,) bool, decided before and changed, or masked again, at this step.
         confidence: (block size,) probability of the token that each position would have taken.
+        chosen: (block size,) that token.
     """
 
     block: int
@@ -44,6 +45,7 @@ class DenoisingStep:
     committed: torch.Tensor
     revised: torch.Tensor
     confidence: torch.Tensor
+    chosen: torch.Tensor
 
 
 class SlotEncoder:
@@ -396,7 +398,7 @@ class Engine:
         if hasattr(self.hooks.streamer, "put_draft"):
             self.hooks.streamer.put_draft(value=decision.ids.cpu())
         if self.hooks.keep_history:
-            parts = (decision.ids, decision.committed, decision.revised, confidence)
+            parts = (decision.ids, decision.committed, decision.revised, confidence, decision.chosen)
             for row, *step in zip(self.running, *(part.cpu() for part in parts), strict=True):
                 index = (self.starts[row] - self.lengths[row]) // self.settings.block_size
                 self.history[row].append(DenoisingStep(index, *step))

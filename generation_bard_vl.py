@@ -13,7 +13,7 @@ from transformers.generation import GenerationConfig, LogitsProcessorList
 
 from .cache_bard_vl import BardVLCache, WeightsPrint
 from .compat_bard_vl import CacheOutput, PortableGeneration, attention_of, one_cache
-from .configuration_bard_vl import check_integer
+from .configuration_bard_vl import check_integer, warn_if_seed
 from .engine_bard_vl import DenoisingStep, Engine, SlotEncoder
 from .generation_config_bard_vl import (
     FIELDS,
@@ -209,6 +209,7 @@ class BardVLGenerationMixin(PortableGeneration):
         if past_key_values is not None and len(past_key_values.layers) != num_layers:
             raise ValueError(f"`past_key_values` has {len(past_key_values.layers)} layers, the model has {num_layers}")
         check_banned_tokens(config, settings, vocab_size)
+        warn_if_seed(self.config)
         check_callables("logits_processor", logits_processor)
         stated = config.seed if seed is None else seed
         hooks = DecodingHooks(

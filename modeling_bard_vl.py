@@ -29,7 +29,7 @@ from .compat_bard_vl import (
     set_attention,
     visual_features,
 )
-from .configuration_bard_vl import BardVLConfig
+from .configuration_bard_vl import BardVLConfig, warn_if_seed
 from .engine_bard_vl import Engine
 from .generation_bard_vl import BardVLGenerationMixin
 from .generation_config_bard_vl import BardVLGenerationConfig, resolve_block_size
@@ -283,7 +283,14 @@ class BardVLForConditionalGeneration(BardVLGenerationMixin, PortableModel, Qwen3
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save as transformers does, with the code and an `auto_map` that names it for every Auto class."""
         self.config.auto_map = dict(AUTO_MAP)
+        if kwargs.get("push_to_hub"):
+            warn_if_seed(self.config)
         return super().save_pretrained(*args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Publish as transformers does; a seed is named as one."""
+        warn_if_seed(self.config)
+        return super().push_to_hub(*args, **kwargs)
 
     def get_position_ids(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See `BardVLModel.get_position_ids`."""

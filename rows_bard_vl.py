@@ -111,6 +111,7 @@ class Decision:
         ids: (n, block) after it.
         committed, revised: (n, block) bool.
         finished, running: (n,) bool; rows that had ended before do not run.
+        chosen: (n, block) what each undecided position would have taken.
     """
 
     ids: torch.Tensor
@@ -118,6 +119,7 @@ class Decision:
     revised: torch.Tensor
     finished: torch.Tensor
     running: torch.Tensor
+    chosen: torch.Tensor
 
 
 class Denoiser:
@@ -190,7 +192,7 @@ class Denoiser:
         rows.ended[owner] |= finished & ends
         rows.carries[owner] = finished & ~ends
         rows.start[owner] += size * (finished & ~ends)
-        return Decision(block, commit, revised, finished, running)
+        return Decision(block, commit, revised, finished, running, choice.ids)
 
     def _revise(
         self, block: torch.Tensor, visible: torch.Tensor, is_last: torch.Tensor, choice: Choice

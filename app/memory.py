@@ -5,9 +5,7 @@ the code; allocators, kernels' own workspaces and compiled graphs are not. With 
 CPU lie within `TOLERANCE` of the estimate; older lines take less for pictures in bfloat16.
 """
 
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +14,10 @@ from ..compat_bard_vl import attention_of
 from ..generation_config_bard_vl import DecodingSettings
 from ..inputs_bard_vl import PromptSize, pixel_advice
 from ..recording_bard_vl import COLUMNS
+from .quantization import bytes_of
 
 TOLERANCE = 1.25
 SUGGESTED_CHUNK = 1024  # tokens
-CONTROL_GROUP = Path("/sys/fs/cgroup")  # version 2
 TABLE_BYTES = 8 + 4 * 8 + 8 + 4  # of a column of a row: id, positions, block, confidence
 
 
@@ -87,11 +85,11 @@ def read_prompt(
     return PromptSize.of(model.config, call.prompt), call.settings
 
 
-def estimate(model: Any, size: PromptSize, settings: DecodingSettings) -> MemoryEstimate:
-    """The same for a prompt already measured and settings already resolved."""
+def estimate(model: Any, size: PromptSize, settings: DecodingSettings, weights: int | None = None) -> MemoryEstimate:
+    """The same for a prompt already measured and settings already resolved; `weights` if they are known in bytes."""
     merged = model.config.vision_config.spatial_merge_size**2
     return MemoryEstimate(
-        weights=weight_bytes(model),
+        weights=weight_bytes(model) if weights is None else weights,
         cache=cache_bytes(model, size, settings),
         vision=vision_bytes(model, size),
         prefill=prefill_bytes(model, size, settings),
@@ -108,19 +106,19 @@ def weight_bytes(model: Any) -> int:
     if model.config.tie_word_embeddings:  # not yet tied on the meta device of some versions
         tensors.pop(id(model.lm_head.weight), None)
         tensors[id(model.get_input_embeddings().weight)] = model.get_input_embeddings().weight
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(map(bytes_of, tensors.values()))
 
 
 def working_bytes(model: Any, size: PromptSize, settings: DecodingSettings) -> int:
-    """`MemoryEstimate.working` without a look at the weights."""
+    """`MemoryEstimate.working`, of the shapes alone."""
     stages = vision_bytes(model, size), prefill_bytes(model, size, settings), decode_bytes(model, size, settings)
     return max(stages)
 
 
 def certain_bytes(model: Any, size: PromptSize, settings: DecodingSettings) -> int:
-    """The same if every response ends in its first block: what the call takes in any case.
+    """A lower bound of `working_bytes`: every response ends in its first block.
 
-    A static cache has room for full responses from the start.
+    A static cache is allocated in full at once.
     """
     shortest = settings
     if settings.cache_implementation != "static":
@@ -254,18 +252,31 @@ def check_fits(
     settings: DecodingSettings,
     device: torch.device,
     free: int | None,
-    with_weights: bool = False,
+    weights: int = 0,
+    smaller: tuple[tuple[str, int], ...] = (),
 ) -> None:
-    """Raise `ValueError` if a call surely needs more than `free` bytes; None is not known, and passes."""
-    weights = weight_bytes(model) if with_weights else 0
-    if free is None or weights + certain_bytes(model, size, settings) <= TOLERANCE * free:
+    """Raise `ValueError` if a call surely needs more than `free` bytes.
+
+    Compares the lower bound, because responses may end early.
+
+    Args:
+        model, size, settings: as of `estimate`.
+        device: named in the error.
+        free: None is not known, and passes.
+        weights: bytes that are still to be read.
+        smaller: other ways to load them, as advice and bytes; the first that fits is named.
+    """
+    least = certain_bytes(model, size, settings)
+    if free is None or weights + least <= TOLERANCE * free:
         return
 
     def fits(size: PromptSize, **changes: Any) -> bool:
         return weights + certain_bytes(model, size, replace(settings, **changes)) <= free / TOLERANCE
 
-    found = estimate(model, size, settings)
-    advice = pixel_advice(size, model.config.vision_config, fits)
+    found = estimate(model, size, settings, weights)
+    lighter = next((words for words, total in smaller if total + least <= free / TOLERANCE), None)
+    advice = pixel_advice(size, model.config.vision_config, fits) if lighter is None or weights < free else ""
+    advice += f"; or {lighter}" if lighter else ""
     chunk = max(SUGGESTED_CHUNK // settings.block_size, 1) * settings.block_size
     if settings.prefill_chunk_size is None and fits(size, prefill_chunk_size=chunk):
         advice += f"; or set `prefill_chunk_size` to {chunk}"
@@ -273,7 +284,7 @@ def check_fits(
         advice += f"; or lower `max_new_tokens`, which is {settings.max_new_tokens}"
     if len(size.lengths) > 1 and all(fits(size.row(number)) for number in range(len(size.lengths))):
         advice += f"; or give fewer than {len(size.lengths)} prompts at once"
-    parts = [f"{readable(weights)} of weights"] if with_weights else []
+    parts = [f"{readable(weights)} of weights"] if weights else []
     parts += [f"{readable(found.vision)} to encode images and videos"] if size.items else []
     parts += [f"{readable(found.prefill)} to encode the prompt", f"{readable(found.decode)} to write the response"]
     visual = f", {found.visual_tokens} of images and videos" if size.items else ""
@@ -281,41 +292,6 @@ def check_fits(
         f"a prompt of {found.prompt_tokens} tokens{visual} needs about {readable(weights + found.working)} at most "
         f"({', '.join(parts)}); {device} has {readable(free)} free{advice}"
     )
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that a device can still give, what torch holds unused included; None where that is not known."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type != "cpu":
-        return None
-    known = [size for size in (free_in_system(), free_in_container()) if size is not None]
-    return min(known, default=None)
-
-
-def free_in_system() -> int | None:
-    """Bytes that programs can still get from the machine without swapping; None where it does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:  # Linux
-            known = dict(line.split(":", 1) for line in lines)
-        return int(known["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
-def free_in_container() -> int | None:
-    """Bytes up to the limit of the container that the process runs in; None where there is none."""
-    try:
-        limit, used = ((CONTROL_GROUP / name).read_text("ascii") for name in ("memory.max", "memory.current"))
-        pages = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text("ascii").splitlines())
-        return max(int(limit) - int(used) + int(pages["inactive_file"]), 0)  # which the system would give up
-    except (OSError, KeyError, ValueError):  # no such group, or "max"
-        return None
 
 
 def readable(size: int) -> str:
@@ -331,7 +307,6 @@ __all__ = [
     "MemoryEstimate",
     "check_fits",
     "estimate_memory",
-    "free_memory",
     "read_prompt",
     "readable",
 ]

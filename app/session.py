@@ -5,22 +5,24 @@ import json
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
-from ..configuration_bard_vl import BardVLConfig
 from ..generation_config_bard_vl import FIELDS, BardVLGenerationConfig, resolve_mask_token_id
 from ..modeling_bard_vl import BardVLForConditionalGeneration
 from ..processing_bard_vl import BardVLProcessor
+from .checkpoints import EMBEDDED, complete_settings, find_checkpoint, read_config, stored_settings
+from .devices import find_device, free_memory
 from .errors import UsageError, one_line
-from .memory import MemoryEstimate, check_fits, estimate_memory, free_memory, read_prompt, readable
+from .memory import MemoryEstimate, check_fits, estimate, read_prompt, readable, weight_bytes
+from .quantization import check_quantization, quantization_config, saved_bytes, stored_bytes
+from .terminal import counted
 
-EMBEDDED = Path(__file__).resolve().parents[1] / "examples" / "checkpoint"  # a small trained one of the repository
 OWN_SETTINGS = ("return_dict_in_generate", "output_history", "return_step_stats", "num_return_sequences")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # of accelerate
 
 
 @dataclass
@@ -55,13 +57,14 @@ class Answer:
     def summary(self) -> str:
         """What it took, in a line; also if nothing was said."""
         if not self.text.strip():
-            return f"an empty answer, of {self.num_tokens} tokens; prompt of {self.prompt_length} tokens"
+            said = f"an empty answer, of {counted(self.num_tokens, 'token')}"
+            return f"{said}; prompt of {counted(self.prompt_length, 'token')}"
         encoded = int(self.output.num_encoded_tokens[0])
         reused = f", {encoded} of them encoded" if encoded < self.prompt_length else ""
         return (
-            f"{self.num_tokens} tokens in {self.num_forwards} forwards "
-            f"({self.output.tokens_per_forward[0]:.2f} tokens per forward), {self.seconds:.1f} s; "
-            f"prompt of {self.prompt_length} tokens{reused}"
+            f"{counted(self.num_tokens, 'token')} in {counted(self.num_forwards, 'forward')} "
+            f"({self.output.tokens_per_forward[0]:.2f} tokens per forward), {self.seconds:.1f} s, "
+            f"{self.num_tokens / self.seconds:.0f} tokens/s; prompt of {counted(self.prompt_length, 'token')}{reused}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,14 +89,21 @@ class Session:
 
     Args:
         name: folder or Hub id; None for the small one that a checkout of the repository has.
-        revision: branch, tag or commit of a Hub id.
         settings: of generation; checked against the checkpoint at once.
-        device: default: cuda where there is one.
+        revision: branch, tag or commit of a Hub id.
+        device: default: cuda, mps, xpu or cpu, the first that is there.
         dtype: of the weights, for instance `float32`; default: the checkpoint's.
         max_pixels, min_pixels: of a picture, or of a video in all its frames; default: the processor's.
+        quantize: `int8` or `nf4`: linear layers of the language model in 8 or 4 bits.
+        device_map: `auto` spreads the weights over all GPUs and the CPU's memory, by accelerate.
+        memory: bytes that are taken to be free; default: what the device has.
+
+    Attributes:
+        settings: with what the checkpoint's name says.
+        notices: lines for the user, about the checkpoint and settings.
 
     Raises:
-        UsageError: no such checkpoint can be meant, or a setting is wrong.
+        UsageError: no such checkpoint can be meant, a setting is wrong, or a package is missing.
         OSError: the checkpoint cannot be read.
         ValueError: the vocabulary lacks the mask id.
     """
@@ -107,13 +117,22 @@ class Session:
         dtype: str | None = None,
         max_pixels: int | None = None,
         min_pixels: int | None = None,
+        quantize: str | None = None,
+        device_map: str | None = None,
+        memory: int | None = None,
     ):
         self.name, self.where = find_checkpoint(name), {"revision": revision} if revision else {}
-        self.settings = settings or BardVLGenerationConfig()
         self.device = find_device(device)
         self.config = read_config(self.name, **self.where)
-        check_config(self.name, self.config, self.settings)
+        given = settings or BardVLGenerationConfig()
+        self.settings, self.notices = complete_settings(self.name, self.config, given, **self.where)
         self.dtype = find_dtype(dtype, self.config)
+        self.quantize, self.device_map, self.memory = quantize, device_map, memory
+        check_quantization(quantize)
+        if quantize and self.is_quantized:
+            raise UsageError(f"--quantize {quantize}: the weights of {self.name} are quantised already")
+        if device_map not in (None, *DEVICE_MAPS):
+            raise UsageError(f"--device-map must be one of {', '.join(DEVICE_MAPS)}, got {device_map}")
         self.processor = BardVLProcessor.from_pretrained(self.name, **self.where)
         self.processor.mask_token_id = self.mask_token_id
         set_pixels(self.processor, min_pixels, max_pixels)
@@ -125,18 +144,21 @@ class Session:
         return "Bard-VL, the small example" if self.name == str(EMBEDDED) else self.name.rstrip("/").rpartition("/")[2]
 
     @property
-    def notice(self) -> str:
-        """What one should know about the checkpoint before its answer is taken for more than it is; "" for most."""
-        if self.name != str(EMBEDDED):
-            return ""
-        return "the small example answers: it knows pictures like examples/images alone; --model names another"
+    def is_quantized(self) -> bool:
+        """Whether the checkpoint's own weights are quantised."""
+        return getattr(self.config, "quantization_config", None) is not None
 
     @property
     def model(self) -> BardVLForConditionalGeneration:
         """The model on its device, loaded when first asked for."""
         if self._model is None:
-            model = AutoModelForImageTextToText.from_pretrained(self.name, dtype=self.dtype, **self.where)
-            self._model = model.to(self.device).eval()
+            options: dict[str, Any] = {"dtype": self.dtype, **self.where}
+            if self.quantize:
+                options["quantization_config"] = quantization_config(self.quantize, self.dtype)
+            if self.device_map or self.quantize or self.is_quantized:  # never whole, and never moved
+                options["device_map"] = self.device_map or {"": self.device}
+            model = AutoModelForImageTextToText.from_pretrained(self.name, **options)
+            self._model = (model if "device_map" in options else model.to(self.device)).eval()
         return self._model
 
     def encode(self, messages: list[dict[str, Any]]) -> Any:
@@ -149,24 +171,47 @@ class Session:
 
     def estimate(self, inputs: Any, **settings: Any) -> MemoryEstimate:
         """What answering takes, without the weights being read; `settings` are those of one answer."""
-        return estimate_memory(self.shape, inputs, self.settings, **settings)
+        return estimate(self.shape, *read_prompt(self.shape, inputs, self.settings, **settings), self.weights)
 
     def check_memory(self, inputs: Any) -> None:
-        """Raise `ValueError` with the estimate if weights and answer do not fit into what is free."""
+        """Raise `ValueError` with the estimate, and what takes less, if weights and answer exceed what is free."""
         size, settings = read_prompt(self.shape, inputs, self.settings)
-        check_fits(self.shape, size, settings, self.device, self.free_memory(), self._model is None)
+        to_read = self.weights if self._model is None else 0
+        check_fits(self.shape, size, settings, self.device, self.free_memory(), to_read, self.lighter)
 
     def free_memory(self) -> int | None:
-        """Bytes that the device can still give; None where that is not known."""
-        return free_memory(self.device)
+        """Bytes that the device can still give, as stated or as it says; None if that is not known."""
+        if self.memory is not None:
+            return self.memory
+        free = free_memory(self.device)
+        if self.device_map is None or self.device.type == "cpu" or free is None:
+            return free
+        return free + (free_memory(torch.device("cpu")) or 0)  # layers that have no room on the device
+
+    @cached_property
+    def weights(self) -> int:
+        """Bytes of the weights once they are loaded."""
+        if self.is_quantized:
+            return stored_bytes(self.name, self.where.get("revision")) or weight_bytes(self.shape)
+        saved = saved_bytes(self.shape, self.quantize) if self.quantize else 0
+        return weight_bytes(self.shape) - saved
+
+    @property
+    def lighter(self) -> tuple[tuple[str, int], ...]:
+        """Other ways to load the weights, as advice and bytes."""
+        if self.is_quantized:
+            return ()
+        plain, size = weight_bytes(self.shape), self.dtype.itemsize
+        halved = [("load them by --dtype bfloat16", plain * 2 // size)] if size > 2 and not self.quantize else []
+        kinds = {None: ("int8", "nf4"), "int8": ("nf4",)}.get(self.quantize, ())
+        fewer = [(f"load them by --quantize {kind}", plain - saved_bytes(self.shape, kind)) for kind in kinds]
+        offloaded = [("keep layers in the CPU's memory by --device-map auto", 0)]
+        return (*halved, *fewer, *(offloaded if self.device.type != "cpu" and not self.device_map else ()))
 
     @cached_property
     def stored(self) -> BardVLGenerationConfig | None:
-        """The settings that come with the checkpoint, without its weights; None where it has no file of them."""
-        try:
-            return BardVLGenerationConfig.from_pretrained(self.name, **self.where)
-        except OSError:
-            return None
+        """The settings that come with the checkpoint, without its weights; None if it has no file of them."""
+        return stored_settings(self.name, **self.where)
 
     @property
     def mask_token_id(self) -> int:
@@ -221,11 +266,6 @@ class Session:
         )
 
 
-def stored_settings(model: BardVLForConditionalGeneration) -> dict[str, Any]:
-    """The settings that come with a checkpoint."""
-    return model.generation_config.explicit() if model.generation_config else {}
-
-
 def out_of_memory(device: torch.device, estimate: MemoryEstimate) -> str:
     """What is said when an answer needs more memory than its estimate let expect."""
     return (
@@ -262,45 +302,6 @@ def build_settings(named: dict[str, Any], others: list[str] | None = None) -> Ba
         return BardVLGenerationConfig(**settings)
     except ValueError as error:
         raise UsageError(one_line(error)) from error
-
-
-def find_checkpoint(name: str | None) -> str:
-    """The checkpoint's folder or Hub id; by default the one in the repository, `UsageError` if there is none."""
-    if name is not None:
-        return name
-    if not (EMBEDDED / "config.json").is_file():
-        raise UsageError("no model: give --model, a folder or Hub id of a Bard-VL checkpoint")
-    return str(EMBEDDED)
-
-
-def read_config(name: str, **where: Any) -> Any:
-    """The config of a folder or Hub id; `UsageError` if the folder is no checkpoint, `OSError` if there is none."""
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UsageError(f"{name} is no checkpoint: it has no config.json")
-    try:
-        return AutoConfig.from_pretrained(name, **where)
-    except OSError as error:
-        if Path(name).exists():
-            raise
-        raise OSError(f"{name} is no folder here, and cannot be had from the Hub: {one_line(error)}") from error
-
-
-def check_config(name: str, config: Any, settings: BardVLGenerationConfig) -> None:
-    """Raise `UsageError` unless it is a Bard-VL config, and a block size is stated."""
-    if not isinstance(config, BardVLConfig):
-        raise UsageError(f"{name} is no Bard-VL checkpoint: its model type is {config.model_type}")
-    if (config.block_size, settings.block_size) == (None, None):
-        raise UsageError(f"{name} states no block size: give --block-size, the number after B in its name")
-
-
-def find_device(device: str | None) -> torch.device:
-    """The device of that name, or the default; `UsageError` if there is none."""
-    try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device} cannot be used: {one_line(error)}") from error
-    return found
 
 
 def find_dtype(dtype: str | None, config: Any) -> torch.dtype:

@@ -10,6 +10,11 @@ import torch
 from transformers import TextStreamer
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words: 1 step, 2 steps."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class DraftStreamer(TextStreamer):
     """Prints finished blocks; on a terminal, also the block in progress in grey, with a glyph for each open token.
 

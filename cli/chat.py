@@ -11,18 +11,21 @@ from .ending import report
 from .options import (
     BlockSize,
     Device,
+    DeviceMap,
     Dtype,
     MaxNewTokens,
     MaxPixels,
     MinPixels,
     Model,
     Others,
+    Quantize,
     Revision,
     Seed,
     Steps,
     Temperature,
     Threshold,
     open_session,
+    print_notices,
 )
 
 if TYPE_CHECKING:
@@ -87,6 +90,8 @@ def chat(
     revision: Revision = None,
     device: Device = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
+    device_map: DeviceMap = None,
     block_size: BlockSize = None,
     threshold: Threshold = None,
     steps: Steps = None,
@@ -116,10 +121,12 @@ def chat(
         others,
         max_pixels,
         min_pixels,
+        quantize,
+        device_map,
     )
     conversation = Conversation(session, system, seed)
-    if session.notice and not quiet:
-        print(session.notice, file=sys.stderr)
+    if not quiet:
+        print_notices(session)
     for place in files or []:
         conversation.attach(place)
     is_live = sys.stdin.isatty()

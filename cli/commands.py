@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import chat, demo, run
+from . import chat, demo, models, run
 from .bench import bench
 from .convert import convert
 from .ending import INTERRUPTED, USAGE
@@ -40,7 +40,13 @@ def interruptible(command: Callable[..., None]) -> Callable[..., None]:
 
 
 RAW = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-for command, examples in ((run.run, run.EXAMPLES), (chat.chat, chat.EXAMPLES), (demo.demo, demo.EXAMPLES)):
+DOCUMENTED = (
+    (run.run, run.EXAMPLES),
+    (chat.chat, chat.EXAMPLES),
+    (demo.demo, demo.EXAMPLES),
+    (models.models, models.EXAMPLES),
+)
+for command, examples in DOCUMENTED:
     # Line breaks of the source are none of the help's.
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
     folded = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)

@@ -9,16 +9,19 @@ from .ending import Misuse, interrupted_at_once
 from .options import (
     BlockSize,
     Device,
+    DeviceMap,
     Dtype,
     MaxNewTokens,
     MaxPixels,
     MinPixels,
     Model,
     Others,
+    Quantize,
     Revision,
     Steps,
     Threshold,
     open_session,
+    print_notices,
 )
 
 
@@ -27,6 +30,8 @@ def demo(
     revision: Revision = None,
     device: Device = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
+    device_map: DeviceMap = None,
     block_size: BlockSize = None,
     threshold: Threshold = None,
     steps: Steps = None,
@@ -56,7 +61,10 @@ def demo(
         others,
         max_pixels,
         min_pixels,
+        quantize,
+        device_map,
     )
+    print_notices(session)
     with interrupted_at_once():
         from bard_vl.viewer.demo import build_page, serve
 

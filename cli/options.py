@@ -1,5 +1,6 @@
 """Options that several commands take, and what becomes of them."""
 
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,16 +27,36 @@ Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a Hub id.", metavar="NAME", rich_help_panel=MODEL)
 ]
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: cuda where there is one.", rich_help_panel=MODEL)
+    str | None,
+    typer.Option(
+        help="cpu, cuda, cuda:1, mps, xpu. Default: the best that is there.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Dtype = Annotated[
     str | None,
     typer.Option(help="bfloat16, float16 or float32. Default: the checkpoint's.", rich_help_panel=MODEL),
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        help="int8 or nf4: the language model's linear layers in 8 or 4 bits.",
+        metavar="int8|nf4",
+        rich_help_panel=MODEL,
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help="auto: spread the weights over all GPUs, and over the CPU's memory if they are too small.",
+        metavar="auto",
+        rich_help_panel=MODEL,
+    ),
+]
 BlockSize = Annotated[
     int | None,
     typer.Option(
-        help="Tokens denoised together: the number after B in a checkpoint's name. Default: its config's.",
+        help="Tokens denoised together. Default: as the checkpoint's config says, or its name.",
         rich_help_panel=GENERATION,
     ),
 ]
@@ -98,6 +119,9 @@ def open_session(
     others: list[str] | None,
     max_pixels: int | None,
     min_pixels: int | None,
+    quantize: str | None = None,
+    device_map: str | None = None,
+    memory: int | None = None,
 ) -> "Session":
     """A session as these options state it, before its weights are read; `UsageError` if one is wrong."""
     load_package()
@@ -111,4 +135,11 @@ def open_session(
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
         }
-        return Session(model, build_settings(named, others), revision, device, dtype, max_pixels, min_pixels)
+        settings, pixels = build_settings(named, others), (max_pixels, min_pixels)
+        return Session(model, settings, revision, device, dtype, *pixels, quantize, device_map, memory)
+
+
+def print_notices(session: "Session") -> None:
+    """Say on standard error what one should know about the checkpoint and its settings."""
+    for notice in session.notices:
+        print(notice, file=sys.stderr)

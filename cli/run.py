@@ -13,18 +13,22 @@ from .ending import Misuse
 from .options import (
     BlockSize,
     Device,
+    DeviceMap,
     Dtype,
     MaxNewTokens,
     MaxPixels,
     MinPixels,
     Model,
     Others,
+    Quantize,
     Revision,
     Seed,
     Steps,
     Temperature,
     Threshold,
+    load_package,
     open_session,
+    print_notices,
 )
 
 if TYPE_CHECKING:
@@ -52,6 +56,8 @@ def run(
     revision: Revision = None,
     device: Device = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
+    device_map: DeviceMap = None,
     block_size: BlockSize = None,
     threshold: Threshold = None,
     steps: Steps = None,
@@ -68,6 +74,14 @@ def run(
         bool,
         typer.Option("--dry-run", help="Print what it would take, without reading weights.", rich_help_panel=OUTPUT),
     ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="With --dry-run: whether it fits another machine, of so much free memory, such as 24GB.",
+            metavar="SIZE",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     html: Annotated[
         Path | None, typer.Option(help="Write a page that plays the denoising.", rich_help_panel=OUTPUT)
     ] = None,
@@ -100,6 +114,9 @@ def run(
         others,
         max_pixels,
         min_pixels,
+        quantize,
+        device_map,
+        read_memory(memory, dry_run),
     )
     from bard_vl.app.terminal import DraftStreamer
     from bard_vl.cli.media import read
@@ -111,11 +128,13 @@ def run(
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     inputs = session.encode(messages)
     if dry_run:
+        if not (as_json or quiet):
+            print_notices(session)
         print_estimate(session.estimate(inputs), session, refusal(session, inputs), as_json)
         return
     session.check_memory(inputs)
-    if session.notice and not (as_json or quiet):
-        print(session.notice, file=sys.stderr)
+    if not (as_json or quiet):
+        print_notices(session)
     shown = any((html, gif, png))
     streamer = None if as_json else DraftStreamer(session.processor)
     answer = session.ask(messages, inputs, streamer=streamer, seed=seed, output_history=shown)
@@ -151,6 +170,21 @@ def check_outputs(*paths: Path | None) -> None:
             raise Misuse(f"{path} cannot be written: {'a folder' if path.is_dir() else 'no such folder'}")
 
 
+def read_memory(size: str | None, dry_run: bool) -> int | None:
+    """Bytes of a size such as `24GB`; `Misuse` if it is none, or states the memory of a real run."""
+    if size is None:
+        return None
+    if not dry_run:
+        raise Misuse("--memory goes with --dry-run: a real run takes the memory that is there")
+    load_package()
+    from bard_vl.convert_qwen3vl_to_bard import ConversionError, parse_size
+
+    try:
+        return parse_size(size)
+    except ConversionError:
+        raise Misuse(f"--memory must be bytes or a size such as 24GB, got {size!r}") from None
+
+
 def read_question(prompt: str | None, content: list[dict[str, Any]]) -> str:
     """The question asked, from standard input for `-`, or one that goes with the pictures; `Misuse` if none."""
     if prompt == "-":
@@ -180,10 +214,18 @@ def print_estimate(estimate: "MemoryEstimate", session: "Session", refused: str 
     free = session.free_memory()
     fits = None if free is None else "no" if refused else "yes" if estimate.total * TOLERANCE <= free else "perhaps"
     if as_json:
-        facts = {"model": session.name, "device": str(session.device), "free": free, "fits": fits, "refused": refused}
+        facts = {
+            "model": session.name,
+            "device": str(session.device),
+            "quantize": session.quantize,
+            "free": free,
+            "fits": fits,
+            "refused": refused,
+        }
         print(json.dumps({**facts, **estimate.as_dict()}, indent=2))
         return
-    dtype = str(session.dtype).removeprefix("torch.")
+    kind = session.quantize or ("its quantisation" if session.is_quantized else None)
+    dtype = " and ".join(filter(None, (kind, str(session.dtype).removeprefix("torch."))))
     table = Table(title=f"{session.name} in {dtype}", title_justify="left", box=None, show_header=False, padding=(0, 2))
     table.add_column()
     table.add_column(justify="right")
@@ -195,8 +237,9 @@ def print_estimate(estimate: "MemoryEstimate", session: "Session", refused: str 
     table.add_row("encoding the prompt", readable(estimate.prefill), "its cache included")
     table.add_row("writing", readable(estimate.decode), "the cache included")
     table.add_row("[bold]in all, at most[/bold]", f"[bold]{readable(estimate.total)}[/bold]", "weights and the largest")
-    if free is not None:
-        table.add_row(f"free on {session.device}", readable(free))
+    title = f"free on {session.device}" if session.memory is None else "free, as stated"
+    table.add_row(title, "unknown" if free is None else readable(free))
+    if fits is not None:
         table.add_row("does it fit", fits, "not at full length, or by a hair" if fits == "perhaps" else "")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if refused:

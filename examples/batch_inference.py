@@ -30,7 +30,7 @@ import bard_vl
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from bard_vl import check_chat, check_config, is_text, one_line, read_config, read_picture
+from bard_vl import check_chat, complete_settings, is_text, one_line, read_config, read_picture
 from transformers import AutoModelForImageTextToText
 
 FAILED = 3  # exit code of a run that ended, with errors among its answers
@@ -308,7 +308,7 @@ def read_settings(arguments: argparse.Namespace) -> Record:
     )
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
-    check_config(arguments.model, read_config(arguments.model), settings)
+    settings, _ = complete_settings(arguments.model, read_config(arguments.model), settings)
     return settings.explicit()
 
 

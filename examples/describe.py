@@ -1,8 +1,7 @@
 r"""Describe a picture, and watch the blocks being written.
 
     python examples/describe.py [examples/images/3.png]
-    python examples/describe.py photo.jpg --block-size 16 \
-        --model fudan-generative-ai/Bard-VL-B16-Mask-4B-Distil-Instruct
+    python examples/describe.py photo.jpg --model fudan-generative-ai/Bard-VL-B16-Mask-4B-Distil-Instruct
 
 Without --model a small checkpoint beside this script answers. It knows coloured shapes on a grid of 4 x 4, a few words,
 and four questions, word for word, about what is there: "Describe the picture.", "What is at b4?", "What is in row 4?",
@@ -14,8 +13,7 @@ import sys
 from pathlib import Path
 
 import bard_vl
-import torch
-from bard_vl import DraftStreamer, UsageError, check_config, one_line, read_config, read_picture
+from bard_vl import DraftStreamer, UsageError, complete_settings, find_device, one_line, read_config, read_picture
 from transformers import AutoModelForImageTextToText
 
 HERE = Path(__file__).resolve().parent
@@ -31,7 +29,7 @@ def parse_arguments() -> tuple[argparse.Namespace, bard_vl.BardVLGenerationConfi
         "--model", default=str(CHECKPOINT), help="folder or Hub id of a checkpoint, default: a small one"
     )
     parser.add_argument("--prompt", default="Describe the picture.", help="what to ask, default: %(default)s")
-    parser.add_argument("--block-size", type=int, help="needed where the checkpoint's config.json does not state it")
+    parser.add_argument("--block-size", type=int, help="default: as its config.json or its name says")
     parser.add_argument("--threshold", type=float, help="confidence_threshold, default: the checkpoint's")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="most tokens to write, default: %(default)s")
     arguments = parser.parse_args()
@@ -44,9 +42,11 @@ def parse_arguments() -> tuple[argparse.Namespace, bard_vl.BardVLGenerationConfi
     except ValueError as error:
         parser.error(one_line(error))
     try:
-        check_config(arguments.model, read_config(arguments.model), settings)
+        settings, notices = complete_settings(arguments.model, read_config(arguments.model), settings)
     except UsageError as error:
         parser.error(one_line(error))
+    for notice in notices:
+        print(notice, file=sys.stderr)
     return arguments, settings
 
 
@@ -54,7 +54,7 @@ def describe(arguments: argparse.Namespace, settings: bard_vl.BardVLGenerationCo
     """Describe the picture, and say what it cost."""
     content = [{"type": "image", "image": read_picture(arguments.image)}, {"type": "text", "text": arguments.prompt}]
     processor = bard_vl.BardVLProcessor.from_pretrained(arguments.model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device()
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype="auto").to(device)
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -68,7 +68,7 @@ def describe(arguments: argparse.Namespace, settings: bard_vl.BardVLGenerationCo
     )
     steps, forwards = output.block_step_counts[0].tolist(), sum(output.num_forwards.values())
     print(f"denoising steps of each block: {', '.join(map(str, steps))}")
-    print(f"{forwards} forwards, {output.tokens_per_forward[0]:.2f} tokens per forward")
+    print(f"{forwards} forward{'s' * (forwards != 1)}, {output.tokens_per_forward[0]:.2f} tokens per forward")
 
 
 def main() -> None:

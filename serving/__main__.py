@@ -14,6 +14,7 @@ from packaging.version import Version
 from transformers.utils import logging
 
 from .. import BardVLConfig, BardVLForConditionalGeneration, BardVLGenerationConfig
+from ..app.checkpoints import complete_settings, read_config
 from ..configuration_bard_vl import check_integer
 
 logger = logging.get_logger(__name__)
@@ -49,7 +50,7 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, BardVLGen
     Exit code 2 if one is wrong.
     """
     parser = argparse.ArgumentParser(PROGRAM, f"{PROGRAM} MODEL [OPTIONS]", __doc__, add_help=False, allow_abbrev=False)
-    parser.add_argument("--block-size", type=int, help="needed where the checkpoint's config.json does not state it")
+    parser.add_argument("--block-size", type=int, help="default: as the checkpoint's config.json or its name says")
     parser.add_argument("--threshold", type=float, help="confidence_threshold, default: the checkpoint's")
     parser.add_argument("--allow-addresses", action="store_true", help="open pictures at http(s) addresses, too")
     parser.add_argument(
@@ -75,12 +76,13 @@ def model_with(settings: BardVLGenerationConfig) -> type[BardVLForConditionalGen
 
     class Served(BardVLForConditionalGeneration):
         @classmethod
-        def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-            model = super().from_pretrained(*args, **kwargs)
-            if getattr(model.config, "trained", None) is False:
-                name = model.config._name_or_path
-                logger.warning(f"{name} is a seed: until it is trained for block diffusion it writes nonsense")
-            model.generation_config = model.merge_settings(settings, {})
+        def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
+            where = {"revision": kwargs["revision"]} if kwargs.get("revision") else {}
+            completed, notices = complete_settings(str(name), read_config(str(name), **where), settings, **where)
+            for notice in notices:
+                logger.warning(notice)
+            model = super().from_pretrained(name, *args, **kwargs)
+            model.generation_config = model.merge_settings(completed, {})
             return model
 
     Served.__name__ = BardVLForConditionalGeneration.__name__  # by which `serve` knows that it sees pictures

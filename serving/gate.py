@@ -21,8 +21,9 @@ from transformers.cli.serving.utils import BaseGenerateManager, BaseHandler
 from transformers.utils import logging
 
 from ..app.chats import check_chat, is_text
+from ..app.devices import free_memory
 from ..app.errors import one_line
-from ..app.memory import check_fits, free_memory, read_prompt
+from ..app.memory import check_fits, read_prompt
 from ..generation_config_bard_vl import check_seed
 from ..hooks_bard_vl import check_banned_tokens
 

@@ -54,6 +54,15 @@ def convert(source: Path, output: Path, *options: Any) -> Path:
     return output
 
 
+def mark_trained(folder: Path) -> Path:
+    """Drop the mark of a seed from a converted folder, as training does."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    config.pop("trained", None)
+    path.write_text(json.dumps(config, indent=2), "utf-8")
+    return folder
+
+
 def add_to_hub_cache(home: Path, repo_id: str, folder: Path, commit: str = COMMIT) -> None:
     """Lay a folder into the Hub cache of `home` as a download would have."""
     repo = home / "hub" / f"models--{repo_id.replace('/', '--')}"

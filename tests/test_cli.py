@@ -26,7 +26,7 @@ from bard_vl.app.memory import readable
 from bard_vl.app.session import Session, build_settings
 from bard_vl.evaluation.scenes import scene
 from bard_vl_cli.main import main
-from fresh import ROOT, convert
+from fresh import ROOT, convert, mark_trained
 from PIL import Image
 from test_example import GREY, Screen
 from tiny import IDS, draw, draw_frames, draw_scene, write_qwen3vl
@@ -40,7 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints (plain, converted, without a stated block size, without weights), pictures and videos."""
     folder = tmp_path_factory.mktemp("cli")
     write_qwen3vl(folder / "qwen")
-    bard = convert(folder / "qwen", folder / "bard", "--block-size", 4, "--mask-token-id", MASK)
+    seed = convert(folder / "qwen", folder / "seed", "--block-size", 4, "--mask-token-id", MASK)
+    bard = mark_trained(shutil.copytree(seed, folder / "bard"))
     for name in ("unstated", "weightless"):
         shutil.copytree(bard, folder / name, ignore=shutil.ignore_patterns("*.safetensors"))
     config = folder / "unstated" / "config.json"
@@ -109,7 +110,7 @@ def test_run_prints_the_answer_of_generate_and_nothing_else(run: Any, folder: Pa
     assert (code, out) == (0, f"{text}\n")
     assert re.fullmatch(
         rf"18 tokens in {sum(output.num_forwards.values())} forwards \(\d+\.\d\d tokens per forward\), "
-        r"\d+\.\d s; prompt of \d+ tokens\n",
+        r"\d+\.\d s, \d+ tokens/s; prompt of \d+ tokens\n",
         err,
     )
 
@@ -157,7 +158,7 @@ def test_an_empty_answer_is_told(run: Any, folder: Path) -> None:
     bias = f"[[[{special}],100.0]]"
     code, out, err = run(f"run photo.png -m bard --max-new-tokens 4 --set sequence_bias={bias}")
     assert (code, out.strip(), first != special) == (0, "", True)
-    assert err.splitlines()[-1].startswith("an empty answer, of 1 tokens; prompt of ")
+    assert err.splitlines()[-1].startswith("an empty answer, of 1 token; prompt of ")
 
 
 def test_the_reason_of_an_end(run: Any, folder: Path) -> None:
@@ -481,7 +482,7 @@ def test_a_failure_ends_a_conversation_by_script(run: Any, lines: str, message: 
 def test_convert_is_the_converter(run: Any, folder: Path) -> None:
     code, out, _ = run(f"convert --source qwen --output converted --block-size 4 --mask-token-id {MASK} --quiet")
     assert (code, out) == (0, "")
-    for path in (folder / "bard").iterdir():
+    for path in (folder / "seed").iterdir():
         if path.name != "README.md":  # names the folder
             assert (folder / "converted" / path.name).read_bytes() == path.read_bytes()
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from bard_vl.evaluation.scenes import scene
 from bard_vl.evaluation.score_checkpoint import score
-from fresh import ROOT, convert
+from fresh import ROOT, convert, mark_trained
 from PIL import Image, ImageChops, ImageStat
 from tiny import IDS, draw_scene, write_qwen3vl
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("example")
     write_qwen3vl(folder / "qwen")
     mask_token_id = IDS["small"].mask_token_id
-    bard = convert(folder / "qwen", folder / "bard", "--block-size", 4, "--mask-token-id", mask_token_id)
+    bard = mark_trained(convert(folder / "qwen", folder / "bard", "--block-size", 4, "--mask-token-id", mask_token_id))
     unstated = folder / "unstated"
     unstated.mkdir()
     (unstated / "config.json").write_text(re.sub(r'\s*"block_size": 4,', "", (bard / "config.json").read_text()))

@@ -11,8 +11,9 @@ import pytest
 import tiny
 import torch
 from bard_vl import BardVLConfig, BardVLForConditionalGeneration, estimate_memory
-from bard_vl.app import memory
-from bard_vl.app.memory import TOLERANCE, certain_bytes, check_fits, free_memory, read_prompt, readable
+from bard_vl.app import devices
+from bard_vl.app.devices import free_memory
+from bard_vl.app.memory import TOLERANCE, certain_bytes, check_fits, read_prompt, readable
 from bard_vl.inputs_bard_vl import PromptSize, largest_pixels
 from torch.profiler import ProfilerActivity, profile
 
@@ -245,7 +246,7 @@ def test_what_is_sure_is_what_the_shortest_answers_take() -> None:
 
 
 def test_a_containers_limit_counts(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(devices, "CONTROL_GROUP", tmp_path)
     files = {"memory.max": "max", "memory.current": "60000000", "memory.stat": "anon 5\ninactive_file 20000000\n"}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -298,9 +299,9 @@ def test_weights_count_where_they_are_still_to_be_read(with_weights: bool) -> No
     assert estimate.working < free < estimate.weights
     if with_weights:
         with pytest.raises(ValueError, match=f"{readable(estimate.weights)} of weights, "):
-            check_fits(model, size, settings, torch.device("cpu"), free, with_weights)
+            check_fits(model, size, settings, torch.device("cpu"), free, estimate.weights)
     else:
-        check_fits(model, size, settings, torch.device("cpu"), free, with_weights)
+        check_fits(model, size, settings, torch.device("cpu"), free, 0)
 
 
 # Pixels --------------------------------------------------------------------------------------------------------------

@@ -18,9 +18,15 @@ ARCHIVES = ("inline_container", "PytorchStreamWriter", "iostream")
 GOES_ON = "the same command goes on from the last checkpoint"
 
 
+def sync() -> None:
+    """Bring what was written to the disk; Windows has no call for that."""
+    if hasattr(os, "sync"):
+        os.sync()
+
+
 def mark_complete(folder: Path, step: int) -> None:
     """Say in a checkpoint folder that all of it is on disk: without the mark it counts as half-written."""
-    os.sync()
+    sync()
     (folder / COMPLETE).write_text(json.dumps({"global_step": step, "sizes": sizes_of(folder)}) + "\n", "utf-8")
 
 

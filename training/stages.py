@@ -39,7 +39,7 @@ from .arguments import (
     require,
 )
 from .chats import ChatEncoder, ChatLimits
-from .checkpoints import GOES_ON, complete_checkpoints, damage, read_json, reading, writing
+from .checkpoints import GOES_ON, complete_checkpoints, damage, read_json, reading, sync, writing
 from .cost import Cost
 from .data import ChatSamples, PackingCollator, limit_pixels, media_folder_of, open_chats, stream_chats
 from .trainer import BlockDiffusionTrainer, Teacher, group_of
@@ -69,7 +69,6 @@ DECISIVE = (
     "time_sampling",
     "time_low",
     "time_high",
-    "complementary_masks",
     "replace_with_special_tokens",
     "loss_form",
     "padding_weight",
@@ -175,7 +174,7 @@ def check_inputs(run: Run, job: Conversion, block_size: int) -> None:
     sharded = run.model.use_lora and shards_weights(run.args)
     require(not sharded, "`use_lora` merges whole weights: start it with accelerate/ddp.yaml, not FSDP or ZeRO-3")
     with one_line():
-        limits(run, block_size)
+        limits(data, block_size)
         open_chats(str(data.train_data), data.train_split, data.streaming, data.data_name)
         if data.eval_data is not None:
             open_chats(data.eval_data, data.eval_split, False, data.data_name)
@@ -204,9 +203,8 @@ def one_line() -> Iterator[None]:
         raise RecipeError(" ".join(str(error).split())) from error
 
 
-def limits(run: Run, block_size: int) -> ChatLimits:
+def limits(data: DataArguments, block_size: int) -> ChatLimits:
     """Which chats are used at a block size."""
-    data = run.data
     return ChatLimits(
         block_size,
         data.max_length,
@@ -214,7 +212,6 @@ def limits(run: Run, block_size: int) -> ChatLimits:
         data.max_total_length,
         data.min_short_side,
         data.max_aspect_ratio,
-        noisy_copies=2 if run.args.complementary_masks else 1,
     )
 
 
@@ -300,7 +297,7 @@ def load_data(
 
     def encoder(source: str | None) -> ChatEncoder:
         return ChatEncoder(
-            resized, config, limits(run, stage.block_size), data.media_folder or media_folder_of(str(source))
+            resized, config, limits(data, stage.block_size), data.media_folder or media_folder_of(str(source))
         )
 
     held_out = None
@@ -321,6 +318,7 @@ def load_student(run: Run, stage: Stage) -> Any:
     """The model to train: at the stage's block size, frozen and adapted as the recipe says."""
     model = load(stage.source, DTYPES[run.model.dtype], run.model.attn_implementation)
     model.config.block_size = stage.block_size
+    model.config.trained = None  # from here on it is no seed
     if run.model.mask_token_id is not None:
         model.config.mask_token_id = run.model.mask_token_id
     if run.model.use_lora:
@@ -477,7 +475,7 @@ def finish(trainer: BlockDiffusionTrainer, run: Run, stage: Stage) -> None:
         with writing(partial):
             write_checkpoint(trainer.mask_token_id, state, trainer.processing_class, run, stage, partial)
             trainer.state.save_to_json(str(partial / "trainer_state.json"))
-            os.sync()
+            sync()
             partial.rename(stage.output)
         for checkpoint in stage.run_folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
@@ -508,7 +506,8 @@ def write_checkpoint(
     saved = json.loads((folder / "config.json").read_text("utf-8"))
     stated = {**source, "block_size": stage.block_size, "mask_token_id": mask_token_id}
     stated |= {key: saved[key] for key in ("auto_map", "architectures")}
-    stated.pop("torch_dtype", None)
+    for name in ("torch_dtype", "trained"):
+        stated.pop(name, None)
     for part in (stated, stated["text_config"]):
         part["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(stated, indent=2) + "\n", "utf-8")

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 import torch
 
-from ..app.session import Session, stored_settings
+from ..app.session import Session
 from ..generation_config_bard_vl import DEFAULTS
 from ..remasking_bard_vl import REMASKING_RULES
 from .page import html_of
@@ -71,7 +71,8 @@ class QueueStreamer:
 
 def build_page(session: Session) -> gr.Blocks:
     """The page for a checkpoint."""
-    stored = {**stored_settings(session.model), **session.settings.explicit()}
+    loaded = session.model.generation_config
+    stored = {**(loaded.explicit() if loaded else {}), **session.settings.explicit()}
     block_size = stored.get("block_size") or session.config.block_size
     heat = temperature_of(stored)
     longest_answer = stored.get("max_new_tokens", DEFAULTS["max_new_tokens"])

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from PIL import Image
 
+from ..app.terminal import counted
 from .recording import Recording
 
 MAX_SIDE = 1024  # pixels of a picture in the page
@@ -33,6 +34,7 @@ def as_json(recording: Recording) -> dict[str, Any]:
             "committed": step.committed,
             "revised": step.revised,
             "confidence": step.confidence,
+            "guesses": step.guesses,
         }
         for step in recording.steps
     ]
@@ -57,5 +59,6 @@ def template() -> Any:
     """The page's template."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=select_autoescape(["html", "jinja"]), trim_blocks=True)
+    environment.filters["counted"] = counted
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
     return environment.get_template("page.html.jinja")

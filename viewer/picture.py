@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from ..app.terminal import counted
 from .recording import Recording
 
 WIDTH, MARGIN, IMAGE_WIDTH = 1000, 28, 300  # in points; `scale` pixels each
@@ -160,9 +161,9 @@ class Drawing:
         last = {step.block: index for index, step in enumerate(recording.steps[:count])}.values()
         held = [position for index in last for position, number, _ in recording.decided(index) if number]
         tokens = sum(position < recording.num_tokens for position in held)
-        text = f"{tokens} tokens · {count} steps"
+        text = f"{counted(tokens, 'token')} · {counted(count, 'step')}"
         if count == len(recording.steps):
-            text = f"{recording.num_tokens} tokens · {recording.num_forwards} forwards · "
+            text = f"{counted(recording.num_tokens, 'token')} · {counted(recording.num_forwards, 'forward')} · "
             text += f"{recording.tokens_per_forward:.2f} tokens per forward"
         self.write(pen, (WIDTH - MARGIN - self.measure(text, 16), MARGIN - 6), text, 16, INK)
 

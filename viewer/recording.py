@@ -17,6 +17,7 @@ class RecordedStep:
             takes several.
         committed, revised: positions that this step decided, or changed.
         confidence: probability of the token that each position would have taken at this step.
+        guesses: that token's text where undecided, "" elsewhere; empty if it is not known.
     """
 
     block: int
@@ -24,6 +25,7 @@ class RecordedStep:
     committed: list[int]
     revised: list[int]
     confidence: list[float]
+    guesses: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Recording:
                 committed=step.committed.nonzero()[:, 0].tolist(),
                 revised=step.revised.nonzero()[:, 0].tolist(),
                 confidence=[round(value, 4) for value in step.confidence.tolist()],
+                guesses=guesses(step, mask, processor.tokenizer.decode),
             )
             for step in output.history[row]
         ]
@@ -109,6 +112,13 @@ class Recording:
             (step.block * self.block_size + place, *((0, step.confidence[place]) if text is None else found[place]))
             for place, text in enumerate(step.texts)
         ]
+
+
+def guesses(step: Any, mask_token_id: int, decode: Callable[[list[int]], str]) -> list[str]:
+    """What the undecided positions of a step of a history would have taken, as texts."""
+    undecided = (step.ids == mask_token_id).tolist()
+    texts = (decode([chosen]) for chosen in step.chosen.tolist())
+    return [text if is_open and "\ufffd" not in text else "" for text, is_open in zip(texts, undecided, strict=True)]
 
 
 def spell(ids: list[int], mask_token_id: int, decode: Callable[[list[int]], str]) -> list[str | None]:
