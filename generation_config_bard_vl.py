@@ -129,8 +129,9 @@ SETTINGS = {
         Setting("remasking_strategy", choice(*REMASKING_RULES), "`low_confidence_dynamic`",
                 "which positions commit at a step: every token more probable than the threshold, and `block_size / "
                 "denoising_steps` a step at least; `low_confidence_static`: exactly those; `margin` ranks by the "
-                "lead over the second token; `entropy_bounded` ([paper](https://arxiv.org/abs/2505.24857)) and "
-                "`factor` ([paper](https://arxiv.org/abs/2505.22618)) bound what commits together",
+                "lead over the second token; `entropy_bounded` ([paper](https://arxiv.org/abs/2505.24857)), "
+                "`factor` ([paper](https://arxiv.org/abs/2505.22618)) and `frechet` "
+                "([paper](https://arxiv.org/abs/2606.02955)) bound what commits together",
                 "low_confidence_dynamic", "diffusion", WARM_UP),
         Setting("confidence_threshold", number(0.0, 1.0), "0.9",
                 "lower is faster: more tokens a step; the checkpoints' authors recommend 0.5 at block 16; for "
@@ -139,6 +140,8 @@ SETTINGS = {
                 "nats, for `entropy_bounded`", 0.1, "diffusion"),
         Setting("factor", number(0.0, math.inf, open_below=True), "1",
                 "for the rule `factor`", 1.0, "diffusion"),
+        Setting("frechet_bound", number(0.0, 1.0), "0",
+                "for the rule `frechet`; higher commits less at a step", 0.0, "diffusion"),
         Setting("revision", choice(*REVISION_THRESHOLDS), "off",
                 "`overwrite` or `remask` committed tokens of the block that a later step disagrees with; for models"
                 " trained for it (`visible_weight` in [docs/training.md](docs/training.md)), others `overwrite` "
@@ -383,6 +386,7 @@ class DecodingSettings:
     confidence_threshold: float
     entropy_bound: float
     factor: float
+    frechet_bound: float
     revision: str | None
     revision_threshold: float
     temperature: float

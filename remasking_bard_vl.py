@@ -79,6 +79,19 @@ def factor(measure: torch.Tensor, masked: torch.Tensor, quota: torch.Tensor, bou
     return masked & (rank < torch.maximum(count, quota)[:, None])
 
 
+def frechet(measure: torch.Tensor, masked: torch.Tensor, quota: torch.Tensor, bound: float) -> torch.Tensor:
+    """Commit the n most probable positions for the largest n with (p_1 + ... + p_n - (n - 1)) - (1 - p_n) > `bound`.
+
+    By Fréchet's inequality the first bracket is the least probability that all n tokens have together, however they
+    hang on each other; the second is what the least sure one leaves to other tokens (Kasa et al. 2026,
+    arXiv 2606.02955). Where all are equally sure, 0 commits what `factor` commits at 1. The measure is the probability.
+    """
+    rank = rank_by_confidence(measure, masked)
+    doubt = torch.zeros_like(measure).scatter(-1, rank, 1 - measure)  # in ascending order
+    within = 1 - doubt.cumsum(-1) - doubt > bound  # falls with n
+    return masked & (within.gather(-1, rank) | (rank < quota[:, None]))
+
+
 def probability(logits: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
     """The probability of the chosen token."""
     return confidence
@@ -112,6 +125,7 @@ REMASKING_RULES = {
     "low_confidence_dynamic": RemaskingRule(low_confidence_dynamic, probability, "confidence_threshold"),
     "entropy_bounded": RemaskingRule(entropy_bounded, negative_entropy, "entropy_bound"),
     "factor": RemaskingRule(factor, probability, "factor"),
+    "frechet": RemaskingRule(frechet, probability, "frechet_bound"),
     "margin": RemaskingRule(low_confidence_dynamic, probability_margin, "confidence_threshold"),
 }
 
@@ -298,6 +312,7 @@ __all__ = [
     "entropy_bounded",
     "factor",
     "filter_scores",
+    "frechet",
     "in_order",
     "low_confidence_dynamic",
     "low_confidence_static",

@@ -29,6 +29,7 @@ class Stage:
         visible_weight: in the loss, of tokens that the noise left alone.
         loss_form: of the loss; the committed results were made with "corrupted_mean".
         padding_weight: of the padding behind an answer, None for the form's own.
+        complementary_masks: two noisy copies of each answer, the second of which masks what the first shows.
         faulty_mask: clean tokens see the noisy ones of their block and of earlier blocks, as in the reference.
         rate: share of the peak learning rate.
         large: the larger model.
@@ -41,6 +42,7 @@ class Stage:
     kd_weight: float = 1.0
     kd_positions: Literal["all", "fair"] = "all"
     noise: Literal["mask", "uniform", "mixed"] = "mask"
+    complementary_masks: bool = False
     faulty_mask: bool = False
     rate: float = 1.0
     large: bool = False

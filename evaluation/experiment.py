@@ -78,6 +78,7 @@ def train_stage(
         min_learning_rate=rate / 10,
         warmup_steps=min(20, steps // 10),
         noise=stage.noise,
+        complementary_masks=stage.complementary_masks,
         visible_weight=stage.visible_weight,
         loss_form=stage.loss_form,
         padding_weight=stage.padding_weight,
@@ -89,7 +90,9 @@ def train_stage(
         disable_tqdm=True,
     )
     model.config.block_size = stage.block_size
-    encoder = ChatEncoder(processor, model.config, ChatLimits(stage.block_size, ROW_LENGTH))
+    copies = 1 + stage.complementary_masks
+    limits = ChatLimits(stage.block_size, ROW_LENGTH + LONGEST_ANSWER * (copies - 1), noisy_copies=copies)
+    encoder = ChatEncoder(processor, model.config, limits)
     trainer = (FaultyMaskTrainer if stage.faulty_mask else BlockDiffusionTrainer)(
         model,
         arguments,

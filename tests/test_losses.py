@@ -475,6 +475,51 @@ def test_packed_rows_give_the_loss_and_gradients_of_separate_ones(
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("form", LOSS_FORMS)
+def test_two_noisy_copies_give_the_mean_of_the_losses_and_gradients_of_two_rows(
+    model: BardVLForConditionalGeneration, form: str
+) -> None:
+    parameters = list(model.model.language_model.parameters())
+    both = pack(CONVERSATIONS, BLOCK, 400, pad_token_id=0, response_padding_id=EOS, noisy_copies=2)
+    once = pack(CONVERSATIONS, BLOCK, 400, pad_token_id=0, response_padding_id=EOS)
+    noise = corrupt_rows(both, BLOCK, "mixed", "block", MASK, replacement_ids(500, MASK), seed=0, step=0)
+
+    def in_order(rows: PackedRows, view: int) -> tuple[torch.Tensor, ...]:
+        where = (rows.noisy & (rows.view == view)).nonzero(as_tuple=True)
+        order = (10_000 * rows.sample + 1000 * rows.turn + rows.place)[where].argsort()
+        return tuple(index[order] for index in where)
+
+    def loss(
+        rows: PackedRows, ids: torch.Tensor, corrupted: torch.Tensor, t: torch.Tensor
+    ) -> tuple[torch.Tensor, float]:
+        probability = sum(corruption_probabilities("mixed", t))
+        weights, normaliser = position_weights(
+            form, corrupted, probability, rows.noisy, rows.answer, rows.is_response_padding
+        )
+        chosen = weights > 0
+
+        def objective(hidden: torch.Tensor, head: nn.Module) -> torch.Tensor:
+            return linear_losses(hidden[chosen], head, rows.input_ids[chosen], weights[chosen]).loss
+
+        mask = dense_mask(rows.layout())[:, None]
+        given = {"attention_mask": mask, "position_ids": rows.position_ids, "objective": objective}
+        return model(input_ids=ids, **given).loss, normaliser
+
+    packed = loss(both, noise.ids, noise.corrupted, noise.t)
+    separate = []
+    for view in range(2):
+        ids, t, corrupted = once.input_ids.clone(), torch.ones(once.noisy.shape), torch.zeros_like(once.noisy)
+        for target, source in ((ids, noise.ids), (t, noise.t), (corrupted, noise.corrupted)):
+            target[in_order(once, 0)] = source[in_order(both, view)]
+        separate.append(loss(once, ids, corrupted, t))
+    assert packed[1] == sum(normaliser for _, normaliser in separate)
+    losses = [packed[0] / packed[1], sum(loss for loss, _ in separate) / packed[1]]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    gradients = [torch.autograd.grad(each, parameters) for each in losses]
+    for mine, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
+
+
 # Sharded parameters
 
 

@@ -1,6 +1,7 @@
 """Corruption follows the paper's formulas; the noise of a sample hangs on the sample, the step and the seed alone."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from bard_vl.training.noise import (
     replacement_ids,
     sample_times,
 )
-from bard_vl.training.packing import PackedRows, Sample, pack
+from bard_vl.training.packing import CLEAN, PackedRows, Sample, pack
 
 VOCAB_SIZE, MASK, EOS, SPECIAL = 64, 60, 61, (0, 61, 62)
 REPLACEMENTS = replacement_ids(VOCAB_SIZE, MASK, SPECIAL)
@@ -61,8 +62,8 @@ CONVERSATIONS = [
 ]
 
 
-def packed(samples: list[Sample], max_length: int = 1024) -> PackedRows:
-    return pack(samples, BLOCK, max_length, pad_token_id=0, response_padding_id=EOS)
+def packed(samples: list[Sample], max_length: int = 1024, noisy_copies: int = 1) -> PackedRows:
+    return pack(samples, BLOCK, max_length, pad_token_id=0, response_padding_id=EOS, noisy_copies=noisy_copies)
 
 
 def corrupted(
@@ -229,6 +230,40 @@ def test_a_sample_has_the_same_noise_in_any_packing(kind: str, scheme: str) -> N
         rows = packed(samples, max_length)
         for sample_id, fields in by_sample(rows, corrupted(rows, kind, scheme)).items():
             assert all(torch.equal(mine, other) for mine, other in zip(fields, alone[sample_id], strict=True))
+
+
+@pytest.mark.parametrize("kind", NOISE_KINDS)
+@pytest.mark.parametrize("scheme", TIME_SCHEMES)
+def test_the_second_copy_complements_the_first(kind: str, scheme: str) -> None:
+    """Token by token; the first has the noise that it has alone, in any packing."""
+    alone = by_sample(packed(CONVERSATIONS), corrupted(packed(CONVERSATIONS), kind, scheme))
+    rows = packed(CONVERSATIONS, 400, noisy_copies=2)
+    noise = corrupted(rows, kind, scheme)
+    first = replace(rows, stream=torch.where(rows.view == 1, CLEAN, rows.stream))
+    for sample_id, fields in by_sample(first, noise).items():
+        assert all(torch.equal(mine, other) for mine, other in zip(fields, alone[sample_id], strict=True))
+    where = {}
+    for place in rows.noisy.nonzero().tolist():
+        names = (rows.sample, rows.turn, rows.place, rows.view)
+        where[tuple(int(values[tuple(place)]) for values in names)] = tuple(place)
+    seen = set()
+    for (*token, view), one in where.items():
+        if view:
+            continue
+        two = where[(*token, 1)]
+        states = ["masked" if noise.masked[p] else "replaced" if noise.replaced[p] else "left" for p in (one, two)]
+        seen.add(tuple(states))
+        assert noise.t[two] == 1 - noise.t[one]
+        for place, state in zip((one, two), states, strict=True):
+            clean, shown = rows.input_ids[place], noise.ids[place]
+            assert (shown == MASK) == (state == "masked")
+            assert (shown == clean) == (state == "left")
+    pairs = {"mask": ["masked"], "uniform": ["replaced"], "mixed": ["masked"]}[kind]
+    expected = {pair for state in pairs for pair in ((state, "left"), ("left", state))}
+    assert seen == expected | ({("replaced", "replaced")} if kind == "mixed" else set())
+    if kind == "mixed":
+        again = noise.ids[rows.noisy & noise.replaced & (rows.view == 1)]
+        assert not torch.equal(again, noise.ids[rows.noisy & noise.replaced & (rows.view == 0)])
 
 
 def test_noise_of_rows_does_not_hang_on_the_order_of_columns() -> None:

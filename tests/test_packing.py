@@ -122,9 +122,10 @@ def noisy_columns(rows: PackedRows, number: int, turn: int) -> tuple[int, torch.
 # --- who sees whom ---------------------------------------------------------------------------------------------------
 
 Token = tuple[str, int, int]  # kind, turn, place
+NOISY_KINDS = ("noisy", "noisy again")
 
 
-def tokens_of(responses: Responses, block_size: int) -> list[Token]:
+def tokens_of(responses: Responses, block_size: int, noisy_copies: int = 1) -> list[Token]:
     """What a sample's columns hold, by the text of the rules."""
     last = responses[-1][0]
     tokens: list[Token] = [("base", 0, place) for place in range(last - last % block_size)]
@@ -132,7 +133,7 @@ def tokens_of(responses: Responses, block_size: int) -> list[Token]:
         padded = range(start, start + math.ceil((end - start) / block_size) * block_size)
         tokens += [("tail", turn, place) for place in range(start - start % block_size, start)]
         tokens += [("clean", turn, place) for place in padded]
-        tokens += [("noisy", turn, place) for place in padded]
+        tokens += [(kind, turn, place) for kind in NOISY_KINDS[:noisy_copies] for place in padded]
     return tokens
 
 
@@ -151,8 +152,8 @@ def sees(query: Token, key: Token, responses: Responses, block_size: int) -> boo
     block, key_block = (place - start) // block_size, (key_place - start) // block_size
     if kind == "clean":
         return key_kind == "clean" and key_block <= block
-    if kind == "noisy":
-        return key_block == block if key_kind == "noisy" else key_block < block
+    if kind in NOISY_KINDS:
+        return key_block < block if key_kind == "clean" else key_kind == kind and key_block == block
     return False
 
 
@@ -166,17 +167,22 @@ def turns(draw: st.DrawFn, max_turns: int = 4) -> Responses:
     return responses
 
 
-@given(st.lists(turns(), min_size=1, max_size=4), st.sampled_from([1, 2, 3, 4, 5, 8, 16]), st.integers(0, 60))
-@hypothesis_settings(max_examples=60)
-def test_mask_is_the_rules_read_one_by_one(batch: list[Responses], block_size: int, room: int) -> None:
+COPIES = st.integers(1, 2)
+
+
+@given(st.lists(turns(), min_size=1, max_size=4), st.sampled_from([1, 2, 3, 4, 5, 8, 16]), st.integers(0, 60), COPIES)
+@hypothesis_settings(max_examples=80)
+def test_mask_is_the_rules_read_one_by_one(batch: list[Responses], block_size: int, room: int, copies: int) -> None:
     samples = [text_sample(responses, responses[-1][1] + 2) for responses in batch]
-    longest = max(packed_length(responses, responses[-1][1], block_size) for responses in batch)
-    rows = pack(samples, block_size, longest + room, PAD, EOS)
+    longest = max(packed_length(responses, responses[-1][1], block_size, copies) for responses in batch)
+    rows = pack(samples, block_size, longest + room, PAD, EOS, noisy_copies=copies)
     mask = dense_mask(rows.layout())
     for row in range(len(mask)):
         columns: list[tuple[int, Token] | None] = []
         for number in rows.sample[row].unique_consecutive().tolist():
-            columns += [(number, token) for token in tokens_of(batch[number], block_size)] if number >= 0 else []
+            columns += (
+                [(number, token) for token in tokens_of(batch[number], block_size, copies)] if number >= 0 else []
+            )
         columns += [None] * (mask.shape[1] - len(columns))
         expected = [
             [
@@ -190,11 +196,11 @@ def test_mask_is_the_rules_read_one_by_one(batch: list[Responses], block_size: i
         assert torch.equal(mask[row], torch.tensor(expected))
 
 
-@given(st.lists(turns(), min_size=1, max_size=4), st.sampled_from([(4, 4), (8, 4), (8, 2), (6, 3), (16, 1)]))
+@given(st.lists(turns(), min_size=1, max_size=4), st.sampled_from([(4, 4), (8, 4), (8, 2), (6, 3), (16, 1)]), COPIES)
 @hypothesis_settings(max_examples=25)
-def test_block_mask_is_the_dense_mask(batch: list[Responses], sizes: tuple[int, int]) -> None:
+def test_block_mask_is_the_dense_mask(batch: list[Responses], sizes: tuple[int, int], copies: int) -> None:
     samples, tile = [text_sample(responses) for responses in batch], 16
-    rows = pack(samples, sizes[0], 200, PAD, EOS)
+    rows = pack(samples, sizes[0], 300, PAD, EOS, noisy_copies=copies)
     layout = rows.layout(sizes[1])
     dense, block_mask = dense_mask(layout), flex_mask(layout, tile)
     count, length = rows.input_ids.shape
@@ -212,12 +218,17 @@ def test_block_mask_is_the_dense_mask(batch: list[Responses], sizes: tuple[int, 
 
 
 @given(
-    st.lists(turns(), min_size=1, max_size=4), st.sampled_from([(4, 4), (8, 4), (8, 2), (6, 3), (16, 1)]), st.integers()
+    st.lists(turns(), min_size=1, max_size=3),
+    st.sampled_from([(4, 4), (8, 4), (8, 2), (6, 3), (16, 1)]),
+    st.integers(),
+    COPIES,
 )
 @hypothesis_settings(max_examples=40)
-def test_fair_positions_are_read_off_both_masks(batch: list[Responses], sizes: tuple[int, int], seed: int) -> None:
+def test_fair_positions_are_read_off_both_masks(
+    batch: list[Responses], sizes: tuple[int, int], seed: int, copies: int
+) -> None:
     """What the student is shown the teacher sees too, as it is or clean; key by key."""
-    rows = pack([text_sample(responses) for responses in batch], sizes[0], 200, PAD, EOS)
+    rows = pack([text_sample(responses) for responses in batch], sizes[0], 300, PAD, EOS, noisy_copies=copies)
     shown = torch.rand(rows.noisy.shape, generator=torch.Generator().manual_seed(seed % 2**32)) < 0.3
     shown &= rows.noisy
     student, teacher, causal = (dense_mask(rows.layout(size)) for size in (*sizes, 1))
@@ -238,15 +249,23 @@ def test_fair_positions_are_read_off_both_masks(batch: list[Responses], sizes: t
 # --- what lies where -------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(turns(), min_size=1, max_size=6), st.sampled_from([1, 3, 4, 8]), st.integers(0, 99), st.integers(1, 32))
+@given(
+    st.lists(turns(), min_size=1, max_size=6),
+    st.sampled_from([1, 3, 4, 8]),
+    st.integers(0, 99),
+    st.integers(1, 32),
+    COPIES,
+)
 @hypothesis_settings(max_examples=60)
-def test_every_column_is_what_it_says(batch: list[Responses], block_size: int, room: int, multiple: int) -> None:
+def test_every_column_is_what_it_says(
+    batch: list[Responses], block_size: int, room: int, multiple: int, copies: int
+) -> None:
     samples = [text_sample(responses, responses[-1][1] + 3, 100 + n) for n, responses in enumerate(batch)]
-    lengths = [packed_length(responses, responses[-1][1], block_size) for responses in batch]
-    rows = pack(samples, block_size, max(lengths) + room, PAD, EOS, multiple)
+    lengths = [packed_length(responses, responses[-1][1], block_size, copies) for responses in batch]
+    rows = pack(samples, block_size, max(lengths) + room, PAD, EOS, multiple, copies)
     assert rows.sample_ids.tolist() == [100 + number for number in range(len(batch))]
     assert rows.input_ids.shape[1] % multiple == 0
-    kinds = {BASE: ("base",), CLEAN: ("tail", "clean"), NOISY: ("noisy",)}
+    kinds = {BASE: ("base",), CLEAN: ("tail", "clean"), NOISY: NOISY_KINDS}
     seen = []
     for row in range(len(rows.sample)):
         real = rows.sample[row] >= 0
@@ -257,19 +276,21 @@ def test_every_column_is_what_it_says(batch: list[Responses], block_size: int, r
         for number in rows.sample[row, real].unique_consecutive().tolist():
             seen.append(number)
             columns = (rows.sample[row] == number).nonzero()[:, 0]
-            tokens = tokens_of(batch[number], block_size)
+            tokens = tokens_of(batch[number], block_size, copies)
             assert columns.tolist() == list(range(int(columns[0]), int(columns[0]) + len(tokens)))
             for column, (kind, turn, place) in zip(columns.tolist(), tokens, strict=True):
                 start, end = batch[number][turn - 1] if turn else (0, place + 1)
                 at = {name: getattr(rows, name)[row, column].item() for name in ("turn", "place", "origin", "stream")}
                 assert (at["turn"], at["place"], at["origin"]) == (turn, place, start)
                 assert kind in kinds[at["stream"]]
+                assert rows.view[row, column] == (kind == "noisy again")
                 assert rows.is_response_padding[row, column].item() is (place >= end)
                 assert rows.input_ids[row, column] == (place if place < end else EOS)
                 assert rows.position_ids[1:, row, column].tolist() == [place] * 3
                 assert rows.anchor[row, column] > place - 1 if kind == "base" else rows.anchor[row, column] <= start
                 twin, previous = rows.twin[row, column].item(), rows.previous[row, column].item()
-                if kind != "noisy":
+                assert rows.answer[row, column] == copies * number + (kind == "noisy again")
+                if kind not in NOISY_KINDS:
                     assert (twin, previous) == (-1, -1)
                     continue
                 assert tokens[twin - int(columns[0])] == ("clean", turn, place)
@@ -378,6 +399,33 @@ def test_noisy_logits_are_those_of_inference(block_size: int) -> None:
                 torch.testing.assert_close(got, cached[-block_size:], atol=1e-5, rtol=0, msg=place)
                 single_precision = single[row, columns[first : first + block_size]].double()
                 torch.testing.assert_close(single_precision, expected, atol=1e-4, rtol=0, msg=place)
+
+
+@pytest.mark.parametrize(("block_size", "teacher"), [(4, 4), (8, 4), (8, 1)])
+@torch.no_grad()
+def test_two_noisy_copies_give_the_logits_of_rows_with_one(block_size: int, teacher: int) -> None:
+    """Which are those of inference, as the tests beside this one show."""
+    samples = [
+        conversation(kind, [block_size + 3, 5], n)[0] for n, kind in enumerate(["image", "video", "begun image"])
+    ]
+    both = pack(samples, block_size, 400, PAD, EOS, pad_to_multiple_of=16, noisy_copies=2)
+    once = pack(samples, block_size, 400, PAD, EOS)
+    inputs = inputs_of(both, teacher)
+    logits = double_model()(**inputs).logits
+    for view in range(2):
+        ids = once.input_ids.clone()
+        places = []
+        for number, sample in enumerate(samples):
+            for turn in range(1, len(sample.responses) + 1):
+                row, columns = noisy_columns(once, number, turn)
+                chosen = (both.sample == number) & (both.turn == turn) & both.noisy & (both.view == view)
+                ids[row, columns] = inputs["input_ids"][chosen]
+                places.append((row, columns, chosen))
+        alone = double_model()(**{**inputs_of(once, teacher), "input_ids": ids}).logits
+        for row, columns, chosen in places:
+            torch.testing.assert_close(logits[chosen], alone[row, columns], atol=1e-5, rtol=0)
+    noisy = [inputs["input_ids"][both.noisy & (both.view == view)] for view in range(2)]
+    assert not torch.equal(*noisy)
 
 
 @pytest.mark.parametrize(("block_size", "teacher"), [(8, 4), (8, 1), (16, 4), (6, 3), (32, 8)])

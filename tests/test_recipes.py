@@ -143,6 +143,7 @@ BAD_MERGES = {
     "smoothing": ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` is not supported"),
     "optimizer": ({"optim": "adamw_tortoise"}, "adamw_tortoise"),
     "lora head": ({"use_lora": True, "lora_target_modules": ["lm_head"]}, "`lora_target_modules` names 'lm_head'"),
+    "complement": ({"complementary_masks": True, "time_high": 0.9}, "must be 1, got 0.0 and 0.9"),
     "padding": ({"padding_weight": -1.0}, "`padding_weight` must be at least 0, got -1.0"),
 }
 

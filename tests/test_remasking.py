@@ -69,15 +69,15 @@ def test_at_least_the_quota_commits_where_nothing_is_sure() -> None:
     for name, rule in REMASKING_RULES.items():
         # Entropies are negative; no bound allows more than the first.
         measure = torch.tensor([[0.2, 0.3, 0.1, 0.3]]) - (2 if name == "entropy_bounded" else 0)
-        bound = {"entropy_bounded": 0.5, "factor": 0.5}.get(name, 0.9)
+        bound = {"entropy_bounded": 0.5, "factor": 0.5, "frechet": 0.0}.get(name, 0.9)
         assert rule.commit(measure, masked, torch.tensor([2]), bound).tolist() == [[False, True, False, True]]
         assert rule.commit(measure, masked, torch.tensor([1]), bound).tolist() == [[False, True, False, False]]
 
 
 @given(decisions(), st.sampled_from([0.0, 0.25, 0.6, 1.0, 1.5, 3.0]))
-def test_entropy_bound_and_factor_equal_a_walk_down_the_ranking(decision: tuple, bound: float) -> None:
+def test_bounds_equal_a_walk_down_the_ranking(decision: tuple, bound: float) -> None:
     confidence, masked, quota, _ = decision
-    for name in ("entropy_bounded", "factor"):
+    for name in ("entropy_bounded", "factor", "frechet"):
         # Where the model is less sure its entropy is larger; any falling function serves.
         measure = torch.tensor(confidence) - (1.0 if name == "entropy_bounded" else 0.0)
         commit = REMASKING_RULES[name].commit(measure, torch.tensor(masked), torch.tensor(quota), bound)
@@ -86,11 +86,11 @@ def test_entropy_bound_and_factor_equal_a_walk_down_the_ranking(decision: tuple,
             allowed = [
                 n
                 for n in range(1, len(order) + 1)
-                if (
-                    sum(-values[p] for p in order[: n - 1]) <= bound
-                    if name == "entropy_bounded"
-                    else (n + 1) * (1 - values[order[n - 1]]) < bound
-                )
+                if {
+                    "entropy_bounded": sum(-values[p] for p in order[: n - 1]) <= bound,
+                    "factor": (n + 1) * (1 - values[order[n - 1]]) < bound,
+                    "frechet": sum(values[p] for p in order[:n]) - (n - 1) - (1 - values[order[n - 1]]) > bound,
+                }[name]
             ]
             expected = order[: max([quota[row], *allowed])]
             assert commit[row].nonzero()[:, 0].tolist() == sorted(expected)

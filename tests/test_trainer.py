@@ -23,7 +23,7 @@ from bard_vl.training import distill, merge_and_distill, merge_blocks
 from bard_vl.training.arguments import parse_recipe
 from bard_vl.training.checkpoints import complete_checkpoints
 from bard_vl.training.cost import Cost, activation_memory, state_memory
-from bard_vl.training.packing import Sample, dense_mask
+from bard_vl.training.packing import Sample, dense_mask, packed_length
 from bard_vl.training.stages import Run, Stage, build_trainer, write_checkpoint
 from bard_vl.training.trainer import (
     BlockDiffusionTrainer,
@@ -149,6 +149,18 @@ def test_visible_tokens_are_learnt_if_asked(tmp_path):
     assert batch.weights[visible].unique().tolist() == [0.5]
 
 
+def test_complementary_masks_make_two_answers_of_each_sample(tmp_path):
+    trainer = trainer_for(tmp_path, complementary_masks=True, noise="mask", per_device_train_batch_size=4)
+    samples = [trainer.train_dataset[number] for number in range(4)]
+    expected = [packed_length(each.responses, len(each.input_ids), 4, noisy_copies=2) for each in samples]
+    assert trainer.train_dataset.lengths[:4] == expected
+    rows = trainer.data_collator(samples)
+    (batch,), normaliser = trainer.get_batch_samples(iter([rows]), 1, torch.device("cpu"))
+    assert normaliser == 8
+    masked = [batch.masked[rows.noisy & (rows.view == view)] for view in range(2)]
+    assert torch.equal(masked[0], ~masked[1])
+
+
 def test_a_sample_drawn_again_in_a_step_has_other_noise(tmp_path):
     trainer = trainer_for(tmp_path)
     rows = trainer.data_collator([trainer.train_dataset[number] for number in (5, 5)])
@@ -244,7 +256,10 @@ def test_frozen_groups_keep_their_weights(tmp_path):
 # --- Interruption -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"streaming": True, "shuffle_buffer": 5}, {"dataloader_num_workers": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"streaming": True, "shuffle_buffer": 5}, {"dataloader_num_workers": 1, "complementary_masks": True}],
+)
 def test_an_interrupted_run_repeats_the_losses_of_a_whole_one(tmp_path, changes):
     # 12 chats in batches of 4: the interruption falls into the second pass, with accumulation and shuffling.
     shape = {"max_steps": 7, **changes}

@@ -136,6 +136,11 @@ class BlockDiffusionArguments(TrainingArguments):
     time_sampling: Literal["sample", "block", "stratified"] = option("sample", "one time a sample, or one a block")
     time_low: float = option(0.0, "smallest time; 0 is all corrupted")
     time_high: float = option(1.0, "largest time; 1 is clean")
+    complementary_masks: bool = option(
+        False,
+        "two noisy copies of each response in a row that holds prompt and clean response once: the second masks what "
+        "the first shows",
+    )
     replace_with_special_tokens: bool = option(False, "uniform noise may draw special tokens too, never the mask")
     loss_form: Literal["sample_mean", "corrupted_mean", "inverse_time"] = option(
         "sample_mean",
@@ -186,6 +191,11 @@ class BlockDiffusionArguments(TrainingArguments):
         require(
             0 <= self.time_low < self.time_high <= 1,
             f"`time_low` and `time_high` must satisfy 0 <= low < high <= 1, got {self.time_low} and {self.time_high}",
+        )
+        require(
+            not self.complementary_masks or abs(self.time_low + self.time_high - 1) < 1e-9,
+            "`complementary_masks` gives the second copy the time 1 - t: `time_low` + `time_high` must be 1, "
+            f"got {self.time_low} and {self.time_high}",
         )
         require(
             self.min_learning_rate is None or self.scheduler == "cosine",

@@ -51,6 +51,7 @@ class ChatLimits:
         max_total_length: tokens of the chat itself; longer ones are left out.
         min_short_side: pixels; chats with a picture of a shorter side are left out.
         max_aspect_ratio: chats with a picture of a longer side over shorter side above it are left out.
+        noisy_copies: of each response in a packed row.
     """
 
     block_size: int
@@ -59,6 +60,7 @@ class ChatLimits:
     max_total_length: int | None = None
     min_short_side: int | None = None
     max_aspect_ratio: float | None = None
+    noisy_copies: int = 1
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for a limit that no chat could meet."""
@@ -82,14 +84,14 @@ class ChatLimits:
         first = measured.responses[:1]
         if self.overlong == "truncate":  # what is left in the end: one block of the first response
             first = [(first[0][0], min(first[0][1], first[0][0] + self.block_size))]
-            columns = packed_length(first, length, self.block_size)
+            columns = packed_length(first, length, self.block_size, self.noisy_copies)
         if columns > self.max_length:
             what = "its first block alone takes" if self.overlong == "truncate" else "it takes"
             raise BrokenChat("too long for a row", f"{what} {columns} columns, above `max_length` {self.max_length}")
 
     def columns(self, measured: "Measured") -> int:
         """Columns that a chat takes in a packed row, `max_length` at most if it is to be truncated."""
-        columns = packed_length(measured.responses, measured.length, self.block_size)
+        columns = packed_length(measured.responses, measured.length, self.block_size, self.noisy_copies)
         return min(columns, self.max_length) if self.overlong == "truncate" else columns
 
 
@@ -158,7 +160,8 @@ class ChatEncoder:
         except BrokenChat as error:
             return Broken(sample_id, error.reason, error.detail)
         whole = replace(whole, sample_id=content_id(whole) if sample_id is None else sample_id)
-        sample = truncate(whole, self.limits.block_size, self.limits.max_length)
+        limits = self.limits
+        sample = truncate(whole, limits.block_size, limits.max_length, limits.noisy_copies)
         assert sample is not None, "the limits leave at least one block"
         return sample
 

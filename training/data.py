@@ -292,6 +292,7 @@ class PackingCollator:
             pad_token_id=tokenizer.pad_token_id,
             response_padding_id=tokenizer.eos_token_id,
             pad_to_multiple_of=self.pad_to_multiple_of,
+            noisy_copies=limits.noisy_copies,
         )
         packed = PackedBatch(**vars(rows), broken=[each for each in found if isinstance(each, Broken)])
         if self.needs_vision and not packed.visual_inputs:

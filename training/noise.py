@@ -169,6 +169,35 @@ def corrupt(
     return Corrupted(corrupted, masked, replaced, t)
 
 
+def complement(
+    ids: torch.Tensor,
+    noise: Corrupted,
+    kind: str,
+    mask_token_id: int,
+    replacements: torch.Tensor,
+    generator: torch.Generator,
+) -> Corrupted:
+    """Noise that is the first one's counterpart, as drawn with 1 - u for u, at the times 1 - t.
+
+    "mask": masks what the first shows, and shows what it masks. "uniform": replaces what the first leaves. "mixed":
+    masks what the first leaves, leaves what it masks, and replaces what it replaces, by another draw. So every token is
+    corrupted in one of the two, and shares are those of `corruption_probabilities` at 1 - t.
+
+    Args:
+        ids: clean tokens, any shape.
+        noise: of these ids, from `corrupt`.
+        kind, mask_token_id, replacements, generator: as in `corrupt`.
+    """
+    left = ~noise.corrupted
+    nothing = torch.zeros_like(left)
+    masked, replaced = {"mask": (left, nothing), "uniform": (nothing, left), "mixed": (left, noise.replaced)}[kind]
+    corrupted = ids.masked_fill(masked, mask_token_id)
+    which = torch.rand(ids.shape, generator=generator, device=ids.device, dtype=torch.float64)
+    if kind != "mask":
+        corrupted = torch.where(replaced, _others(ids, replacements.to(ids.device), which), corrupted)
+    return Corrupted(corrupted, masked, replaced, 1 - noise.t)
+
+
 def _check_replacements(replacements: torch.Tensor, mask_token_id: int) -> None:
     if len(replacements) < 2:
         raise ValueError(f"noise by replacement needs at least two ids, got {replacements.tolist()}")
@@ -214,6 +243,7 @@ def corrupt_rows(
 
     The noise of a sample depends on (seed, step, sample id, repeat) and its own noisy tokens alone: it is the same in
     any packing, order, number of processes and on any device. Response padding is corrupted like the rest of its block.
+    A second noisy copy gets the first one's `complement`; the first copy's noise is that which it has alone.
 
     Args:
         rows: packed samples.
@@ -230,8 +260,8 @@ def corrupt_rows(
         ValueError: as `corrupt` and `sample_times` do.
     """
     layout = rows.layout(block_size)
-    sample, turn, noisy, place, rank = (
-        field.cpu() for field in (layout.sample, layout.turn, layout.noisy, layout.place, layout.rank)
+    sample, turn, noisy, place, rank, view = (
+        field.cpu() for field in (layout.sample, layout.turn, layout.noisy, layout.place, layout.rank, layout.view)
     )
     clean = rows.input_ids.cpu()
     ids, t = clean.clone(), torch.ones(clean.shape, dtype=torch.float32)
@@ -240,23 +270,34 @@ def corrupt_rows(
     key = turn * (place.max() + 1) + place
     repeats = torch.zeros_like(rows.sample_ids) if repeats is None else repeats
     for number, (sample_id, repeat) in enumerate(zip(rows.sample_ids.tolist(), repeats.tolist(), strict=False)):
-        where = (noisy & (sample == number)).nonzero(as_tuple=True)
-        order = key[where].argsort()
-        where = tuple(index[order] for index in where)
+        copies = [in_order(noisy & (sample == number) & (view == copy), key) for copy in range(int(view.max()) + 1)]
+        where = copies[0]
         blocks, block = torch.stack([turn[where], rank[where]]).unique_consecutive(dim=1, return_inverse=True)
         generator = noise_generator(seed, step, sample_id, repeat)
         times = sample_times(blocks.shape[1], scheme, generator, low, high)[block]
         noise = corrupt(clean[where], times, kind, mask_token_id, replacements, generator)
-        for target, value in zip((ids, masked, replaced, t), noise, strict=True):
-            target[where] = value
+        noises = [noise]
+        if len(copies) > 1:
+            noises.append(complement(clean[where], noise, kind, mask_token_id, replacements, generator))
+        for copy, each in zip(copies, noises, strict=True):
+            for target, value in zip((ids, masked, replaced, t), each, strict=True):
+                target[copy] = value
     device = rows.input_ids.device
     return Corrupted(ids.to(device), masked.to(device), replaced.to(device), t.to(device))
+
+
+def in_order(chosen: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Indices of the chosen tokens, ascending by key."""
+    where = chosen.nonzero(as_tuple=True)
+    order = key[where].argsort()
+    return tuple(index[order] for index in where)
 
 
 __all__ = [
     "NOISE_KINDS",
     "TIME_SCHEMES",
     "Corrupted",
+    "complement",
     "corrupt",
     "corrupt_rows",
     "corruption_probabilities",

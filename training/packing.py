@@ -4,10 +4,10 @@ A sample x with responses [s_k, e_k) lies in a row as (arXiv 2604.16514, figure 
 
     base x[0 : a_last) | for each turn k: tail x[a_k : s_k), clean response, noisy response
 
-where a_k = floor(s_k / B) * B and both copies of a response are padded to a multiple of B. Inference cuts the prompt of
-a turn into blocks from 0 up to s_k, so what lies behind a_k is in another block for every turn and is copied; what lies
-before is shared. With one turn this is [prompt | clean | noisy]. `visible` says who sees whom; it serves dense masks
-and FlexAttention alike.
+where a_k = floor(s_k / B) * B and all copies of a response are padded to a multiple of B; there may be a second noisy
+copy, blind to the first. Inference cuts the prompt of a turn into blocks from 0 up to s_k, so what lies behind a_k is
+in another block for every turn and is copied; what lies before is shared. With one turn this is
+[prompt | clean | noisy]. `visible` says who sees whom; it serves dense masks and FlexAttention alike.
 """
 
 from collections.abc import Sequence
@@ -61,6 +61,7 @@ class Layout(NamedTuple):
         place: position in the sample.
         anchor: base tokens at places before it can be seen.
         rank: number of the token's block when inference comes to its turn.
+        view: 1 for the second noisy copy, else 0.
     """
 
     sample: torch.Tensor
@@ -69,17 +70,18 @@ class Layout(NamedTuple):
     place: torch.Tensor
     anchor: torch.Tensor
     rank: torch.Tensor
+    view: torch.Tensor
 
 
 def visible(query: Layout, key: Layout) -> torch.Tensor:
     """Whether queries see keys; the members of both broadcast against each other.
 
     Base keys before the query's anchor and not in a later block; of the query's own turn, clean keys of earlier blocks
-    (and of its own, if it is clean itself), and for noisy queries the noisy keys of their own block.
+    (and of its own, if it is clean itself), and for noisy queries the noisy keys of their own block and copy.
     """
     base = (key.turn == 0) & (key.place < query.anchor) & (key.rank <= query.rank)
     earlier = ~key.noisy & (key.rank < query.rank)
-    own_block = (key.noisy == query.noisy) & (key.rank == query.rank)
+    own_block = (key.noisy == query.noisy) & (key.view == query.view) & (key.rank == query.rank)
     return (key.sample == query.sample) & (base | ((key.turn == query.turn) & (earlier | own_block)))
 
 
@@ -102,7 +104,7 @@ def fair(student: Layout, teacher: Layout, shown: torch.Tensor, sees_own: bool =
             what is shown in its place.
     """
     rows = torch.arange(len(shown), device=shown.device)[:, None].expand_as(shown)
-    group = torch.stack([rows, student.sample, student.turn, student.rank, student.noisy.long()])
+    group = torch.stack([rows, student.sample, student.turn, student.view, student.rank])
     groups, number = group.flatten(1).unique(dim=1, return_inverse=True)
     last = torch.full((groups.shape[1],), -1, device=shown.device)
     rank = torch.where(shown & teacher.noisy, teacher.rank, -1).flatten()
@@ -113,18 +115,15 @@ def fair(student: Layout, teacher: Layout, shown: torch.Tensor, sees_own: bool =
 def flex_mask(layout: Layout, tile: int = 128) -> BlockMask:
     """The same mask for FlexAttention, in tiles of `tile` x `tile`; seen on CUDA only in training."""
     rows, length = layout.rank.shape
-    sample, turn, noisy, place, anchor, rank = (x if x.dtype == torch.bool else x.int() for x in layout)
+    members = [x if x.dtype == torch.bool else x.int() for x in layout]
 
     def mask_mod(
         row: torch.Tensor, head: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor
     ) -> torch.Tensor:
-        query, key = (
-            Layout(sample[row, i], turn[row, i], noisy[row, i], place[row, i], anchor[row, i], rank[row, i])
-            for i in (query_index, key_index)
-        )
+        query, key = (Layout(*(member[row, i] for member in members)) for i in (query_index, key_index))
         return visible(query, key)
 
-    return create_block_mask(mask_mod, rows, None, length, length, device=str(rank.device), BLOCK_SIZE=tile)
+    return create_block_mask(mask_mod, rows, None, length, length, device=str(layout.rank.device), BLOCK_SIZE=tile)
 
 
 @dataclass
@@ -141,6 +140,7 @@ class PackedRows:
         sample: number of the sample in the batch, -1 for padding.
         turn: 0 for the base, k = 1, 2, ... for the copies of turn k.
         stream: `BASE`, `CLEAN` (tail and clean copy) or `NOISY`.
+        view: 1 for the second noisy copy, else 0.
         place: position in the sample; what pads a response continues the count.
         origin: first place of the turn's response; 0 for the base.
         anchor: base tokens at places before it are seen.
@@ -159,6 +159,7 @@ class PackedRows:
     sample: torch.Tensor
     turn: torch.Tensor
     stream: torch.Tensor
+    view: torch.Tensor
     place: torch.Tensor
     origin: torch.Tensor
     anchor: torch.Tensor
@@ -171,6 +172,11 @@ class PackedRows:
     def noisy(self) -> torch.Tensor:
         """Whether a token belongs to a noisy copy, response padding included: (rows, length) bool."""
         return self.stream == NOISY
+
+    @property
+    def answer(self) -> torch.Tensor:
+        """Number of a token's sample and noisy copy, -1 for padding: each copy is an answer of its own to a loss."""
+        return torch.where(self.sample < 0, -1, self.sample * (int(self.view.max()) + 1) + self.view)
 
     def layout(self, block_size: int | None = None) -> Layout:
         """Who sees whom under a block size: the rows' own by default, or another that divides it (a teacher's).
@@ -189,7 +195,7 @@ class PackedRows:
         rank = torch.where(in_response, first + (self.place - self.origin) // block_size, self.place // block_size)
         columns = torch.arange(rank.shape[1], device=rank.device)
         sample = torch.where(self.sample < 0, -1 - columns, self.sample)
-        return Layout(sample, self.turn, self.noisy, self.place, self.anchor, rank)
+        return Layout(sample, self.turn, self.noisy, self.place, self.anchor, rank, self.view)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedRows":
         """The rows on another device."""
@@ -203,7 +209,7 @@ class PackedRows:
         return replace(self, **moved)
 
 
-def packed_length(responses: Sequence[tuple[int, int]], length: int, block_size: int) -> int:
+def packed_length(responses: Sequence[tuple[int, int]], length: int, block_size: int, noisy_copies: int = 1) -> int:
     """Columns that a sample of `length` tokens takes in a row.
 
     Raises:
@@ -212,7 +218,7 @@ def packed_length(responses: Sequence[tuple[int, int]], length: int, block_size:
     check_responses(responses, length)
     anchors = [start // block_size * block_size for start, _ in responses]
     copies = (
-        start - anchor + 2 * -(-(end - start) // block_size) * block_size
+        start - anchor + (1 + noisy_copies) * -(-(end - start) // block_size) * block_size
         for (start, end), anchor in zip(responses, anchors, strict=True)
     )
     return anchors[-1] + sum(copies)
@@ -256,7 +262,7 @@ def check_sample(sample: Sample) -> None:
             raise ValueError(f"the response [{start}, {end}) holds visual tokens, which nothing can generate")
 
 
-def truncate(sample: Sample, block_size: int, max_length: int) -> Sample | None:
+def truncate(sample: Sample, block_size: int, max_length: int, noisy_copies: int = 1) -> Sample | None:
     """Shorten a sample until it takes `max_length` columns at most.
 
     The last response is cut to whole blocks, so that nothing pads it: a cut response has no end of sequence. Where not
@@ -267,15 +273,15 @@ def truncate(sample: Sample, block_size: int, max_length: int) -> Sample | None:
     """
     length = len(sample.input_ids)
     responses = list(sample.responses)
-    excess = packed_length(responses, length, block_size) - max_length
+    excess = packed_length(responses, length, block_size, noisy_copies) - max_length
     while excess > 0:
         start, end = responses.pop()
-        num_blocks = -(-(end - start) // block_size) - -(-excess // (2 * block_size))
+        num_blocks = -(-(end - start) // block_size) - -(-excess // ((1 + noisy_copies) * block_size))
         if num_blocks > 0:
             responses.append((start, start + num_blocks * block_size))
         if not responses:
             return None
-        excess = packed_length(responses, length, block_size) - max_length
+        excess = packed_length(responses, length, block_size, noisy_copies) - max_length
     return sample if responses == sample.responses else _keep(sample, responses)
 
 
@@ -329,6 +335,7 @@ def pack(
     pad_token_id: int,
     response_padding_id: int,
     pad_to_multiple_of: int = 1,
+    noisy_copies: int = 1,
 ) -> PackedRows:
     """Pack samples into few rows of `max_length` columns at most, the longest samples first.
 
@@ -341,6 +348,7 @@ def pack(
         pad_token_id: pads rows.
         response_padding_id: pads a response to whole blocks: the end-of-sequence token.
         pad_to_multiple_of: rows are as long as the longest, rounded up to a multiple of this.
+        noisy_copies: 1, or 2 for noisy copies that complement each other; prompt and clean copy are there once.
 
     Raises:
         ValueError: a sample is inconsistent, or takes more columns than a row has; the message names it.
@@ -355,14 +363,14 @@ def pack(
             check_sample(sample)
         except ValueError as error:
             raise ValueError(f"sample {number} (id {sample.sample_id}): {error}") from error
-        lengths.append(packed_length(sample.responses, len(sample.input_ids), block_size))
+        lengths.append(packed_length(sample.responses, len(sample.input_ids), block_size, noisy_copies))
         if lengths[-1] > max_length:
             raise ValueError(
                 f"sample {number} (id {sample.sample_id}) takes {lengths[-1]} columns in blocks of {block_size}, "
                 f"`max_length` is {max_length}: `truncate` it or leave it out"
             )
     samples = [_keep(sample, sample.responses) for sample in samples]
-    laid_out = [_lay_out(sample, block_size, response_padding_id) for sample in samples]
+    laid_out = [_lay_out(sample, block_size, response_padding_id, noisy_copies) for sample in samples]
     visual_inputs = _join_visual(samples, laid_out)
     for number, columns in enumerate(laid_out):
         columns["sample"] = torch.full_like(columns["place"], number)
@@ -382,8 +390,8 @@ def pack(
 Columns = dict[str, torch.Tensor]  # by the names of `PackedRows`, (columns,) each, `position_ids` (3, columns)
 
 
-def _lay_out(sample: Sample, block_size: int, response_padding_id: int) -> Columns:
-    """The columns of one sample as if it began in column 0: base, then tail and both copies of every turn."""
+def _lay_out(sample: Sample, block_size: int, response_padding_id: int, noisy_copies: int) -> Columns:
+    """The columns of one sample as if it began in column 0: base, then tail and all copies of every turn."""
     end_of_base = sample.responses[-1][0] // block_size * block_size
     parts = [_part(0, end_of_base, turn=0, stream=BASE, origin=0, anchor=EVERYTHING)]
     ends = [end_of_base]
@@ -399,9 +407,9 @@ def _lay_out(sample: Sample, block_size: int, response_padding_id: int) -> Colum
         noisy["previous"] = noisy["twin"] - 1
         if start == anchor:  # no tail: the token before the response lies in the base
             noisy["previous"][0] = start - 1
-        parts.append(noisy)
-        num_columns += width
-        ends += [end, end]
+        parts += [{**noisy, "view": torch.full_like(noisy["view"], view)} for view in range(noisy_copies)]
+        num_columns += noisy_copies * width
+        ends += [end] * (1 + noisy_copies)
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     end_of_text = torch.tensor(ends).repeat_interleave(torch.tensor([len(part["place"]) for part in parts]))
     behind = (columns["place"] - end_of_text + 1).clamp(min=0)
@@ -420,7 +428,7 @@ def _part(start: int, end: int, **constants: int) -> Columns:
     """Columns of the places [start, end) with the same constants, without twins."""
     place = torch.arange(start, end)
     nothing = torch.full_like(place, -1)
-    columns = {name: torch.full_like(place, value) for name, value in constants.items()}
+    columns = {name: torch.full_like(place, value) for name, value in {"view": 0, **constants}.items()}
     return {"place": place, "twin": nothing, "previous": nothing, **columns}
 
 
@@ -430,7 +438,7 @@ def _padding(pad_token_id: int, width: int) -> Columns:
         "input_ids": torch.full((width,), pad_token_id),
         "position_ids": zeros.expand(3, -1),
         **dict.fromkeys(("visual_index", "sample", "twin", "previous"), nothing),
-        **dict.fromkeys(("turn", "stream", "place", "origin"), zeros),
+        **dict.fromkeys(("turn", "stream", "view", "place", "origin"), zeros),
         "anchor": torch.full((width,), EVERYTHING),
         "is_response_padding": zeros.bool(),
     }

@@ -69,6 +69,7 @@ DECISIVE = (
     "time_sampling",
     "time_low",
     "time_high",
+    "complementary_masks",
     "replace_with_special_tokens",
     "loss_form",
     "padding_weight",
@@ -174,7 +175,7 @@ def check_inputs(run: Run, job: Conversion, block_size: int) -> None:
     sharded = run.model.use_lora and shards_weights(run.args)
     require(not sharded, "`use_lora` merges whole weights: start it with accelerate/ddp.yaml, not FSDP or ZeRO-3")
     with one_line():
-        limits(data, block_size)
+        limits(run, block_size)
         open_chats(str(data.train_data), data.train_split, data.streaming, data.data_name)
         if data.eval_data is not None:
             open_chats(data.eval_data, data.eval_split, False, data.data_name)
@@ -203,8 +204,9 @@ def one_line() -> Iterator[None]:
         raise RecipeError(" ".join(str(error).split())) from error
 
 
-def limits(data: DataArguments, block_size: int) -> ChatLimits:
+def limits(run: Run, block_size: int) -> ChatLimits:
     """Which chats are used at a block size."""
+    data = run.data
     return ChatLimits(
         block_size,
         data.max_length,
@@ -212,6 +214,7 @@ def limits(data: DataArguments, block_size: int) -> ChatLimits:
         data.max_total_length,
         data.min_short_side,
         data.max_aspect_ratio,
+        noisy_copies=2 if run.args.complementary_masks else 1,
     )
 
 
@@ -297,7 +300,7 @@ def load_data(
 
     def encoder(source: str | None) -> ChatEncoder:
         return ChatEncoder(
-            resized, config, limits(data, stage.block_size), data.media_folder or media_folder_of(str(source))
+            resized, config, limits(run, stage.block_size), data.media_folder or media_folder_of(str(source))
         )
 
     held_out = None

@@ -300,7 +300,7 @@ class BlockDiffusionTrainer(Trainer):
             noise.corrupted,
             torch.stack(corruption_probabilities(args.noise, noise.t)).sum(0),
             rows.noisy,
-            rows.sample,
+            rows.answer,
             rows.is_response_padding,
             args.padding_weight,
             visible=rows.noisy & ~noise.corrupted,
