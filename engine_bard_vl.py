@@ -25,6 +25,7 @@ from .masking_bard_vl import to_attention_mask
 from .recording_bard_vl import COLUMNS, DEVICES, Recording, layers_of, recording
 from .remasking_bard_vl import Choice
 from .rows_bard_vl import Decision, Denoiser, Rows
+from .structured_bard_vl import BlockForm
 
 
 @dataclass
@@ -146,15 +147,18 @@ class SlotEncoder:
         return self.encode([block for span in spans for block in self.blocks(*span)], features)
 
     def encode_prompts(
-        self, prompt: Prompt, first: int, behind: int, chunk: int | None = None
+        self, prompt: Prompt, first: int, behind: int | list[int], chunk: int | None = None
     ) -> tuple[torch.Tensor, int]:
         """Encode every row's prompt from column `first` on, images included, and `behind` columns behind it.
 
-        With `chunk`, columns, in forwards of so many columns; the last one takes what is behind the prompts along.
+        `behind` is a number for all rows, or one for each. With `chunk`, columns, in forwards of so many columns; the
+        last one takes what is behind the prompts along.
 
         Returns:
-            (rows, behind, hidden) hidden states of what is behind the prompts, and the number of forwards.
+            (rows, block, hidden) hidden states of the last of these columns, a block at most, and the number of
+            forwards.
         """
+        behind = behind if isinstance(behind, list) else [behind] * len(prompt.host_lengths)
         features = self.model.model.encode_visual(prompt.input_ids, prompt.visual_inputs, first)
         lengths, num_forwards = prompt.host_lengths, 1
         while chunk is not None and max(lengths) - first > chunk:
@@ -162,10 +166,12 @@ class SlotEncoder:
             self.encode_spans(spans, features)
             first, num_forwards = first + chunk, num_forwards + 1
         # A row whose prompt has ended in an earlier chunk takes part with what is behind it alone.
-        spans = [(row, n, min(first, n), n + behind) for row, n in enumerate(lengths)]
+        columns = enumerate(zip(lengths, behind, strict=True))
+        spans = [(row, n, min(first, n), n + more) for row, (n, more) in columns]
         hidden = self.encode_spans(spans, features)
         ends = torch.tensor([end - start for _, _, start, end in spans]).cumsum(0)[:, None]
-        wanted = (ends - behind + torch.arange(behind)).to(hidden.device)
+        width = min(self.size, *behind)
+        wanted = (ends - width + torch.arange(width)).to(hidden.device)
         return hidden[wanted], num_forwards
 
     def encode_masked_copies(self, answer_positions: torch.Tensor, block_size: int, mask_token_id: int) -> torch.Tensor:
@@ -259,17 +265,20 @@ class Engine:
         # One block to spare: what has no row, or no block of its own, writes there.
         num_columns = max(prompt.host_lengths) + (-(-settings.max_new_tokens // size) + 1) * size
         self.layers = layers_of(model, settings)
-        # The caller's processors run on the host, in the middle of a step.
-        self.is_recorded = self.layers is not None and self.device.type in DEVICES and not hooks.processors
+        self.form = hooks.form
+        # The caller's processors run on the host, in the middle of a step; a form skips the blocks that it dictates.
+        is_fixed = not hooks.processors and hooks.form is None
+        self.is_recorded = self.layers is not None and self.device.type in DEVICES and is_fixed
         if self.is_recorded:
             num_columns = -(-num_columns // COLUMNS) * COLUMNS
         self.rows = Rows.lay_out(prompt, limits, size, settings.mask_token_id, num_columns)
         self.encoder = SlotEncoder(model, self.rows, cache, size)
-        self.lengths = [n for n in prompt.host_lengths for _ in range(self.copies)]
-        self.starts = list(self.lengths)  # host: first column of each row's block
-        self.running = list(range(len(self.lengths)))
-        self.carrying: list[int] = []
-        self.history: list[list[DenoisingStep]] = [[] for _ in self.lengths]
+        # On the host, by row; one row a prompt until the prompts are encoded.
+        self.lengths, self.limits = list(prompt.host_lengths), list(limits)
+        self.starts = list(self.lengths)  # first column of each row's block
+        self.running = list(range(len(self.lengths) * self.copies))
+        self.carrying: dict[int, int] = {}  # finished blocks in front of it that are not yet encoded
+        self.history: list[list[DenoisingStep]] = [[] for _ in self.running]
         self.num_forwards: Counter[str] = Counter()
         self.num_prefill_forwards = 0  # beyond the one that holds the first step
 
@@ -288,7 +297,7 @@ class Engine:
         if not self.is_recorded or self.layers is None:
             yield None
             return
-        shape = (len(self.lengths), self.rows.num_columns)
+        shape = (len(self.running), self.rows.num_columns)
         with recording(self.model, self.layers, self.denoiser, shape, self.hooks.own_processors) as lent:
             yield lent
 
@@ -297,7 +306,10 @@ class Engine:
         if recorded is not None and self.copies == 1:
             self.cache.lend(recorded.buffers)
         size, chunk = self.settings.block_size, self.settings.prefill_chunk_size
-        hidden, num_forwards = self.encoder.encode_prompts(self.prompt, reused, size, chunk)
+        if self.form is not None:
+            self._begin_forms(self.form)
+        behind = [start + size - length for start, length in zip(self.starts, self.lengths, strict=True)]
+        hidden, num_forwards = self.encoder.encode_prompts(self.prompt, reused, behind, chunk)
         self.num_prefill_forwards = num_forwards - 1
         if self.num_prefill_forwards:
             self.num_forwards["prefill"] += self.num_prefill_forwards
@@ -306,6 +318,8 @@ class Engine:
             self.cache.repeat_rows(self.copies)
             self.encoder.repeat_rows(self.copies)
             self.rows = self.encoder.rows
+            for name in ("lengths", "limits", "starts"):
+                setattr(self, name, [n for n in getattr(self, name) for _ in range(self.copies)])
             hidden = hidden.repeat_interleave(self.copies, dim=0)
             if recorded is not None:
                 self.cache.lend(recorded.buffers)
@@ -331,12 +345,13 @@ class Engine:
     def _step(self) -> None:
         """Encode every running row's block, finished blocks in front of it together with it, and decide."""
         self._count_step()
-        size, carrying = self.settings.block_size, set(self.carrying)
-        firsts = [self.starts[row] - size * (row in carrying) for row in self.running]
+        size, carrying = self.settings.block_size, self.carrying
+        firsts = [self.starts[row] - size * carrying.get(row, 0) for row in self.running]
         if self.encoder.attention == ATTENTION_NAME:
-            blocks = [(row, self.starts[row] - size, size) for row in self.carrying]
+            blocks = [(row, self.starts[row] - size * n, size) for row in carrying for n in range(carrying[row], 0, -1)]
+            behind = len(blocks) * size
             blocks += [(row, self.starts[row], size) for row in self.running]
-            hidden = self.encoder.encode(blocks, layers=self.layers)[len(self.carrying) * size :]
+            hidden = self.encoder.encode(blocks, layers=self.layers)[behind:]
             hidden = hidden.unflatten(0, (-1, size))
         else:
             widths = [self.starts[row] + size - first for row, first in zip(self.running, firsts, strict=True)]
@@ -349,16 +364,18 @@ class Engine:
         """Decide by (running rows, block, hidden) states."""
         owner = torch.tensor(self.running, device=self.device)
         choice = self._choose(owner, hidden)
-        self._follow(self.denoiser.decide(self.rows, owner, choice), choice.confidence)
+        self._follow(self.denoiser.decide(self.rows, owner, choice, self.form), choice.confidence)
 
     def _choose(self, owner: torch.Tensor, hidden: torch.Tensor) -> Choice:
         settings, hooks, lm_head = self.settings, self.hooks, self.model.lm_head
         processed = hooks.own_processors or hooks.processors
-        all_matter = settings.revision or settings.samples or processed or hooks.keep_history
+        all_matter = settings.revision or settings.samples or processed or hooks.keep_history or self.form
         if all_matter or {hidden.device.type, self.device.type} != {"cpu"}:
             logits = lm_head(hidden).to(self.device)
             then = self._process_logits if hooks.processors else None
-            return self.denoiser.choose(self.rows, owner, logits, hooks.generator, hooks.own_processors, then)
+            return self.denoiser.choose(
+                self.rows, owner, logits, hooks.generator, hooks.own_processors, then, self.form
+            )
         return self.denoiser.choose_undecided(self.rows, owner, hidden, lm_head)
 
     def _follow(self, decision: Decision, confidence: torch.Tensor) -> None:
@@ -367,16 +384,68 @@ class Engine:
         if self.hooks.watch_blocks:
             for row, is_finished in zip(self.running, decision.finished.tolist(), strict=True):
                 if is_finished:
-                    self._show_block(row)
+                    start = self.starts[row]
+                    self._show_block(row, start, int(self.rows.response_length[row]), start)
         rows, owner = self.rows, torch.tensor(self.running, device=self.device)
-        state = torch.stack([rows.start[owner], rows.ended[owner].long(), rows.carries[owner].long()]).tolist()
-        running, self.running, self.carrying = self.running, [], []
-        for row, start, has_ended, carries in zip(running, *state, strict=True):
+        state = [rows.start[owner], rows.ended[owner].long(), rows.carries[owner].long(), rows.form_state[owner]]
+        running, self.running, self.carrying = self.running, [], {}
+        for row, start, has_ended, carries, form_state in zip(running, *torch.stack(state).tolist(), strict=True):
             self.starts[row] = start
-            if not has_ended:
-                self.running.append(row)
-                if carries:
-                    self.carrying.append(row)
+            if has_ended:
+                continue
+            if carries:
+                self.carrying[row] = 1
+                if self.form is not None and self._dictate(self.form, row, form_state):
+                    del self.carrying[row]
+                    continue
+            self.running.append(row)
+        if self.form is not None and self.carrying:
+            self.denoiser.dictate(rows, torch.tensor([*self.carrying], device=self.device), self.form)
+
+    # --- what a form dictates --------------------------------------------------------------------------------------
+
+    def _begin_forms(self, form: BlockForm) -> None:
+        """Put every row's form in front of its first block, and write what it dictates."""
+        rows, owner = self.rows, torch.arange(self.rows.spare, device=self.device)
+        rows.form_state[:-1] = torch.tensor(form.starts, device=self.device)
+        for row, state in enumerate(form.starts):
+            self._dictate(form, row, state, is_first=True)
+        self.denoiser.dictate(rows, owner, form)
+
+    def _dictate(self, form: BlockForm, row: int, state: int, is_first: bool = False) -> bool:
+        """Write what a row's form dictates from its block on, whole blocks without a step; is it the end?
+
+        The first blocks are encoded with the prompt, and a last one among them takes a step: something must.
+        """
+        rows, size, start = self.rows, self.settings.block_size, self.starts[row]
+        offset, first = start - self.lengths[row], start - size * self.carrying.get(row, 0)
+        room = self.limits[row] - offset
+        tokens, states = form.dictated(state, room)
+        if not tokens:
+            return False
+        ends = tokens[-1] == form.eos or len(tokens) == room
+        num_whole = (len(tokens) - ends) // size
+        if is_first and self.hooks.may_stop:
+            num_whole = 0
+        place = slice(start, start + len(tokens))
+        rows.ids[row, place] = torch.tensor(tokens, device=self.device)
+        rows.confidences[row, place], rows.dictated[row, place] = 1.0, True
+        if self.hooks.watch_blocks:
+            for number in range(num_whole + (ends and not is_first)):
+                begin = start + number * size
+                if self._show_block(row, begin, min(begin - self.lengths[row] + size, offset + len(tokens)), first):
+                    return True
+        if ends and not is_first:
+            rows.response_length[row] = offset + len(tokens)
+            rows.ended[row], rows.carries[row], rows.start[row] = True, False, first
+            return True
+        if num_whole:
+            self.starts[row] += num_whole * size
+            rows.start[row], rows.form_state[row] = self.starts[row], states[num_whole * size - 1]
+            rows.response_length[row] = offset + num_whole * size
+            if not is_first:
+                self.carrying[row] += num_whole
+        return False
 
     def _process_logits(self, logits: torch.Tensor, first: int) -> torch.Tensor:
         """Run the caller's processors at every undecided position with the committed tokens left of it.
@@ -403,10 +472,17 @@ class Engine:
                 index = (self.starts[row] - self.lengths[row]) // self.settings.block_size
                 self.history[row].append(DenoisingStep(index, *step))
 
-    def _show_block(self, row: int) -> None:
-        """Show a finished block to the stopping criteria, prefix by prefix, and to the streamer."""
-        rows, start = self.rows, self.starts[row]
-        kept = int(rows.response_length[row]) - (start - self.lengths[row])
+    def _show_block(self, row: int, start: int, length: int, first: int) -> bool:
+        """Show a finished block to the stopping criteria, prefix by prefix, and to the streamer; does it stop the row?
+
+        Args:
+            row: its row.
+            start: its first column.
+            length: tokens of the response up to its end.
+            first: first column of the blocks that are not yet encoded: there the cache ends if the row does.
+        """
+        rows, offset = self.rows, start - self.lengths[row]
+        kept = length - offset
         stopped = time.monotonic() > self.hooks.deadline
         for count in range(1, kept + 1) if self.hooks.criteria else ():
             if bool(self.hooks.criteria(rows.ids[row, : start + count][None], None).all()):
@@ -414,9 +490,10 @@ class Engine:
                 break
         if self.hooks.streamer is not None:
             self.hooks.streamer.put(rows.ids[row, start : start + kept].cpu())
-        if stopped:  # before the block was encoded clean: the cache ends where it begins
-            rows.response_length[row] = start - self.lengths[row] + kept
-            rows.ended[row], rows.carries[row], rows.start[row] = True, False, start
+        if stopped:
+            rows.response_length[row] = offset + kept
+            rows.ended[row], rows.carries[row], rows.start[row] = True, False, first
+        return stopped
 
     # --- what comes out --------------------------------------------------------------------------------------------
 
@@ -430,6 +507,14 @@ class Engine:
         ids = rows.ids[cell].masked_fill(padding, self.settings.pad_token_id)
         return ids, rows.confidences[cell].masked_fill(padding, 0.0)
 
+    def dictated(self) -> torch.Tensor:
+        """(rows, longest) bool, response tokens to which the row's form left no alternative."""
+        rows, own = self.rows, slice(self.rows.spare)
+        length = rows.response_length[own, None]
+        columns = torch.arange(int(length.max()), device=self.device)
+        row = torch.arange(rows.spare, device=self.device)[:, None]
+        return rows.dictated[row, rows.length[own, None] + columns] & (columns < length)
+
     def tokens_per_forward(self) -> torch.Tensor:
         """(rows,) response tokens over forwards: the row's steps, and those of its prompt that held no step."""
         own = slice(self.rows.spare)
@@ -438,9 +523,10 @@ class Engine:
         ).cpu()
 
     def step_counts(self) -> torch.Tensor:
-        """(rows, blocks) steps of each block, 0 where a row has no such block."""
-        steps = self.rows.steps[: self.rows.spare]
-        return steps[:, : int(steps.any(0).sum())].cpu()
+        """(rows, blocks) steps of each block, 0 where a row has no such block, or its form dictated it."""
+        own = slice(self.rows.spare)
+        num_blocks = -(-int(self.rows.response_length[own].max()) // self.settings.block_size)
+        return self.rows.steps[own, :num_blocks].cpu()
 
     def reference_statistics(self) -> dict[str, Any]:
         """The reference's `return_step_stats`, with tokens counted to the first EOS."""

@@ -27,8 +27,10 @@ from .generation_config_bard_vl import (
 )
 from .hooks_bard_vl import (
     DecodingHooks,
+    build_form,
     build_generator,
     build_stopping_criteria,
+    check_alone,
     check_banned_tokens,
     check_callables,
     check_streamer,
@@ -62,7 +64,8 @@ class BardVLGenerationOutput(CacheOutput):
         tokens_per_forward: (rows,) response tokens, up to and including the first EOS, over the forwards that the row
             took part in, whatever they were for.
         cache: keys and values, for the next turn; `past_key_values` is the same.
-        block_step_counts: (rows, blocks) denoising steps of each block, 0 where a row has no such block.
+        block_step_counts: (rows, blocks) denoising steps of each block, 0 where a row has no such block, or where its
+            form dictates a whole one.
         num_forwards: forwards of the language model by kind: `prefill` (chunks but the last), `prefill+denoise`,
             `denoise`, `commit+denoise`, `overrun` (recorded steps: one may be launched before the host has read that
             all rows had ended). A forward counts once, however many rows took part. None commits a block alone: a
@@ -70,6 +73,7 @@ class BardVLGenerationOutput(CacheOutput):
         num_encoded_tokens: (rows,) prompt tokens that this call encoded; the others came from `past_key_values`.
         confidences: (rows, response) probability that the model gave each token when it committed, 0 for padding.
         history: per row, the denoising steps in order; None unless `output_history=True`.
+        dictated: (rows, response) bool, tokens to which the form left no alternative; None without `structured`.
     """
 
     sequences: torch.Tensor | None = None
@@ -80,6 +84,7 @@ class BardVLGenerationOutput(CacheOutput):
     num_encoded_tokens: torch.Tensor | None = None
     confidences: torch.Tensor | None = None
     history: list[list[DenoisingStep]] | None = None
+    dictated: torch.Tensor | None = None
 
 
 @dataclass
@@ -146,6 +151,7 @@ class BardVLGenerationMixin(PortableGeneration):
         generator: torch.Generator | None = None,
         seed: int | None = None,
         tokenizer: Any = None,
+        structured: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Write responses block by block (arXiv 2604.16514, section 3; the loop is that of its decoder).
@@ -178,7 +184,9 @@ class BardVLGenerationMixin(PortableGeneration):
                 updated in place. What was computed in another dtype, on another device, or under another inference
                 mode is encoded again.
             generator: source of randomness on the model's device; or `seed`.
-            tokenizer: needed with `stop_strings`; a processor will do.
+            tokenizer: needed with `stop_strings` and `structured`; a processor will do.
+            structured: the form that every answer has, or a list with one for each prompt: a mapping with one of
+                `choices`, `regex`, `json_schema` and `template`. See docs/structured.md.
 
         Returns:
             Prompt and response ids (rows, length), or the response ids alone for a mapping, followed by history and
@@ -211,15 +219,19 @@ class BardVLGenerationMixin(PortableGeneration):
         check_banned_tokens(config, settings, vocab_size)
         warn_if_seed(self.config)
         check_callables("logits_processor", logits_processor)
+        own_processors = build_processors(config, settings, vocab_size, input_ids.device)
+        form = build_form(structured, tokenizer, settings, call.limits, vocab_size, input_ids.device)
+        check_alone(form, own_processors)
         stated = config.seed if seed is None else seed
         hooks = DecodingHooks(
-            own_processors=build_processors(config, settings, vocab_size, input_ids.device),
+            own_processors=own_processors,
             processors=LogitsProcessorList(logits_processor or []),
             criteria=build_stopping_criteria(config, stopping_criteria, tokenizer),
             streamer=streamer,
             generator=build_generator(generator, stated if generator is None else seed, input_ids.device),
             keep_history=output_history,
             deadline=math.inf if config.max_time is None else time.monotonic() + config.max_time,
+            form=form,
         )
 
         # 2. Layout and reuse
@@ -256,6 +268,7 @@ class BardVLGenerationMixin(PortableGeneration):
                 num_encoded_tokens=(prompt.lengths - reused).repeat_interleave(settings.num_return_sequences).cpu(),
                 confidences=confidences,
                 history=engine.history if output_history else None,
+                dictated=None if form is None else engine.dictated(),
             )
         if not from_mapping:
             return sequences

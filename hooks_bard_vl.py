@@ -12,8 +12,11 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
+from .forms_bard_vl import Form
 from .generation_config_bard_vl import BardVLGenerationConfig, DecodingSettings, check_seed, python_value
 from .processors_bard_vl import TokenProcessors
+from .spelling_bard_vl import spelling_of
+from .structured_bard_vl import BlockForm, build_forms
 
 
 @dataclass
@@ -27,11 +30,17 @@ class DecodingHooks:
     generator: torch.Generator | None
     keep_history: bool
     deadline: float  # in the seconds of time.monotonic
+    form: BlockForm | None = None  # that the answers must have
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether a finished block may end a row for something beside its tokens."""
+        return bool(self.criteria) or self.deadline < math.inf
 
     @property
     def watch_blocks(self) -> bool:
         """Whether something looks at finished blocks on the host."""
-        return bool(self.criteria) or self.streamer is not None or self.deadline < math.inf
+        return self.may_stop or self.streamer is not None
 
     @property
     def any(self) -> bool:
@@ -79,15 +88,56 @@ def build_stopping_criteria(
     check_callables("stopping_criteria", extra)
     criteria = StoppingCriteriaList()
     if config.stop_strings:
-        if tokenizer is None:
-            raise ValueError(f"`stop_strings` = {config.stop_strings!r} needs `tokenizer=` in the call of `generate`")
-        if not hasattr(tokenizer, "get_vocab"):
-            given, tokenizer = tokenizer, getattr(tokenizer, "tokenizer", None)
-            if not hasattr(tokenizer, "get_vocab"):
-                raise ValueError(f"`tokenizer` must be a tokenizer or a processor, got {type(given).__name__}")
+        tokenizer = find_tokenizer(tokenizer, f"`stop_strings` = {config.stop_strings!r}")
         criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=config.stop_strings))
     criteria.extend(extra or [])
     return criteria
+
+
+def find_tokenizer(given: Any, what: str) -> Any:
+    """The tokenizer of a processor, or itself; `ValueError` says that `what` needs one."""
+    if given is None:
+        raise ValueError(f"{what} needs `tokenizer=` in the call of `generate`")
+    tokenizer = given if hasattr(given, "get_vocab") else getattr(given, "tokenizer", None)
+    if not hasattr(tokenizer, "get_vocab"):
+        raise ValueError(f"`tokenizer` must be a tokenizer or a processor, got {type(given).__name__}")
+    return tokenizer
+
+
+def build_form(
+    structured: Any,
+    tokenizer: Any,
+    settings: DecodingSettings,
+    limits: list[int],
+    vocab_size: int,
+    device: torch.device,
+) -> BlockForm | None:
+    """The forms that a call asks for, one for all rows or a list with one for each, on `device`; None for none.
+
+    Raises:
+        ValueError: a form is wrong, cannot be completed within a row's limit, or nothing could end it.
+    """
+    if structured is None:
+        return None
+    given = list(structured) if isinstance(structured, list | tuple) else [structured] * len(limits)
+    if len(given) != len(limits):
+        raise ValueError(f"`structured` has {len(given)} forms for {len(limits)} prompts: give one, or one a prompt")
+    forms = [Form.read(form) for form in given]
+    if not settings.eos_token_ids:
+        raise ValueError("`structured` needs an `eos_token_id`, which ends an answer")
+    tokenizer = find_tokenizer(tokenizer, "`structured`")
+    form = build_forms(forms, spelling_of(tokenizer, vocab_size, settings.eos_token_ids[0]), device)
+    form.check_limits(limits)
+    return form
+
+
+def check_alone(form: BlockForm | None, processors: TokenProcessors | None) -> None:
+    """Raise `ValueError` if processors that look at the tokens beside a choice meet a form."""
+    if form is not None and processors is not None and processors.looks_beside:
+        raise ValueError(
+            "`structured` cannot be combined with `no_repeat_ngram_size`, nor with `bad_words_ids` or `sequence_bias` "
+            "of several tokens: what they allow depends on tokens that are chosen at the same time"
+        )
 
 
 def build_generator(
@@ -106,8 +156,10 @@ def build_generator(
 
 __all__ = [
     "DecodingHooks",
+    "build_form",
     "build_generator",
     "build_stopping_criteria",
+    "check_alone",
     "check_banned_tokens",
     "check_callables",
     "check_streamer",

@@ -31,6 +31,7 @@ from .compat_bard_vl import (
 )
 from .configuration_bard_vl import BardVLConfig, warn_if_seed
 from .engine_bard_vl import Engine
+from .forms_bard_vl import Form
 from .generation_bard_vl import BardVLGenerationMixin
 from .generation_config_bard_vl import BardVLGenerationConfig, resolve_block_size
 from .hooks_bard_vl import DecodingHooks
@@ -58,6 +59,8 @@ from .processors_bard_vl import TokenProcessors
 from .recording_bard_vl import Recording
 from .remasking_bard_vl import REMASKING_RULES
 from .rows_bard_vl import Rows
+from .spelling_bard_vl import Spelling
+from .structured_bard_vl import BlockForm
 
 AUTO_MAP = {
     "AutoConfig": "configuration_bard_vl.BardVLConfig",
@@ -383,11 +386,14 @@ __all__ = [
     "BardVLForConditionalGeneration",
     "BardVLGenerationConfig",
     "BardVLModel",
+    "BlockForm",
     "DecodingHooks",
     "Engine",
+    "Form",
     "Layers",
     "Recording",
     "Rows",
+    "Spelling",
     "TokenProcessors",
     "attend_slots",
 ]

@@ -99,6 +99,12 @@ class TokenProcessors:
         """Whether a choice depends on the tokens chosen beside it."""
         return bool(self.ngram_size or len(self.phrases) or len(self.sequences))
 
+    def process(self, logits: torch.Tensor, ids: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """The logits (rows, block, vocabulary) as scores, where no choice looks beside itself; see `choose`."""
+        columns = start[:, None] + torch.arange(logits.shape[1], device=ids.device)
+        logits = logits.float()
+        return self._process(logits, self._seen(ids, columns, logits.shape[-1]), self.bias, None)
+
     def choose(
         self,
         logits: torch.Tensor,
@@ -123,10 +129,10 @@ class TokenProcessors:
             the choice; where it has `reads`, `in_order` must have a say in what commits.
         """
         columns = start[:, None] + torch.arange(logits.shape[1], device=ids.device)
-        logits, seen = logits.float(), self._seen(ids, columns, logits.shape[-1])
         if not self.looks_beside:
-            scores = self._process(logits, seen, self.bias, None)
+            scores = self.process(logits, ids, start)
             return chooser.choose(scores if then is None else then(scores, 0), ids.gather(1, columns), generator)
+        logits, seen = logits.float(), self._seen(ids, columns, logits.shape[-1])
         return self._choose_left_to_right(logits, seen, ids, columns, chooser, generator, then)
 
     def _choose_left_to_right(

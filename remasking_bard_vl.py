@@ -240,6 +240,7 @@ class Choice(NamedTuple):
         present: probability of the token that each position holds, where tokens may be masked again.
         reads: (batch, block, block) bool, where the choice at the first position holds only once the second, on its
             left, is decided; None where every choice holds.
+        form_state: (batch,) state of each row's form behind the block once all these tokens are taken; None without.
     """
 
     ids: torch.Tensor
@@ -247,6 +248,7 @@ class Choice(NamedTuple):
     measure: torch.Tensor
     present: torch.Tensor | None
     reads: torch.Tensor | None = None
+    form_state: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

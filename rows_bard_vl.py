@@ -12,6 +12,7 @@ from .generation_config_bard_vl import DecodingSettings
 from .inputs_bard_vl import Prompt
 from .processors_bard_vl import TokenProcessors
 from .remasking_bard_vl import REMASKING_RULES, Choice, Chooser, in_order, overwritten, remasked, transfer_schedule
+from .structured_bard_vl import BlockForm, Place
 
 
 @dataclass
@@ -28,6 +29,8 @@ class Rows:
         ended: (rows + 1,) bool.
         response_length: (rows + 1,) tokens of a response that has ended, or up to its last finished block.
         confidences: (rows + 1, columns) of committed tokens.
+        form_state: (rows + 1,) state of the row's form in front of the block, 0 without a form.
+        dictated: (rows + 1, columns) bool, tokens to which the row's form left no alternative.
     """
 
     ids: torch.Tensor
@@ -40,6 +43,8 @@ class Rows:
     ended: torch.Tensor
     response_length: torch.Tensor
     confidences: torch.Tensor
+    form_state: torch.Tensor
+    dictated: torch.Tensor
 
     @classmethod
     def lay_out(
@@ -69,6 +74,8 @@ class Rows:
             ended=ended,
             response_length=torch.zeros_like(length),
             confidences=torch.zeros(ids.shape, dtype=torch.float32, device=device),
+            form_state=torch.zeros_like(length),
+            dictated=torch.zeros(ids.shape, dtype=torch.bool, device=device),
         )
 
     @property
@@ -148,8 +155,20 @@ class Denoiser:
         generator: torch.Generator | None = None,
         processors: TokenProcessors | None = None,
         then: Any = None,
+        form: BlockForm | None = None,
     ) -> Choice:
-        """Choose a token for every position of (n, block, vocabulary) logits; see `TokenProcessors.choose`."""
+        """Choose a token for every position of (n, block, vocabulary) logits; see `TokenProcessors.choose`.
+
+        With a form, the best completion within it by what the processors leave of the logits.
+        """
+        if form is not None:
+            scores = (
+                logits.float() if processors is None else processors.process(logits, rows.ids[owner], rows.start[owner])
+            )
+            scores = scores if then is None else then(scores, 0)
+            threshold = self.settings.revision_threshold if self.settings.revision == "overwrite" else None
+            held, place = rows.ids[rows.cells(owner, self.size)], self.place(rows, owner)
+            return form.choose(scores, held, place, self.chooser, generator, threshold)
         if processors is not None:
             return processors.choose(logits, rows.ids[owner], rows.start[owner], self.chooser, generator, then)
         logits = logits if then is None else then(logits.float(), 0)
@@ -167,8 +186,26 @@ class Denoiser:
         ids, confidence, measure = (part.new_zeros(held.shape).masked_scatter(undecided, part) for part in choice[:3])
         return Choice(ids, confidence, measure, present=None)
 
-    def decide(self, rows: Rows, owner: torch.Tensor, choice: Choice) -> Decision:
-        """Commit tokens in the blocks of the rows `owner` (n,), and move the rows on, in place."""
+    def place(self, rows: Rows, owner: torch.Tensor) -> Place:
+        """Where the blocks of the rows `owner` (n,) are in the rows' forms."""
+        ahead = rows.limit[owner] - (rows.start[owner] - rows.length[owner])
+        return Place(rows.form_state[owner], ahead.clamp(max=self.size), ahead - self.size)
+
+    def dictate(self, rows: Rows, owner: torch.Tensor, form: BlockForm) -> torch.Tensor:
+        """Commit what the form dictates in the blocks of the rows `owner` (n,), in place: (n, block) bool, where."""
+        cell = rows.cells(owner, self.size)
+        dictated, ids = form.dictates(rows.ids[cell], self.place(rows, owner), self.settings.mask_token_id)
+        dictated = dictated & ~rows.ended[owner, None]
+        rows.ids[cell] = torch.where(dictated, ids, rows.ids[cell])
+        rows.confidences[cell] = rows.confidences[cell].masked_fill(dictated, 1.0)
+        rows.dictated[cell] |= dictated
+        return dictated
+
+    def decide(self, rows: Rows, owner: torch.Tensor, choice: Choice, form: BlockForm | None = None) -> Decision:
+        """Commit tokens in the blocks of the rows `owner` (n,), and move the rows on, in place.
+
+        What the form dictates once they are committed is committed with them.
+        """
         settings, size, cell = self.settings, self.size, rows.cells(owner, self.size)
         offset = rows.start[owner] - rows.length[owner]
         step = (owner, offset // size)
@@ -185,10 +222,16 @@ class Denoiser:
         rows.ids[cell] = block
         rows.confidences[cell] = torch.where(commit | revised, choice.confidence, rows.confidences[cell])
         rows.steps[step] += running
+        if form is not None:
+            rows.dictated[cell] &= ~again
+            commit = commit | self.dictate(rows, owner, form)
+            block = rows.ids[cell]
 
         finished = running & (block != settings.mask_token_id).all(-1)
         length, ends = self._response_end(block, offset, rows.limit[owner])
         rows.response_length[owner] = torch.where(finished, length, rows.response_length[owner])
+        if choice.form_state is not None:
+            rows.form_state[owner] = torch.where(finished, choice.form_state, rows.form_state[owner])
         rows.ended[owner] |= finished & ends
         rows.carries[owner] = finished & ~ends
         rows.start[owner] += size * (finished & ~ends)
