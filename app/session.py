@@ -11,9 +11,11 @@ import torch
 from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
-from ..generation_config_bard_vl import FIELDS, BardVLGenerationConfig, resolve_mask_token_id
+from ..forms_bard_vl import Form
+from ..generation_config_bard_vl import FIELDS, BardVLGenerationConfig, DecodingSettings, resolve_mask_token_id
 from ..modeling_bard_vl import BardVLForConditionalGeneration
 from ..processing_bard_vl import BardVLProcessor
+from ..spelling_bard_vl import Spelling, spelling_of
 from .checkpoints import EMBEDDED, complete_settings, find_checkpoint, read_config, stored_settings
 from .devices import find_device, free_memory
 from .errors import UsageError, one_line
@@ -227,6 +229,28 @@ class Session:
         if self.stored is not None:
             model.generation_config = self.stored
         return model
+
+    def read_form(self, structured: Any) -> Form | None:
+        """The form of `structured`, checked before weights are read; None for none.
+
+        Raises:
+            UsageError: it is wrong, or cannot be completed in the tokens that an answer has.
+        """
+        if structured is None:
+            return None
+        try:
+            form = Form.read(structured)
+            self.spelling.automaton(form)
+        except ValueError as error:
+            raise UsageError(one_line(error)) from error
+        return form
+
+    @property
+    def spelling(self) -> Spelling:
+        """How the checkpoint's tokenizer spells forms."""
+        settings = DecodingSettings.resolve(self.shape.merge_settings(self.settings, {}), self.config, 0)
+        vocab_size = self.config.get_text_config().vocab_size
+        return spelling_of(self.processor.tokenizer, vocab_size, settings.eos_token_ids[0])
 
     def ask(self, messages: list[dict[str, Any]], inputs: Any = None, **arguments: Any) -> Answer:
         """Answer a conversation; `inputs` spares encoding it again, other arguments are those of `generate`.

@@ -1,16 +1,23 @@
 """Options that several commands take, and what becomes of them."""
 
+import json
 import sys
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .ending import interrupted_at_once
+from .ending import Misuse, interrupted_at_once
 
 if TYPE_CHECKING:
     from bard_vl.app.session import Session
 
-MODEL, GENERATION, MEDIA = "Model", "Generation", "Pictures and videos"  # panels of the help
+MODEL, GENERATION, MEDIA, FORM = (
+    "Model",
+    "Generation",
+    "Pictures and videos",
+    "Form of the answer",
+)  # panels of the help
 
 Model = Annotated[
     str | None,
@@ -97,6 +104,64 @@ MaxPixels = Annotated[
     ),
 ]
 MinPixels = Annotated[int | None, typer.Option(min=1, help="Enlarge them to so many pixels.", rich_help_panel=MEDIA)]
+
+Choices = Annotated[
+    str | None, typer.Option(metavar="A|B|C", help="The answer is one of these texts.", rich_help_panel=FORM)
+]
+Regex = Annotated[str | None, typer.Option(help="All of the answer matches this expression.", rich_help_panel=FORM)]
+JsonSchema = Annotated[
+    str | None,
+    typer.Option(metavar="JSON|FILE", help="The answer is JSON of this schema.", rich_help_panel=FORM),
+]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT", help="The answer is this text, each {name} filled in; prints the values.", rich_help_panel=FORM
+    ),
+]
+Slots = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--slot",
+        metavar="NAME=A|B or NAME=JSON",
+        help='What may stand in the place of {name}: choices, or a form as JSON, for instance {"max_length": 20}. '
+        "Repeatable.",
+        rich_help_panel=FORM,
+    ),
+]
+
+
+def read_form(
+    choices: str | None, regex: str | None, json_schema: str | None, template: str | None, slots: list[str] | None
+) -> dict[str, Any] | None:
+    """The form that these options ask for, `structured` of `generate`; None for none, `Misuse` for half of one."""
+    if json_schema is not None and not json_schema.lstrip().startswith("{"):
+        try:
+            json_schema = Path(json_schema).read_text(encoding="utf-8")
+        except OSError as error:
+            raise Misuse(f"--json-schema: {json_schema} cannot be read: {error.strerror}") from error
+    stated = {"choices": choices, "regex": regex, "json_schema": json_schema, "template": template}
+    named: dict[str, Any] = {name: value for name, value in stated.items() if value is not None}
+    if len(named) > 1 or (slots and template is None):
+        raise Misuse("give one of --choices, --regex, --json-schema and --template, and --slot only with the last")
+    if choices is not None:
+        named["choices"] = choices.split("|")
+    if template is not None:
+        named["slots"] = dict(read_slot(slot) for slot in slots or [])
+    return named or None
+
+
+def read_slot(text: str) -> tuple[str, Any]:
+    """The name and the form of a slot."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise Misuse(f"--slot takes NAME=A|B or NAME=JSON, got {text!r}")
+    if not value.startswith("{"):
+        return name, {"choices": value.split("|")}
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError as error:
+        raise Misuse(f"--slot {name}: {error}") from error
 
 
 def load_package() -> None:

@@ -12,23 +12,29 @@ from rich.table import Table
 from .ending import Misuse
 from .options import (
     BlockSize,
+    Choices,
     Device,
     DeviceMap,
     Dtype,
+    JsonSchema,
     MaxNewTokens,
     MaxPixels,
     MinPixels,
     Model,
     Others,
     Quantize,
+    Regex,
     Revision,
     Seed,
+    Slots,
     Steps,
     Temperature,
+    Template,
     Threshold,
     load_package,
     open_session,
     print_notices,
+    read_form,
 )
 
 if TYPE_CHECKING:
@@ -67,6 +73,11 @@ def run(
     others: Others = None,
     max_pixels: MaxPixels = None,
     min_pixels: MinPixels = None,
+    choices: Choices = None,
+    regex: Regex = None,
+    json_schema: JsonSchema = None,
+    template: Template = None,
+    slots: Slots = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print answer, counts and times as JSON.", rich_help_panel=OUTPUT)
     ] = False,
@@ -99,6 +110,7 @@ def run(
     standard error.
     """
     check_outputs(html, gif, png)
+    structured = read_form(choices, regex, json_schema, template, slots)
     if not files and prompt is None:
         raise Misuse("nothing to answer: give a picture, a video or --prompt")
     session = open_session(
@@ -126,7 +138,7 @@ def run(
     messages: list[dict[str, Any]] = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-    inputs = session.encode(messages)
+    inputs, form = session.encode(messages), session.read_form(structured)
     if dry_run:
         if not (as_json or quiet):
             print_notices(session)
@@ -136,11 +148,15 @@ def run(
     if not (as_json or quiet):
         print_notices(session)
     shown = any((html, gif, png))
-    streamer = None if as_json else DraftStreamer(session.processor)
-    answer = session.ask(messages, inputs, streamer=streamer, seed=seed, output_history=shown)
+    streamer = None if as_json or template is not None else DraftStreamer(session.processor)
+    answer = session.ask(messages, inputs, streamer=streamer, seed=seed, output_history=shown, structured=form)
+    value = {} if form is None else {"value": form.parse(answer.text)}
     if as_json:
-        print(json.dumps({"model": session.name, "prompt": question, **answer.as_dict()}, ensure_ascii=False, indent=2))
-    elif not quiet:
+        told = {"model": session.name, "prompt": question, **answer.as_dict(), **value}
+        print(json.dumps(told, ensure_ascii=False, indent=2))
+    elif template is not None:
+        print(json.dumps(value["value"], ensure_ascii=False))
+    if not (as_json or quiet):
         print(answer.summary(), file=sys.stderr)
     if shown:
         write_pictures(session, answer, question, content, html, gif, png)
@@ -156,6 +172,8 @@ bard-vl run a.jpg b.jpg --prompt "What differs?" --model Bard-VL-4B
 bard-vl run clip.mp4 --prompt "What happens?" --max-pixels 4000000
 
 bard-vl run photo.jpg --json --max-new-tokens 64 > answer.json
+
+bard-vl run photo.jpg --prompt "Which shape?" --choices "circle|square|star"
 
 bard-vl run photo.jpg --html answer.html --gif answer.gif --png answer.png
 

@@ -154,9 +154,12 @@ def measure(
 
 
 def decode(
-    model: BardVLForConditionalGeneration, samples: Sequence[Sample], decoding: Decoding
+    model: BardVLForConditionalGeneration, samples: Sequence[Sample], decoding: Decoding, **others: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Responses (samples, length) and tokens per forward (samples,), decoded as one batch."""
+    """Responses (samples, length) and tokens per forward (samples,), decoded as one batch.
+
+    `others` are further arguments of `generate`.
+    """
     prompts = [sample.input_ids[: sample.responses[0][0]] for sample in samples]
     width = max(map(len, prompts))
     input_ids = torch.full((len(prompts), width), PAD_TOKEN_ID)
@@ -171,6 +174,7 @@ def decode(
         revision=decoding.revision,
         max_new_tokens=LONGEST_ANSWER,
         return_dict_in_generate=True,
+        **others,
     )
     return output.sequences[:, width:].cpu(), output.tokens_per_forward.cpu()
 

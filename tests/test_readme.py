@@ -167,11 +167,13 @@ def test_example_describes_its_own_picture(checkout: Path) -> None:
 
 
 def test_command_line_describes_a_picture(checkout: Path) -> None:
-    (command,) = [command for command in commands() if command.startswith("bard-vl run")]
-    output = run(checkout, "-m", "bard_vl_cli", *shlex.split(command)[1:], "--max-new-tokens", "20", "--json")
+    described, filled = [command for command in commands() if command.startswith("bard-vl run")]
+    output = run(checkout, "-m", "bard_vl_cli", *shlex.split(described)[1:], "--max-new-tokens", "20", "--json")
     answer = json.loads(output)
     assert answer["model"] == PUBLISHED
     assert answer["num_tokens"] <= 20
+    output = run(checkout, "-m", "bard_vl_cli", *shlex.split(filled)[1:])
+    assert f"prints `{output.strip()}`" in README
 
 
 def test_training_leaves_a_checkpoint(checkout: Path) -> None:

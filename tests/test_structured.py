@@ -5,6 +5,7 @@ Brute force enumerates every sequence of a block. Whole answers are read by the 
 """
 
 import itertools
+import json
 import math
 import random
 from functools import cache
@@ -481,3 +482,35 @@ def test_parsed_answers_are_values() -> None:
     assert nested == {"a": [1, "x", None], "b": {"c": -1500}}
     with pytest.raises(ValueError, match="does not have the form"):
         Form.read(FORMS["json_schema"]).parse('{"count": 3, "col')
+
+
+def test_the_command_line_gives_forms(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from bard_vl_cli.main import main
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = main(["run", "--prompt", "What is at b4?", "--model", str(CHECKPOINT), *arguments])
+        told = capsys.readouterr()
+        return code, told.out.strip(), told.err.strip()
+
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps(OBJECT))
+    assert run("--choices", "red|dark green")[:2] in [(0, "red"), (0, "dark green")]
+    assert Form.read({"json": OBJECT}).parse(run("--json-schema", str(schema))[1])["count"] <= 20
+    code, out, _ = run("--template", "{a}: {b}", "--slot", "a=x|y", "--slot", 'b={"regex": "[0-9]"}')
+    assert code == 0
+    assert json.loads(out).keys() == {"a", "b"}
+    code, out, _ = run("--json", "--json-schema", json.dumps(OBJECT))
+    assert json.loads(out)["value"] == json.loads(json.loads(out)["response"])
+    for arguments, named in (
+        (("--regex", "("), "`regex`: "),
+        (("--regex", "a", "--choices", "b"), "give one of"),
+        (("--slot", "a=b"), "give one of"),
+        (("--json-schema", "nowhere.json"), "nowhere.json cannot be read"),
+        (("--template", "{a}", "--slot", "a={"), "--slot a"),
+    ):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "")
+        assert named in err
+        assert len(err.splitlines()) == 1
+    code, _, err = run("--choices", "There are three shapes", "--max-new-tokens", "2")
+    assert (code, "needs 4 tokens at least" in err) == (1, True)
