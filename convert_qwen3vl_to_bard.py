@@ -22,7 +22,7 @@ import shutil
 import sys
 import types
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ PROCESSOR_SETTINGS = {
     "processor_class": "BardVLProcessor",
     "auto_map": {"AutoProcessor": "processing_bard_vl.BardVLProcessor"},
 }
+MASK_ROWS = ("keep", "mean")
 COPIED_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.json", "chat_template.jinja"),
@@ -93,13 +94,7 @@ class Tensor(Span):
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Edit:
-    """Bytes that take the place of a source file's, from `start` on."""
-
-    path: Path
-    start: int
-    content: bytes
+Content = list[bytes | Span]  # what a file of the output consists of
 
 
 @dataclass
@@ -115,7 +110,7 @@ class Conversion:
     mask_token_id: int = 0
     tensors: list[Tensor] = field(default_factory=list)
     to_rewrite: set[Path] = field(default_factory=set)  # files of weights that cannot be copied as they are
-    edits: dict[str, Edit] = field(default_factory=dict)  # by tensor
+    mask_rows: dict[str, bytes] = field(default_factory=dict)  # new rows of the mask token, by tensor
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -148,27 +143,13 @@ def convert(
 ) -> Path:
     """Convert `source`, a folder or a Hub id, into the new folder `output`, and return its path.
 
-    Args:
-        source: dense Qwen3-VL (2B, 4B, 8B, 32B; Instruct or Thinking), or a Bard-VL checkpoint with or without code.
-        output: must not exist yet; missing parent folders are made.
-        block_size: in tokens. Default: what the source's config states, else the number after B in a Bard-VL name,
-            else, for Qwen3-VL, 4 (the anchor).
-        mask_token_id: default: what the source's config states, else 151671, an unused row of Qwen3-VL's embedding.
-        mask_row: "keep" leaves the mask token's embedding as it is; "mean" writes the mean over every token that the
-            tokenizer defines, the mask token aside (Qwen3-VL: ids 0 to 151,668; the rows above were never trained).
-            With untied embeddings the output row is treated alike.
-        max_shard_size: bytes, or a string as "5GB" (10^9) or "500MiB" (2^20); no written file of weights is larger.
-            Default: they stay as they are in the source.
-        revision: branch, tag or commit of a Hub source.
-        push_to_hub: repository id to upload the finished folder to.
-        private: visibility of a repository that the upload creates; None takes the account's default.
-        progress: show a progress bar and print notes and a summary.
+    The arguments are the script's options, which `--help` describes; `progress` shows a bar, notes and a summary.
 
     Raises:
         ConversionError: a bad argument or source, an existing output, a concurrent conversion to the same output, a
             full or read-only disk, a checksum that differs, a failed upload (only then does `output` exist).
     """
-    require(mask_row in ("keep", "mean"), f"mask_row must be 'keep' or 'mean', got {mask_row!r}")
+    require(mask_row in MASK_ROWS, f"mask_row must be 'keep' or 'mean', got {mask_row!r}")
     is_target = push_to_hub is None or is_hub_id(push_to_hub)
     require(is_target, f"push_to_hub must be a repository id such as me/Bard-VL-4B, got {push_to_hub!r}")
     shard_limit = None if max_shard_size is None else parse_size(max_shard_size)
@@ -176,17 +157,16 @@ def convert(
     try:
         with exclusive_folder(output) as partial:
             job = prepare(source, revision, block_size, mask_token_id, mask_row)
-            shards = plan_shards(job, shard_limit)
-            texts = output_texts(job, push_to_hub or output.name)
+            files = plan_shards(job, shard_limit) | other_files(job, push_to_hub or output.name)
             for note in job.notes if progress else ():
                 print(f"note: {note}")
-            write_and_verify(partial, job, shards, texts, progress)
+            write_and_verify(partial, files, progress)
             os.rename(partial, output)
             sync(output.parent)
     except OSError as error:
         raise ConversionError(f"cannot convert {source} to {output}: {error}") from error
     if progress:
-        print(summary(job, output, len(shards)))
+        print(summary(job, output, sum(name.endswith(".safetensors") for name in files)))
     if push_to_hub:
         upload(output, push_to_hub, private)
     return output
@@ -207,9 +187,9 @@ def prepare(
     check_tensors(tensors, model_shapes(job, len(tensors)))
     job.tensors = list(tensors.values())
     job.mask_token_id = choose_mask_token_id(job.config, mask_token_id, tensors[EMBEDDING].shape[0], tokens)
-    for name in (EMBEDDING, HEAD) if mask_row == "mean" else ():
-        if name in tensors:
-            job.edits[name] = mean_row(tensors[name], tokens.keys() - {job.mask_token_id}, job.mask_token_id)
+    if mask_row == "mean":
+        token_ids = tokens.keys() - {job.mask_token_id}
+        job.mask_rows = {name: mean_row(tensors[name], token_ids) for name in (EMBEDDING, HEAD) if name in tensors}
     if "thinking" in job.name.lower() or OPENS_THINKING.search(chat_template(job.folder)[0] or ""):
         job.notes.append(
             "a Thinking source: its chat template opens every answer with <think>, and the reasoning is long; generate "
@@ -228,14 +208,12 @@ def locate(source: str | Path, revision: str | None) -> Conversion:
         folder = download(str(source), revision)
     else:
         require(revision is None, f"revision {revision!r} needs a Hub id as the source, {source} is a folder")
-    name = Path(os.path.abspath(folder)).name
-    snapshot = folder.resolve()
+    name, snapshot, config = Path(os.path.abspath(folder)).name, folder.resolve(), read_json(folder / "config.json")
     if snapshot.parent.name == "snapshots" and snapshot.parents[1].name.startswith("models--"):
-        hub_id: str | None = snapshot.parents[1].name.removeprefix("models--").replace("--", "/")
-        return Conversion(folder, str(hub_id), hub_id, snapshot.name, read_json(folder / "config.json"))
-    owners = (owner for pattern, owner in RELEASES.items() if re.fullmatch(pattern, name))
-    hub_id = next((f"{owner}/{name}" for owner in owners), None)
-    return Conversion(folder, hub_id or name, hub_id, None, read_json(folder / "config.json"))
+        hub_id = snapshot.parents[1].name.removeprefix("models--").replace("--", "/")
+        return Conversion(folder, hub_id, hub_id, snapshot.name, config)
+    known = next((f"{owner}/{name}" for pattern, owner in RELEASES.items() if re.fullmatch(pattern, name)), None)
+    return Conversion(folder, known or name, known, None, config)
 
 
 def is_hub_id(text: str) -> bool:
@@ -248,8 +226,7 @@ def is_hub_id(text: str) -> bool:
 
 def download(repo: str, revision: str | None) -> Path:
     """Fetch a Hub repository into the Hub's cache; its config first, to refuse before gigabytes of weights."""
-    known = "neither a folder nor a Hub id such as Qwen/Qwen3-VL-4B-Instruct"
-    require(is_hub_id(repo), f"source {repo!r} is {known}")
+    require(is_hub_id(repo), f"source {repo!r} is neither a folder nor a Hub id such as Qwen/Qwen3-VL-4B-Instruct")
     small = [*COPIED_FILES, "config.json", "generation_config.json", "processor_config.json", "README.md"]
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=small))
@@ -301,8 +278,8 @@ def check_companions(folder: Path) -> None:
         advice = f"{folder} has no {' or '.join(names)}: put the base model's files beside its weights"
         require(any((folder / name).is_file() for name in names), advice)
     for name in COPIED_FILES:
-        if name.endswith(".json") and (folder / name).is_file():
-            read_json(folder / name)
+        if name.endswith(".json"):
+            read_json(folder / name, {})
     for module in ("configuration_bard_vl.py", "modeling_bard_vl.py", "processing_bard_vl.py", "config.json"):
         advice = f"{module} is missing beside {Path(__file__).name}: run it from a full checkout"
         require((CODE_FOLDER / module).is_file(), advice)
@@ -349,7 +326,7 @@ def choose_mask_token_id(
 def tokenizer_entries(folder: Path) -> dict[int, str]:
     """What each id of the tokenizer is, from every file that may define some; a mask of its own is left out."""
     names = ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json")
-    whole, words, added, settings = (read_json(folder / f) if (folder / f).is_file() else {} for f in names)
+    whole, words, added, settings = (read_json(folder / name, {}) for name in names)
     mask = settings.get("mask_token")
     try:
         mask = mask["content"] if isinstance(mask, dict) else mask
@@ -465,42 +442,50 @@ def check_tensors(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]
 
 def drop_tied_head(job: Conversion, tensors: dict[str, Tensor]) -> None:
     """Remove an output matrix that equals the tied embedding; one that differs contradicts the config."""
-    is_same = EMBEDDING not in tensors or sha256(tensors[HEAD]) == sha256(tensors[EMBEDDING])
+    is_same = EMBEDDING not in tensors or sha256([tensors[HEAD]]) == sha256([tensors[EMBEDDING]])
     require(is_same, "lm_head.weight differs from the embedding although config.json ties the two")
     job.to_rewrite.add(tensors.pop(HEAD).path)
     job.notes.append("lm_head.weight repeats the tied embeddings, and is left out")
 
 
-def mean_row(tensor: Tensor, token_ids: Iterable[int], row: int) -> Edit:
-    """The edit that sets `row` to the mean of the rows `token_ids`, accumulated in float64, in the tensor's dtype."""
+def mean_row(tensor: Tensor, token_ids: Iterable[int]) -> bytes:
+    """The mean of the rows `token_ids`, accumulated in float64, in the tensor's dtype."""
     import torch
 
     num_rows, width = tensor.shape
-    row_size = tensor.size // num_rows
     is_used = torch.zeros(num_rows, dtype=torch.bool)
     is_used[[token_id for token_id in token_ids if token_id < num_rows]] = True
-    total, step = torch.zeros(width, dtype=torch.float64), max(1, CHUNK_SIZE // row_size)
+    total, step = torch.zeros(width, dtype=torch.float64), max(1, CHUNK_SIZE * num_rows // tensor.size)
     with safe_open(tensor.path, framework="pt") as opened:
         weight = opened.get_slice(tensor.name)
         for first in range(0, num_rows, step):
             rows = weight[first : first + step]
             total += rows[is_used[first : first + step]].sum(0, dtype=torch.float64)
-    mean = (total / is_used.sum()).to(rows.dtype)
-    return Edit(tensor.path, tensor.start + row * row_size, bytes(mean.view(torch.uint8).tolist()))
+    return bytes((total / is_used.sum()).to(rows.dtype).view(torch.uint8).tolist())
 
 
-def plan_shards(job: Conversion, limit: int | None) -> list[tuple[list[Tensor], list[bytes | Span]]]:
-    """Files of weights to write, each as its tensors and its content: the source's own files where they will do."""
+def plan_shards(job: Conversion, limit: int | None) -> dict[str, Content]:
+    """The output's files of weights and their index: the source's own files where they will do."""
     by_file: dict[Path, list[Tensor]] = {}
     for tensor in job.tensors:
         by_file.setdefault(tensor.path, []).append(tensor)
-    sizes = {path: group[-1].start + group[-1].size for path, group in by_file.items()}
-    if limit is not None and (job.to_rewrite or max(sizes.values()) > limit):
-        return [new_shard(group) for group in fill_shards(job.tensors, limit)]
-    return [
-        new_shard(group) if path in job.to_rewrite else (group, [Span(path, 0, sizes[path])])
-        for path, group in by_file.items()
-    ]
+    groups, are_kept = list(by_file.values()), True
+    if limit is not None and (job.to_rewrite or any(path.stat().st_size > limit for path in by_file)):
+        groups, are_kept = fill_shards(job.tensors, limit), False
+    files: dict[str, Content] = {}
+    count, weight_map = len(groups), dict[str, str]()
+    for number, group in enumerate(groups, 1):
+        name = f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
+        path, start = group[0].path, group[0].start
+        is_copied = are_kept and path not in job.to_rewrite
+        header, tensors = (Span(path, 0, start), group) if is_copied else new_header(group)
+        files[name] = [header, *(part for tensor in tensors for part in with_mask_row(job, tensor))]
+        weight_map |= {tensor.name: name for tensor in group}
+    if count > 1:
+        total_size = sum(tensor.size for tensor in job.tensors)
+        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+        files["model.safetensors.index.json"] = [to_json(index)]
+    return files
 
 
 def fill_shards(tensors: Iterable[Tensor], limit: int) -> list[list[Tensor]]:
@@ -519,8 +504,8 @@ def fill_shards(tensors: Iterable[Tensor], limit: int) -> list[list[Tensor]]:
     return groups
 
 
-def new_shard(tensors: list[Tensor]) -> tuple[list[Tensor], list[bytes | Span]]:
-    """A file for some tensors in the layout of the safetensors library, which keeps the data aligned."""
+def new_header(tensors: list[Tensor]) -> tuple[bytes, list[Tensor]]:
+    """Header and order of some tensors in the layout of the safetensors library, which keeps the data aligned."""
     ordered = sorted(tensors, key=lambda tensor: (-DTYPE_SIZES[tensor.dtype], tensor.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -529,7 +514,18 @@ def new_shard(tensors: list[Tensor]) -> tuple[list[Tensor], list[bytes | Span]]:
         header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
-    return ordered, [len(encoded).to_bytes(8, "little") + encoded, *ordered]
+    return len(encoded).to_bytes(8, "little") + encoded, ordered
+
+
+def with_mask_row(job: Conversion, tensor: Tensor) -> Content:
+    """A tensor's bytes, with the mask token's new row in their place if it gets one."""
+    row = job.mask_rows.get(tensor.name)
+    if row is None:
+        return [tensor]
+    before = job.mask_token_id * len(row)
+    end = before + len(row)
+    rest = Span(tensor.path, tensor.start + end, tensor.size - end)
+    return [Span(tensor.path, tensor.start, before), row, rest]
 
 
 # --- The output -------------------------------------------------------------------------------------------------------
@@ -585,77 +581,52 @@ def locked(path: Path, output: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def write_and_verify(
-    partial: Path,
-    job: Conversion,
-    shards: list[tuple[list[Tensor], list[bytes | Span]]],
-    texts: dict[str, str],
-    progress: bool,
-) -> None:
+def write_and_verify(partial: Path, files: dict[str, Content], progress: bool) -> None:
     """Write every file of the output, config.json last, sync, read back and compare."""
-    count = len(shards)
-    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    files = dict(zip(names if count > 1 else ["model.safetensors"], (content for _, content in shards), strict=True))
-    if count > 1:
-        weight_map = {tensor.name: name for name, (group, _) in zip(names, shards, strict=True) for tensor in group}
-        total_size = sum(tensor.size for tensor in job.tensors)
-        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-        texts = {"model.safetensors.index.json": to_json(index), **texts}
-    files |= {name: [Span(path, 0, path.stat().st_size)] for name, path in output_copies(job.folder).items()}
-    # JSON may spell half a surrogate pair, which UTF-8 cannot: it is spelled out again.
-    files |= {name: [text.encode("utf-8", "backslashreplace")] for name, text in texts.items()}
     size = sum(len(part) if isinstance(part, bytes) else part.size for parts in files.values() for part in parts)
     free, needed = shutil.disk_usage(partial).free, size + 2**20
     shortage = f"{partial.parent} has {free / 1e6:,.0f} MB free, the output needs {needed / 1e6:,.0f} MB"
     require(free >= needed, shortage)
-    edits = list(job.edits.values())
     with tqdm(total=2 * size, unit="B", unit_scale=True, desc="copying", disable=not progress) as bar:
-        digests = {name: write_file(partial / name, parts, edits, bar) for name, parts in files.items()}
+        digests = {name: write_file(partial / name, content, bar) for name, content in files.items()}
         sync(partial)
         bar.set_description("verifying")
         verify(partial, digests, bar)
 
 
-def write_file(path: Path, parts: Iterable[bytes | Span], edits: list[Edit], bar: Any) -> str:
+def write_file(path: Path, content: Content, bar: Any) -> str:
     """Write a file, and return the SHA-256 that it must have."""
-    digest = hashlib.sha256()
     with path.open("wb") as file:
-        for part in parts:
-            for content in [part] if isinstance(part, bytes) else read_span(part, edits):
-                digest.update(content)
-                file.write(content)
-                bar.update(len(content))
+        digest = sha256(content, bar, file.write)
         file.flush()
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):  # out of the page cache, so that verifying reads the disk
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return digest
+
+
+def sha256(content: Content, bar: Any = None, write: Callable[[Any], Any] | None = None) -> str:
+    """SHA-256 of some bytes, which `write` gets on the way."""
+    digest = hashlib.sha256()
+    for part in content:
+        for chunk in [part] if isinstance(part, bytes) else read_span(part):
+            digest.update(chunk)
+            if write:
+                write(chunk)
+            if bar is not None:
+                bar.update(len(chunk))
     return digest.hexdigest()
 
 
-def read_span(span: Span, edits: Iterable[Edit] = ()) -> Iterator[memoryview]:
-    """Yield a span's bytes with the edits laid over them; each view is overwritten by the next one."""
+def read_span(span: Span) -> Iterator[memoryview]:
+    """Yield a span's bytes; each view is overwritten by the next one."""
     buffer = memoryview(bytearray(min(CHUNK_SIZE, span.size)))
-    end = span.start + span.size
     with span.path.open("rb") as file:
         file.seek(span.start)
-        for start in range(span.start, end, len(buffer) or 1):
-            view = buffer[: end - start]
+        for start in range(0, span.size, len(buffer) or 1):
+            view = buffer[: span.size - start]
             require(file.readinto(view) == len(view), f"{span.path} ended while it was read")
-            for edit in edits:
-                first, last = max(edit.start, start), min(edit.start + len(edit.content), start + len(view))
-                if edit.path == span.path and first < last:
-                    view[first - start : last - start] = edit.content[first - edit.start : last - edit.start]
             yield view
-
-
-def sha256(span: Span, bar: Any = None) -> str:
-    """SHA-256 of a span's bytes."""
-    digest = hashlib.sha256()
-    for view in read_span(span):
-        digest.update(view)
-        if bar is not None:
-            bar.update(len(view))
-    return digest.hexdigest()
 
 
 def sync(folder: Path) -> None:
@@ -671,7 +642,7 @@ def sync(folder: Path) -> None:
 def verify(folder: Path, digests: dict[str, str], bar: Any) -> None:
     """Read the whole output back: each file's SHA-256, and no file more."""
     for name, digest in digests.items():
-        is_written = sha256(Span(folder / name, 0, (folder / name).stat().st_size), bar) == digest
+        is_written = sha256([whole(folder / name)], bar) == digest
         require(is_written, f"verification failed: {name} is not what was written")
     strays = {path.name for path in folder.iterdir()} - digests.keys()
     require(not strays, f"verification failed: unexpected files in {folder}: {', '.join(sorted(strays))}")
@@ -680,36 +651,30 @@ def verify(folder: Path, digests: dict[str, str], bar: Any) -> None:
 # --- The files beside the weights -------------------------------------------------------------------------------------
 
 
-def output_copies(folder: Path) -> dict[str, Path]:
-    """Files that are copied byte for byte, by their name in the output."""
-    ours = {"LICENSE-CODE": CODE_FOLDER / "LICENSE"}  # the code's licence is not that of the weights
-    ours |= {".gitignore": CODE_FOLDER / ".gitignore"}  # what keeps caches and the like out of later uploads
-    ours |= {path.name: path for path in sorted(CODE_FOLDER.glob("*_bard_vl.py"))}
-    copies = {name: folder / name for name in COPIED_FILES} | ours
-    return {name: path for name, path in copies.items() if path.is_file()}
-
-
-def output_texts(job: Conversion, repo: str) -> dict[str, str]:
-    """Files that are written, by their name; config.json is last, since loaders take it for the sign of a model."""
-    generation = generation_config(job)
-    texts = {"README.md": model_card(job, repo, generation)}
+def other_files(job: Conversion, repo: str) -> dict[str, Content]:
+    """The files beside the weights; config.json is last, since loaders take it for the sign of a model."""
+    copies = {name: job.folder / name for name in COPIED_FILES}
+    # The code's licence is not that of the weights; .gitignore keeps caches and the like out of later uploads.
+    copies |= {"LICENSE-CODE": CODE_FOLDER / "LICENSE", ".gitignore": CODE_FOLDER / ".gitignore"}
+    copies |= {path.name: path for path in sorted(CODE_FOLDER.glob("*_bard_vl.py"))}
+    generation, texts = generation_config(job), {}
+    texts["README.md"] = model_card(job, repo, generation).encode("utf-8", "backslashreplace")
     template, both_read_it = chat_template(job.folder)
     if template is None:
         job.notes.append("the source has no chat template, so neither has the output")
     elif not both_read_it:
-        texts["chat_template.jinja"] = template
-    processor = job.folder / "processor_config.json"
-    settings = read_json(processor) if processor.is_file() else {}
+        texts["chat_template.jinja"] = template.encode("utf-8", "backslashreplace")
     if not (job.folder / "preprocessor_config.json").is_file():
         job.notes.append(
             "the source's processor files were saved by transformers 5, and 4.57 cannot read them; "
             "to serve both, put the base model's original tokenizer and processor files into the source"
         )
-    settings |= PROCESSOR_SETTINGS | {"mask_token_id": job.mask_token_id}
-    texts["processor_config.json"] = to_json(settings)
+    ours = PROCESSOR_SETTINGS | {"mask_token_id": job.mask_token_id}
+    texts["processor_config.json"] = to_json(read_json(job.folder / "processor_config.json", {}) | ours)
     texts["generation_config.json"] = to_json(generation)
     texts["config.json"] = to_json(bard_config(job))
-    return texts
+    files: dict[str, Content] = {name: [whole(path)] for name, path in copies.items() if path.is_file()}
+    return files | {name: [text] for name, text in texts.items()}
 
 
 def chat_template(folder: Path) -> tuple[str | None, bool]:
@@ -721,7 +686,7 @@ def chat_template(folder: Path) -> tuple[str | None, bool]:
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text("utf-8", errors="replace"), True
     files = (folder / "chat_template.json", folder / "tokenizer_config.json")
-    for_processor, for_tokenizer = (read_json(f).get("chat_template") if f.is_file() else None for f in files)
+    for_processor, for_tokenizer = (read_json(file, {}).get("chat_template") for file in files)
     template = for_processor or for_tokenizer
     if not isinstance(template, str):
         return None, False
@@ -754,9 +719,8 @@ def generation_config(job: Conversion) -> dict[str, Any]:
     Autoregressive sampling settings (temperature, top_p, top_k, penalties) are dropped: they were tuned for another
     decoding loop. A Bard-VL source keeps its threshold: its own, or what its authors recommend for a published name.
     """
-    path = job.folder / "generation_config.json"
-    source = read_json(path) if path.is_file() else {}
-    ids = {}
+    path, ids = job.folder / "generation_config.json", {}
+    source = read_json(path, {})
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = source.get(key, job.config["text_config"].get(key, job.config.get(key)))
         if token_ids(value, f"{path}: {key}"):
@@ -788,13 +752,15 @@ def model_card(job: Conversion, repo: str, generation: dict[str, Any]) -> str:
         metadata |= {"base_model": job.hub_id, "base_model_relation": "finetune"}
     tags = "[custom_code, block-diffusion, diffusion-language-model, vision-language]"
     metadata |= {"language": "[en, zh]", "tags": tags}
-    edits = f" except the rows of the mask token in {' and '.join(job.edits)}, set to the mean of the vocabulary's rows"
+    edits = (
+        f" except the rows of the mask token in {' and '.join(job.mask_rows)}, set to the mean of the vocabulary's rows"
+    )
     return "\n".join(["---", *(f"{key}: {value}" for key, value in metadata.items()), "---", ""]) + CARD.format(
         title=repo.split("/")[-1],
         path=repo,
         name=job.name,
         commit=f" at commit `{job.commit}`" if job.commit else "",
-        edits=edits if job.edits else "",
+        edits=edits if job.mask_rows else "",
         state=(SEEDED if job.is_seed else TRAINED).format(block_size=job.block_size),
         licence=metadata["license"],
         block_size=job.block_size,
@@ -854,8 +820,15 @@ the source's licence ({licence}); the code (`*_bard_vl.py`) is under the MIT lic
 # --- Small things -----------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file."""
+def whole(path: Path) -> Span:
+    """All bytes of a file."""
+    return Span(path, 0, path.stat().st_size)
+
+
+def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Read a JSON object from a file, which may be missing if there is a default."""
+    if default is not None and not path.is_file():
+        return default
     require(path.is_file(), f"{path} is missing")
     return parse_json(path.read_bytes(), path)
 
@@ -874,9 +847,9 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
     return result
 
 
-def to_json(content: dict[str, Any]) -> str:
-    """JSON as the Hub's repositories have it."""
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+def to_json(content: dict[str, Any]) -> bytes:
+    """JSON as the Hub's repositories have it; half a surrogate pair, which UTF-8 lacks, as its escape."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def parse_size(size: int | str) -> int:
@@ -890,7 +863,7 @@ def parse_size(size: int | str) -> int:
 def summary(job: Conversion, output: Path, num_shards: int) -> str:
     """What was done, in a few lines."""
     size = sum(tensor.size for tensor in job.tensors)
-    changed = ", ".join(f"row {job.mask_token_id} of {name}" for name in job.edits) or "none"
+    changed = ", ".join(f"row {job.mask_token_id} of {name}" for name in job.mask_rows) or "none"
     lines = [
         f"converted {job.name} to {output}",
         f"  {len(job.tensors)} tensors, {size:,} bytes in {num_shards} shard(s), all verified by SHA-256",
@@ -911,30 +884,35 @@ def upload(folder: Path, repo: str, private: bool | None) -> None:
         raise ConversionError(f"{folder} is complete, but its upload to {repo} failed: {error}") from error
 
 
+def parser() -> argparse.ArgumentParser:
+    """The script's options, which are the arguments of `convert`."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    size = (
+        "tokens per block (default: what the config states, else the number in a Bard-VL name, else, for Qwen3-VL, 4)"
+    )
+    mean = "initial value of that row, and of the untied output matrix's: as it is, or the mean over all tokens"
+    add("--source", required=True, help="dense Qwen3-VL (Instruct or Thinking) or Bard-VL checkpoint: folder or Hub id")
+    add("--output", required=True, help="folder to write; must not exist, missing parents are made")
+    add("--block-size", type=int, help=size)
+    add("--mask-token-id", type=int, help="embedding row of the mask (default: what the config states, else 151671)")
+    add("--mask-row", choices=MASK_ROWS, default="keep", help=f"{mean} of the tokenizer but the mask (default: keep)")
+    add("--max-shard-size", help="largest file of weights: bytes, 5GB (10^9) or 500MiB (2^20) (default: as the source)")
+    add("--revision", help="branch, tag or commit of a Hub source")
+    add("--push-to-hub", metavar="REPO", help="upload the finished folder to this repository")
+    add("--private", action="store_true", default=None, help="make a repository created so private")
+    add("--quiet", action="store_true", help="no progress bar, notes or summary")
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the script; returns 0, or 1 after printing an error."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--source", required=True, help="Qwen3-VL or Bard-VL checkpoint: a folder or a Hub id")
-    parser.add_argument("--output", required=True, help="folder to write; must not exist")
-    parser.add_argument("--block-size", type=int, help="tokens per block (default: the source's, else 4)")
-    parser.add_argument(
-        "--mask-token-id", type=int, help="embedding row of the mask (default: the source's, else 151671)"
-    )
-    parser.add_argument("--mask-row", choices=("keep", "mean"), default="keep", help="initial value of that row")
-    parser.add_argument("--max-shard-size", help="largest file of weights, as 5GB (default: as in the source)")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub source")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository")
-    parser.add_argument("--private", action="store_true", default=None, help="make a repository created so private")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, notes or summary")
-    options = vars(parser.parse_args(argv))
+    options = vars(parser().parse_args(argv))
     try:
         convert(progress=not options.pop("quiet"), **options)
-    except ConversionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
+    except (ConversionError, KeyboardInterrupt) as error:
+        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
+        return 1 if isinstance(error, ConversionError) else 130
     return 0
 
 
