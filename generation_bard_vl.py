@@ -44,6 +44,7 @@ from .inputs_bard_vl import (
     check_length,
     check_prompt,
     check_visual_inputs,
+    grids_of,
     response_limits,
     visual_tensor,
 )
@@ -389,8 +390,7 @@ class BardVLGenerationMixin(PortableGeneration):
         settings = DecodingSettings.resolve(config, self.config, input_ids.shape[-1])
         attention_mask = check_prompt(self.config, input_ids, attention_mask, settings.mask_token_id)
         check_visual_inputs(self.config, input_ids, **visual_inputs)
-        grids = {name: visual_inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
-        positions = self.get_position_ids(input_ids, attention_mask, **grids)[1:]
+        positions = self.get_position_ids(input_ids, attention_mask, **grids_of(visual_inputs))[1:]
         prompt = Prompt.realign(input_ids, attention_mask, positions, visual_inputs)
         is_stated = warn and bool({"max_new_tokens", "max_length"} & config.explicit().keys())
         limits = response_limits(self.config, prompt, settings.max_new_tokens, settings.block_size, is_stated)

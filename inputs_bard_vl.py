@@ -23,7 +23,38 @@ NEUTRAL_ARGUMENTS: dict[str, Any] = {
     "output_router_logits": False,
     "generation_mode": "text",  # of `transformers serve`
 }
-VISUAL_INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+
+
+@dataclass(frozen=True)
+class MediaKind:
+    """A row of the table of what a prompt may show.
+
+    Attributes:
+        name: the kind's, as in an error's message and in the config's `<name>_token_id`.
+        pixels: the argument with the patches, (patches, size).
+        grids: the argument with the frames, height and width of every item in patches, (items, 3).
+        part: what one run of placeholder tokens stands for.
+        one: an item in words.
+        has_frames: whether items have frames in time, each with a run of placeholder tokens of its own.
+    """
+
+    name: str
+    pixels: str
+    grids: str
+    part: str
+    one: str
+    has_frames: bool
+
+    def token_id(self, config: Any) -> int:
+        """The id of its placeholder tokens."""
+        return getattr(config, f"{self.name}_token_id")
+
+
+MEDIA_KINDS = (
+    MediaKind("image", "pixel_values", "image_grid_thw", "image", "an image", False),
+    MediaKind("video", "pixel_values_videos", "video_grid_thw", "frame of a video", "a video", True),
+)  # in the order of their features
+VISUAL_INPUTS = tuple(name for kind in MEDIA_KINDS for name in (kind.pixels, kind.grids))
 
 
 @dataclass
@@ -114,13 +145,26 @@ def visual_items(
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Images, then videos, as (token id, pixels (patches, size), grids (items, 3), tokens per item (items,))."""
     merged = config.vision_config.spatial_merge_size**2
-    for token_id, pixels, grids in (
-        (config.image_token_id, "pixel_values", "image_grid_thw"),
-        (config.video_token_id, "pixel_values_videos", "video_grid_thw"),
-    ):
-        values, grid = visual_inputs.get(pixels), visual_inputs.get(grids)
-        if values is not None and grid is not None:
-            yield token_id, values, grid, grid.prod(-1) // merged
+    for kind in MEDIA_KINDS:
+        pixels, grids = visual_inputs.get(kind.pixels), visual_inputs.get(kind.grids)
+        if pixels is not None and grids is not None:
+            yield kind.token_id(config), pixels, grids, grids.prod(-1) // merged
+
+
+def grids_of(visual_inputs: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+    """The grids of every kind, None for one that is not there."""
+    return {kind.grids: visual_inputs.get(kind.grids) for kind in MEDIA_KINDS}
+
+
+def number_placeholders(config: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """The row of the features that each token of a conversation shows, in the order of the kinds; -1 for others."""
+    index, first = torch.full_like(input_ids, -1), 0
+    for kind in MEDIA_KINDS:
+        shown = input_ids == kind.token_id(config)
+        count = int(shown.sum())
+        index[shown] = torch.arange(first, first + count)
+        first += count
+    return index
 
 
 @dataclass(frozen=True)
@@ -130,7 +174,7 @@ class VisualItem:
     frames: int
     height: int
     width: int
-    is_video: bool
+    kind: MediaKind
     row: int
 
     @property
@@ -141,7 +185,7 @@ class VisualItem:
     def within(self, max_pixels: int, vision_config: Any) -> "VisualItem":
         """The item as the processor would have made it under a limit of pixels, of a video in all its frames."""
         patch, merge = vision_config.patch_size, vision_config.spatial_merge_size
-        frames = self.frames * vision_config.temporal_patch_size if self.is_video else 1
+        frames = self.frames * vision_config.temporal_patch_size if self.kind.has_frames else 1
         pixels = frames * self.height * self.width * patch**2
         if pixels <= max_pixels:
             return self
@@ -170,14 +214,14 @@ class PromptSize:
     def of(cls, config: Any, prompt: Prompt, first: int = 0) -> "PromptSize":
         """The size of a realigned `Prompt`, with the items that have a token in column `first` or later."""
         merged, items = config.vision_config.spatial_merge_size**2, []
-        for token_id, name in ((config.image_token_id, "image_grid_thw"), (config.video_token_id, "video_grid_thw")):
-            grids = prompt.visual_inputs.get(name)
-            tokens = (prompt.input_ids == token_id).nonzero().tolist()
+        for kind in MEDIA_KINDS:
+            grids = prompt.visual_inputs.get(kind.grids)
+            tokens = (prompt.input_ids == kind.token_id(config)).nonzero().tolist()
             for frames, height, width in [] if grids is None else grids.tolist():
                 count = frames * height * width // merged
                 row, last = tokens[count - 1]
                 if last >= first:
-                    items.append(VisualItem(frames, height, width, name == "video_grid_thw", row))
+                    items.append(VisualItem(frames, height, width, kind, row))
                 tokens = tokens[count:]
         return cls(tuple(prompt.host_lengths), tuple(prompt.next_position.tolist()), tuple(items), first)
 
@@ -217,7 +261,7 @@ def pixel_advice(size: PromptSize, vision_config: Any, fits: Callable[[PromptSiz
     if not size.items:
         return ""
     limit = largest_pixels(size, vision_config, fits)
-    kinds = " or ".join(sorted({"a video" if item.is_video else "an image" for item in size.items}))
+    kinds = " or ".join(sorted({item.kind.one for item in size.items}))
     if limit is None:
         return f"; no limit on the pixels of {kinds} makes it fit"
     return f"; it fits if the processor's `max_pixels` of {kinds} is {limit}"
@@ -229,25 +273,22 @@ def check_visual_inputs(config: Any, input_ids: torch.Tensor | None, **visual_in
     Without `input_ids` the placeholder tokens are not counted.
     """
     merged = config.vision_config.spatial_merge_size**2
-    for kind, token_id, pixels_name, grid_name in (
-        ("image", config.image_token_id, "pixel_values", "image_grid_thw"),
-        ("video", config.video_token_id, "pixel_values_videos", "video_grid_thw"),
-    ):
-        pixels, grid = visual_inputs.get(pixels_name), visual_inputs.get(grid_name)
+    for kind in MEDIA_KINDS:
+        pixels, grid = visual_inputs.get(kind.pixels), visual_inputs.get(kind.grids)
         if (pixels is None) != (grid is None):
-            raise ValueError(f"`{pixels_name}` and `{grid_name}` belong together: one of them is missing")
-        tokens = None if input_ids is None else int((input_ids == token_id).sum())
+            raise ValueError(f"`{kind.pixels}` and `{kind.grids}` belong together: one of them is missing")
+        tokens = None if input_ids is None else int((input_ids == kind.token_id(config)).sum())
         if pixels is None or grid is None:
             if tokens:
-                raise ValueError(f"the prompt has {tokens} {kind} tokens but there is no `{pixels_name}`")
+                raise ValueError(f"the prompt has {tokens} {kind.name} tokens but there is no `{kind.pixels}`")
             continue
-        check_visual_shapes(config.vision_config, pixels_name, pixels, grid_name, grid)
+        check_visual_shapes(config.vision_config, kind, pixels, grid)
         patches = int(grid.prod(-1).sum())
         if patches != pixels.shape[0]:
-            raise ValueError(f"`{grid_name}` speaks of {patches} patches, `{pixels_name}` holds {pixels.shape[0]}")
+            raise ValueError(f"`{kind.grids}` speaks of {patches} patches, `{kind.pixels}` holds {pixels.shape[0]}")
         if tokens is not None and patches // merged != tokens:
             raise ValueError(
-                f"the prompt has {tokens} {kind} tokens, `{grid_name}` stands for {patches // merged} features"
+                f"the prompt has {tokens} {kind.name} tokens, `{kind.grids}` stands for {patches // merged} features"
             )
 
 
@@ -265,24 +306,22 @@ def check_visual_index(
         raise ValueError(f"`visual_index` holds {wrong}, pixels and grids give {num_features} visual features")
 
 
-def check_visual_shapes(
-    vision_config: Any, pixels_name: str, pixels: torch.Tensor, grid_name: str, grid: torch.Tensor
-) -> None:
+def check_visual_shapes(vision_config: Any, kind: MediaKind, pixels: torch.Tensor, grid: torch.Tensor) -> None:
     """Raise `ValueError` unless `pixels` is (patches, patch size), `grid` (items, 3) and its sides can be merged."""
     if grid.ndim != 2 or grid.shape[1] != 3 or grid.dtype not in (torch.int64, torch.int32):
         raise ValueError(
-            f"`{grid_name}` must have shape (items, 3) of integers, got {tuple(grid.shape)} of {grid.dtype}"
+            f"`{kind.grids}` must have shape (items, 3) of integers, got {tuple(grid.shape)} of {grid.dtype}"
         )
     merge = grid.new_tensor([1, vision_config.spatial_merge_size, vision_config.spatial_merge_size])
     wrong = grid[((grid < 1) | (grid % merge != 0)).any(-1)]
     if len(wrong):
         raise ValueError(
-            f"`{grid_name}` holds {wrong[0].tolist()}: frames, height and width must be positive, height and width "
+            f"`{kind.grids}` holds {wrong[0].tolist()}: frames, height and width must be positive, height and width "
             f"multiples of {vision_config.spatial_merge_size}"
         )
     size = vision_config.in_channels * vision_config.temporal_patch_size * vision_config.patch_size**2
     if pixels.ndim != 2 or pixels.shape[1] != size:
-        raise ValueError(f"`{pixels_name}` must have shape (patches, {size}), got {tuple(pixels.shape)}")
+        raise ValueError(f"`{kind.pixels}` must have shape (patches, {size}), got {tuple(pixels.shape)}")
 
 
 def check_visual_layout(config: Any, input_ids: torch.Tensor, **grids: torch.Tensor | None) -> None:
@@ -292,24 +331,22 @@ def check_visual_layout(config: Any, input_ids: torch.Tensor, **grids: torch.Ten
     without saying why, others give them wrong positions.
     """
     merged = config.vision_config.spatial_merge_size**2
-    for kind, token_id, grid_name in (
-        ("image", config.image_token_id, "image_grid_thw"),
-        ("video", config.video_token_id, "video_grid_thw"),
-    ):
-        grid, is_visual = grids.get(grid_name), input_ids == token_id
+    for kind in MEDIA_KINDS:
+        grid, is_visual = grids.get(kind.grids), input_ids == kind.token_id(config)
         begins = is_visual & ~torch.nn.functional.pad(is_visual, [1, 0])[:, :-1]
         before = torch.nn.functional.pad(input_ids, [1, 0], value=-1)[:, :-1][begins]
         if (before != config.vision_start_token_id).any():
-            raise ValueError(f"a run of {kind} tokens must follow a vision start token {config.vision_start_token_id}")
+            start = config.vision_start_token_id
+            raise ValueError(f"a run of {kind.name} tokens must follow a vision start token {start}")
         found = begins.flatten().cumsum(0)[is_visual.flatten()].bincount()[1:].tolist()
         wanted: list[int] = []
         for frames, *sides in [] if grid is None else grid.tolist():
             tokens = math.prod(sides) // merged
-            wanted += [tokens * frames] if kind == "image" else [tokens] * frames
+            wanted += [tokens] * frames if kind.has_frames else [tokens * frames]
         if found != wanted:
             raise ValueError(
-                f"the prompt has {kind} tokens in runs of {found}, `{grid_name}` asks for runs of {wanted}: one for "
-                f"each {'image' if kind == 'image' else 'frame of a video'}"
+                f"the prompt has {kind.name} tokens in runs of {found}, `{kind.grids}` asks for runs of {wanted}: one "
+                f"for each {kind.part}"
             )
 
 
@@ -325,7 +362,7 @@ def visual_tensor(name: str, value: Any) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value
     try:
-        if name.endswith("_grid_thw"):
+        if name in (kind.grids for kind in MEDIA_KINDS):
             return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         pass
@@ -442,7 +479,9 @@ def response_limits(config: Any, prompt: Prompt, num_new_tokens: int, block_size
 
 
 __all__ = [
+    "MEDIA_KINDS",
     "VISUAL_INPUTS",
+    "MediaKind",
     "Prompt",
     "PromptSize",
     "VisualFeatures",
@@ -455,7 +494,9 @@ __all__ = [
     "check_visual_index",
     "check_visual_inputs",
     "check_visual_layout",
+    "grids_of",
     "largest_pixels",
+    "number_placeholders",
     "pixel_advice",
     "response_limits",
     "visual_items",

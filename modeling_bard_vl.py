@@ -42,6 +42,7 @@ from .inputs_bard_vl import (
     check_visual_index,
     check_visual_inputs,
     check_visual_layout,
+    grids_of,
     visual_items,
 )
 from .kernel_bard_vl import attend_slots
@@ -141,8 +142,7 @@ class BardVLModel(PortableModel, Qwen3VLModel):
                     "whole sequence"
                 )
             padding = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
-            grids = {name: visual_inputs[name] for name in ("image_grid_thw", "video_grid_thw")}
-            position_ids = self.get_position_ids(input_ids, padding, **grids)
+            position_ids = self.get_position_ids(input_ids, padding, **grids_of(visual_inputs))
         if visual_index is None:
             features = None if input_ids is None else self.encode_visual(input_ids, visual_inputs)
         else:

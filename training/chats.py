@@ -18,11 +18,12 @@ import datasets
 import torch
 from jinja2 import TemplateError
 
+from ..inputs_bard_vl import VISUAL_INPUTS, grids_of, number_placeholders
 from ..media_bard_vl import Media, describe
 from ..modeling_bard_vl import BardVLModel
 from ..processing_bard_vl import stated_size
 from .messages import BrokenChat, decode_image, open_image, open_video, read_messages
-from .packing import VISUAL_KINDS, Sample, packed_length, truncate
+from .packing import Sample, packed_length, truncate
 
 
 @dataclass(frozen=True)
@@ -294,27 +295,16 @@ class ChatEncoder:
             raise BrokenChat("broken video" if chat.videos else "broken image", str(error)) from error
         lengths = inputs["attention_mask"].sum(-1).tolist()
         input_ids = inputs["input_ids"][inputs["attention_mask"].bool()]
-        visual_inputs = {name: inputs[name] for kind in VISUAL_KINDS for name in kind if name in inputs}
-        grids = {name: visual_inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
-        positions = self._positions.get_position_ids(input_ids[None], **grids)
+        visual_inputs = {name: inputs[name] for name in VISUAL_INPUTS if name in inputs}
+        positions = self._positions.get_position_ids(input_ids[None], **grids_of(visual_inputs))
         return Sample(
             input_ids=input_ids,
             position_ids=positions[1:, 0],
             responses=self._responses(lengths),
-            visual_index=self._visual_index(input_ids),
+            visual_index=number_placeholders(self.config, input_ids),
             visual_inputs=visual_inputs,
             merge_size=self.config.vision_config.spatial_merge_size,
         )
-
-    def _visual_index(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Placeholders numbered, those of images before those of videos; -1 for other tokens."""
-        index, first = torch.full_like(input_ids, -1), 0
-        for token_id in (self.config.image_token_id, self.config.video_token_id):
-            shown = input_ids == token_id
-            count = int(shown.sum())
-            index[shown] = torch.arange(first, first + count)
-            first += count
-        return index
 
     @cached_property
     def _positions(self) -> BardVLModel:

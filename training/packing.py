@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from ..inputs_bard_vl import MEDIA_KINDS, VISUAL_INPUTS
+
 BASE, CLEAN, NOISY = 0, 1, 2
 EVERYTHING = 2**31 - 1  # an anchor behind every place
-VISUAL_KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Sample:
     def features_per_item(self) -> list[torch.Tensor]:
         """Visual features of each image, then of each video: two (items,) tensors."""
         none = torch.zeros(0, 3, dtype=torch.long)
-        return [self.visual_inputs.get(name, none).prod(-1) // self.merge_size**2 for _, name in VISUAL_KINDS]
+        return [self.visual_inputs.get(kind.grids, none).prod(-1) // self.merge_size**2 for kind in MEDIA_KINDS]
 
 
 class Layout(NamedTuple):
@@ -247,11 +248,11 @@ def check_sample(sample: Sample) -> None:
         if tuple(getattr(sample, name).shape) != shape:
             raise ValueError(f"`{name}` must have shape {shape}, got {tuple(getattr(sample, name).shape)}")
     check_responses(sample.responses, length)
-    for pixels, grids in VISUAL_KINDS:
-        patches = int(sample.visual_inputs[grids].prod(-1).sum()) if grids in sample.visual_inputs else 0
-        given = len(sample.visual_inputs[pixels]) if pixels in sample.visual_inputs else 0
+    for kind in MEDIA_KINDS:
+        patches = int(sample.visual_inputs[kind.grids].prod(-1).sum()) if kind.grids in sample.visual_inputs else 0
+        given = len(sample.visual_inputs[kind.pixels]) if kind.pixels in sample.visual_inputs else 0
         if patches != given:
-            raise ValueError(f"`{grids}` speaks of {patches} patches, `{pixels}` holds {given}")
+            raise ValueError(f"`{kind.grids}` speaks of {patches} patches, `{kind.pixels}` holds {given}")
     features = int(torch.cat(sample.features_per_item()).sum())
     lowest, highest = int(sample.visual_index.min()), int(sample.visual_index.max())
     if lowest < -1 or highest >= features:
@@ -304,11 +305,11 @@ def _keep(sample: Sample, responses: list[tuple[int, int]]) -> Sample:
         return sample
     new_row = seen[item].long().cumsum(0) - 1
     visual_inputs = {}
-    for (pixels, grids), kept in zip(VISUAL_KINDS, seen.split([len(counts) for counts in per_kind]), strict=True):
+    for kind, kept in zip(MEDIA_KINDS, seen.split([len(counts) for counts in per_kind]), strict=True):
         if kept.any():
-            of_kept = kept.repeat_interleave(sample.visual_inputs[grids].prod(-1))
-            visual_inputs[pixels] = sample.visual_inputs[pixels][of_kept]
-            visual_inputs[grids] = sample.visual_inputs[grids][kept]
+            of_kept = kept.repeat_interleave(sample.visual_inputs[kind.grids].prod(-1))
+            visual_inputs[kind.pixels] = sample.visual_inputs[kind.pixels][of_kept]
+            visual_inputs[kind.grids] = sample.visual_inputs[kind.grids][kept]
     moved = index.clone()
     moved[index >= 0] = new_row[index[index >= 0]]
     return replace(sample, visual_index=moved, visual_inputs=visual_inputs)
@@ -468,8 +469,7 @@ def _join_visual(samples: Sequence[Sample], laid_out: list[Columns]) -> dict[str
         first_image, first_video = first_image + images, first_video + videos
     return {
         name: torch.cat([sample.visual_inputs[name] for sample in samples if name in sample.visual_inputs])
-        for kind in VISUAL_KINDS
-        for name in kind
+        for name in VISUAL_INPUTS
         if any(name in sample.visual_inputs for sample in samples)
     }
 
