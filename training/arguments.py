@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import difflib
+import fnmatch
 import json
 import math
 from collections.abc import Sequence
@@ -34,9 +35,36 @@ class RecipeError(ValueError):
     """A recipe, or what it names, cannot be run as it stands; nothing was computed or written."""
 
 
-def option(default: Any, text: str) -> Any:
-    """A dataclass field with a help text."""
-    return field(default=default, metadata={"help": text})
+# Settings of transformers' own, as patterns of names, that decide nothing about the weights: of devices, of how a batch
+# is shared out, of what is written, logged and measured. A stage may go on with others.
+NEUTRAL = (
+    *("output_dir", "overwrite_output_dir", "run_name", "project", "report_to", "resume_from_checkpoint", "do_*"),
+    *("log_*", "logging_*", "save_*", "eval_*", "include_*", "trackio_*", "hub_*", "push_to_hub*", "disable_tqdm"),
+    *("debug", "skip_memory_metrics", "prediction_loss_only", "batch_eval_metrics", "*_full_eval", "label_names"),
+    *("metric_for_best_model", "greater_is_better", "load_best_model_at_end", "past_index", "jit_mode_eval"),
+    *("per_device_*", "per_gpu_*", "gradient_accumulation_steps", "average_tokens_across_devices", "local_rank"),
+    *("use_cpu", "no_cuda", "use_mps_device", "_n_gpu", "tpu_*", "mp_parameters", "ray_scope", "parallelism_config"),
+    *("accelerator_config", "dataloader_*", "ddp_*", "fsdp*", "deepspeed", "torch_empty_cache_steps", "use_cache"),
+    *("gradient_checkpointing*", "activation_checkpointing*", "enable_jit_checkpoint", "ignore_data_skip"),
+    *("restore_callback_states_from_checkpoint", "train_sampling_strategy", "length_column_name"),
+    *("half_precision_backend", "fp16_backend", "use_legacy_prediction_loop"),
+)
+
+
+def option(default: Any, text: str, decides: bool = True) -> Any:
+    """A dataclass field with a help text; where it does not decide a stage's result, a stage may go on with another."""
+    return field(default=default, metadata={"help": text, "decides": decides})
+
+
+def decisive(arguments: Any) -> dict[str, Any]:
+    """The settings in a dataclass that a stage's result depends on: all but those whose field says otherwise."""
+    return {each.name: getattr(arguments, each.name) for each in dataclasses.fields(arguments) if decides(each)}
+
+
+def decides(setting: dataclasses.Field) -> bool:
+    """Whether a stage's result depends on a setting: what its field says, else yes, but for `NEUTRAL` ones."""
+    is_neutral = any(fnmatch.fnmatchcase(setting.name, pattern) for pattern in NEUTRAL)
+    return setting.metadata.get("decides", not is_neutral)
 
 
 @dataclass
@@ -94,8 +122,8 @@ class DataArguments:
         None, "chats: a JSONL or parquet file, a folder of them, or a data set by path or name"
     )
     train_split: str = option("train", "split of a data set to train on")
-    eval_data: str | None = option(None, "held-out chats, in the same forms")
-    eval_split: str = option("train", "split of the data set of held-out chats")
+    eval_data: str | None = option(None, "held-out chats, in the same forms", decides=False)
+    eval_split: str = option("train", "split of the data set of held-out chats", decides=False)
     data_name: str | None = option(None, "configuration of a data set on the Hub")
     media_folder: str | None = option(
         None, "where relative paths of images and videos start (unset: the data's folder)"
@@ -110,8 +138,10 @@ class DataArguments:
     min_short_side: int | None = option(None, "chats with an image of a shorter side are left out, in pixels")
     max_aspect_ratio: float | None = option(None, "chats with an image of a greater aspect ratio are left out")
     pad_to_multiple_of: int = option(1, "rows are padded to a multiple of so many columns")
-    measuring_processes: int | None = option(None, "processes that measure chats before training (unset: one)")
-    max_eval_samples: int = option(256, "at most so many held-out chats are used")
+    measuring_processes: int | None = option(
+        None, "processes that measure chats before training (unset: one)", decides=False
+    )
+    max_eval_samples: int = option(256, "at most so many held-out chats are used", decides=False)
 
     def check(self) -> None:
         """Raise `RecipeError` for what cannot be meant."""
@@ -128,9 +158,11 @@ class BlockDiffusionArguments(TrainingArguments):
 
     adam_beta2: float = option(0.95, "second moment's decay of AdamW")
     lr_scheduler_type: str = option("cosine", "schedule of the learning rates, by transformers' names")
-    remove_unused_columns: bool = option(False, "chats have no columns to remove")
-    save_total_limit: int | None = option(2, "checkpoints kept of a stage that is under way")
-    ddp_timeout: int = option(86_400, "seconds that processes wait for each other; the first one measures all chats")
+    remove_unused_columns: bool = option(False, "chats have no columns to remove", decides=False)
+    save_total_limit: int | None = option(2, "checkpoints kept of a stage that is under way", decides=False)
+    ddp_timeout: int = option(
+        86_400, "seconds that processes wait for each other; the first one measures all chats", decides=False
+    )
 
     noise: Literal["mixed", "mask", "uniform"] = option("mixed", "corruption of the noisy copies")
     time_sampling: Literal["sample", "block", "stratified"] = option("sample", "one time a sample, or one a block")
@@ -154,17 +186,23 @@ class BlockDiffusionArguments(TrainingArguments):
         0.0,
         "weight of response tokens that the noise left alone; above 0 they are learnt too, as `revision` needs",
     )
-    loss_chunk_size: int = option(1024, "positions that are projected to the vocabulary at a time")
-    mask_form: Literal["auto", "dense", "flex"] = option("auto", "attention mask: flex on CUDA, dense elsewhere")
+    loss_chunk_size: int = option(1024, "positions that are projected to the vocabulary at a time", decides=False)
+    mask_form: Literal["auto", "dense", "flex"] = option(
+        "auto", "attention mask: flex on CUDA, dense elsewhere", decides=False
+    )
     merger_learning_rate: float | None = option(None, "rate of the vision-language mergers (unset: `learning_rate`)")
     vision_learning_rate: float | None = option(None, "rate of the vision tower (unset: `learning_rate`)")
     min_learning_rate: float | None = option(
         None, "floor of the cosine, the same for every group; a group whose rate is below it stays at its rate"
     )
-    decode_samples: int = option(0, "held-out chats whose last answer is decoded at every evaluation")
-    decode_max_new_tokens: int = option(256, "longest decoded answer")
-    decode_confidence_threshold: float | None = option(None, "threshold of that decoding (unset: the model's)")
-    decode_denoising_steps: int | None = option(None, "steps a block of that decoding (unset: the block size)")
+    decode_samples: int = option(0, "held-out chats whose last answer is decoded at every evaluation", decides=False)
+    decode_max_new_tokens: int = option(256, "longest decoded answer", decides=False)
+    decode_confidence_threshold: float | None = option(
+        None, "threshold of that decoding (unset: the model's)", decides=False
+    )
+    decode_denoising_steps: int | None = option(
+        None, "steps a block of that decoding (unset: the block size)", decides=False
+    )
 
     def __post_init__(self) -> None:
         """Fill what follows from other settings; transformers checks its own."""
@@ -331,7 +369,11 @@ def check_block_sizes(sizes: list[int] | None) -> None:
 
 
 class RecipeParser(HfArgumentParser):
-    """transformers' parser, whose errors are exceptions with one line."""
+    """transformers' parser, whose errors are exceptions with one line, and which passes a field's metadata on."""
+
+    def add_argument(self, *names: Any, decides: bool = True, **settings: Any) -> Any:
+        """Add what a field asks for; whether it decides a result does not matter here."""
+        return super().add_argument(*names, **settings)
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print under its usage."""

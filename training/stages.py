@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ from .arguments import (
     DistillArguments,
     ModelArguments,
     RecipeError,
+    decides,
+    decisive,
     parse_recipe,
     require,
 )
@@ -46,37 +48,6 @@ from .trainer import BlockDiffusionTrainer, Teacher, group_of
 
 CODE_FOLDER = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Settings that decide a stage's result: a stage that was begun with others cannot go on.
-DECISIVE = (
-    "learning_rate",
-    "merger_learning_rate",
-    "vision_learning_rate",
-    "min_learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "optim",
-    "max_grad_norm",
-    "max_steps",
-    "num_train_epochs",
-    "seed",
-    "bf16",
-    "noise",
-    "time_sampling",
-    "time_low",
-    "time_high",
-    "complementary_masks",
-    "replace_with_special_tokens",
-    "loss_form",
-    "padding_weight",
-    "visible_weight",
-)
-# Settings about data that decide nothing about the weights.
-INDECISIVE = ("measuring_processes", "eval_data", "eval_split", "max_eval_samples")
 
 
 @dataclass(frozen=True)
@@ -418,15 +389,14 @@ def whole_models() -> Iterator[None]:
 
 def decisive_settings(run: Run, stage: Stage) -> dict[str, Any]:
     """What a stage's result depends on, in JSON's types."""
-    settings = {name: getattr(run.args, name) for name in DECISIVE}
+    settings = decisive(run.args) | decisive(run.model) | decisive(run.data)
     settings |= {"global_batch_size": run.args.global_batch_size, "steps": stage.steps}
-    settings |= asdict(run.model) | asdict(run.data)
     if run.data.streaming:  # the workers share a stream, and so have a part in its order
         settings["dataloader_num_workers"] = run.args.dataloader_num_workers
     if stage.distillation is not None:
-        settings |= asdict(stage.distillation) | {"teacher": str(stage.teacher)}
+        settings |= decisive(stage.distillation) | {"teacher": str(stage.teacher)}
     settings |= {"source": str(stage.source), "block_size": stage.block_size}
-    return json.loads(json.dumps({k: v for k, v in settings.items() if k not in INDECISIVE}, default=str))
+    return json.loads(json.dumps(settings, default=str))
 
 
 def decisive_data(trainer: BlockDiffusionTrainer) -> dict[str, Any]:
@@ -444,6 +414,8 @@ def check_settings(stage: Stage, settings: dict[str, Any]) -> None:
     with reading(stage.run_folder):
         before = read_json(path) if path.is_file() else settings
     require(isinstance(before, dict), f"{path} is damaged: {before!r:.80} are no settings")
+    # A setting that an earlier version, or another line of transformers, did not note was at its default.
+    before = {each.name: each.default for each in fields(BlockDiffusionArguments)} | before
     for name, value in settings.items():
         require(
             before.get(name) == value,
@@ -524,7 +496,10 @@ def write_checkpoint(
     recipe = {**asdict(run.model), **asdict(run.data)}
     if stage.distillation is not None:
         recipe |= asdict(stage.distillation)
-    recipe |= {key: value for key, value in run.args.to_dict().items() if key in DECISIVE}
+    settings = run.args.to_dict()
+    # Of transformers' own only what is not at its default: other lines have other ones.
+    said = [each for each in fields(run.args) if "decides" in each.metadata or settings.get(each.name) != each.default]
+    recipe |= {each.name: settings[each.name] for each in said if decides(each) and each.name in settings}
     (folder / "recipe.yaml").write_text(yaml.safe_dump({k: v for k, v in recipe.items() if v is not None}), "utf-8")
 
 
