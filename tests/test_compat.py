@@ -354,3 +354,61 @@ def test_no_other_root_file_names_what_moves(path: Path) -> None:
     assert "past_key_values" not in passed, "hand a cache to transformers' modules by compat_bard_vl"
     words = set(path.read_text("utf-8").replace(".", " ").replace('"', " ").replace("(", " ").split())
     assert not words & set(MOVING)
+
+
+# --- rooms ------------------------------------------------------------------------------------------------------------
+
+FOLDERS = {"app", "benchmarks", "cli", "evaluation", "examples", "serving", "tests", "training", "viewer"}
+REACHES = {  # the folders that a folder's files may import beside their own; the root files import none
+    **{"app": set(), "training": set(), "evaluation": {"training"}, "examples": set()},
+    **{"cli": {"app", "viewer"}, "viewer": {"app"}, "serving": {"app"}},
+}
+FOREIGN_PRIVATE = {"_attn_implementation", "_replace", "_version", "_forward_pre_hooks"}  # of other libraries
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of this package that a file imports, as `app.session`; what `bard_vl` itself gives is empty."""
+    room, found = path.relative_to(ROOT).parent.parts, set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = room[: len(room) + 1 - node.level]
+            found |= {".".join((*base, *(node.module or each.name).split("."))) for each in node.names}
+        elif isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("bard_vl."):
+            found.add(str(node.module).partition(".")[2])
+        elif isinstance(node, ast.Import):
+            found |= {each.name.partition(".")[2] for each in node.names if f"{each.name}.".startswith("bard_vl.")}
+    return found
+
+
+@pytest.mark.parametrize("room", ["", *REACHES])
+def test_imports_go_down(room: str) -> None:
+    for path in sorted((ROOT / room).glob("*_bard_vl.py" if room == "" else "**/*.py")):
+        folders = {name.split(".")[0] for name in imported(path)} & FOLDERS
+        assert folders <= {room} | REACHES.get(room, set()), f"{path.name} imports {sorted(folders)}"
+        if room == "examples":
+            assert imported(path) <= {""}, f"{path.name} imports below bard_vl"
+
+
+def test_nothing_private_is_named_from_outside() -> None:
+    """Names with a leading underscore that this tree defines are used through `self` and its kin, or in their file."""
+    trees = {
+        path: ast.parse(path.read_text("utf-8"))
+        for path in sorted(ROOT.rglob("*.py"))
+        if path.relative_to(ROOT).parts[0] not in ("tests", "benchmarks")
+    }
+    defined = {
+        path: {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        for path, tree in trees.items()
+    }
+    for path, tree in trees.items():
+        elsewhere = set().union(*(names for other, names in defined.items() if other != path)) - defined[path]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.level or f"{node.module}.".startswith("bard_vl.")):
+                private = [each.name for each in node.names if each.name.startswith("_") and each.name[:2] != "__"]
+                assert private == [], f"{path.name}: {ast.unparse(node)}"
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
+                    continue
+                if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "super":
+                    continue
+                assert node.attr not in elsewhere - FOREIGN_PRIVATE, f"{path.name}: {ast.unparse(node)}"
