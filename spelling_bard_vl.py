@@ -228,11 +228,15 @@ def spelling_of(tokenizer: Any, vocab_size: int, eos: int) -> Spelling:
 
 
 def byte_automaton(form: Form) -> tuple[np.ndarray, np.ndarray]:
-    """The answers of a form as bytes: (states, 256) next states, -1 for none, from state 0; (states,) which accept."""
+    """The answers of a form as bytes: (states, 256) next states, -1 for none, from state 0; (states,) which accept.
+
+    A zero byte, which no answer holds, marks the end: without a mark outlines-core takes the first of two alternatives
+    for the end where the second goes on, and does not go on behind a complete answer byte by byte.
+    """
     module = library()
     vocabulary = module.Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)})
     try:
-        index = module.Index(form.expression, vocabulary)
+        index = module.Index(rf"(?:{form.expression})\x00", vocabulary)
     except ValueError as error:
         raise ValueError(
             f"`{form.kind}`: {error}; anchors and looks to the side are not supported, an answer is matched as a whole"
@@ -246,7 +250,9 @@ def byte_automaton(form: Form) -> tuple[np.ndarray, np.ndarray]:
         for byte, after in row.items():
             if byte < 256:
                 delta[number[state], byte] = number[after]
-    accepts = np.isin(states, list(index.get_final_states()))
+    is_end = np.append(np.isin(states, list(index.get_final_states())), False)
+    accepts = is_end[delta[:, 0]]
+    delta[:, 0] = -1
     return delta, accepts
 
 

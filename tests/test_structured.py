@@ -18,7 +18,7 @@ import torch
 from bard_vl import BardVLForConditionalGeneration, BardVLProcessor
 from bard_vl.forms_bard_vl import Form, range_expression
 from bard_vl.remasking_bard_vl import REMASKING_RULES, Chooser
-from bard_vl.spelling_bard_vl import Automaton, Spelling, spelling_of
+from bard_vl.spelling_bard_vl import Automaton, Spelling, byte_automaton, minimal, spelling_of
 from bard_vl.structured_bard_vl import BlockForm, Groups, Place, largest, total
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -279,6 +279,33 @@ def test_what_a_form_dictates_is_spelt_as_the_tokenizer_spells_it() -> None:
     assert len(tokens) >= len(spelling().spell('{"count":'))
     single = spelling().automaton(Form.read({"template": "No.", "slots": {}}))
     assert BlockForm([single], CPU).dictated(0, 99)[0] == [*spelling().spell("No."), spelling().eos]
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "a|ab",
+        "ab|a",
+        "a( b)?",
+        "(a|ab)(c|bcb)?",
+        "a{1,3}( b| a)?",
+        "(a b|a)*",
+        "[ab]*( |b)",
+        "((a|b)( b)?){2}",
+        "a?",
+        "é|[^a]b",
+    ],
+)
+def test_an_automaton_accepts_what_the_expression_matches(expression: str) -> None:
+    import regex
+
+    delta, accepts = minimal(*byte_automaton(Form("regex", expression)))
+    for length in range(6):
+        for letters in itertools.product("ab cé", repeat=length):
+            state, text = 0, "".join(letters)
+            for byte in text.encode():
+                state = int(delta[state, byte]) if state >= 0 else -1
+            assert (state >= 0 and bool(accepts[state])) == bool(regex.fullmatch(expression, text)), text
 
 
 @given(st.integers(-300, 1200), st.integers(0, 1500))
