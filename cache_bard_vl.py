@@ -203,6 +203,8 @@ class BardVLCache(Cache):
 
     def _selected(self, indices: Any) -> list[torch.Tensor]:
         contents = self.contents
+        if not contents:  # nothing is claimed of any row
+            return []
         return [contents[row] for row in torch.arange(len(contents))[torch.as_tensor(indices).cpu()].tolist()]
 
     def __deepcopy__(self, memo: dict) -> "BardVLCache":
@@ -255,10 +257,21 @@ def version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def sum_of_bits(tensor: torch.Tensor) -> int:
+    """A sum over all elements' bits, which tells a tensor from itself after a write where nothing counts writes."""
+    return int(tensor.detach().view(BITS[tensor.element_size()]).sum(dtype=torch.int64))
+
+
 def witness(layer: Any) -> tuple:
     """What tells a layer's keys and values from others, and from themselves after something wrote to them."""
-    states = (getattr(layer, name, None) for name in ("keys", "values"))
-    return tuple(None if tensor is None else (weakref.ref(tensor), version(tensor)) for tensor in states)
+    found: list[Any] = []
+    for tensor in (getattr(layer, name, None) for name in ("keys", "values")):
+        written = None if tensor is None else sum_of_bits(tensor) if tensor.is_inference() else version(tensor)
+        found.append(None if tensor is None else (weakref.ref(tensor), written))
+    return tuple(found)
 
 
 def is_untouched(seen: tuple, layer: Any) -> bool:

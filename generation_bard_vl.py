@@ -34,6 +34,7 @@ from .hooks_bard_vl import (
     check_banned_tokens,
     check_callables,
     check_streamer,
+    take_over,
 )
 from .inputs_bard_vl import (
     VISUAL_INPUTS,
@@ -175,7 +176,8 @@ class BardVLGenerationMixin(PortableGeneration):
             generation_config: settings on top of the model's; keyword arguments are on top of both. See
                 `BardVLGenerationConfig` for their names.
             logits_processor: each is called for every undecided position with (prompt and committed tokens left of it
-                (1, n), scores (1, vocabulary)) before choice and confidence.
+                (1, n), scores (1, vocabulary)) before choice and confidence. It does not see tokens that commit in the
+                same step: transformers' processors of several tokens (bad words, n-grams, biases) become settings.
             stopping_criteria: each is called with (prompt and response prefix (1, n), None) for every prefix of a
                 finished block, in order.
             streamer: gets the prompt (1, length), then `put` with the ids (n,) of each finished block, and
@@ -217,16 +219,20 @@ class BardVLGenerationMixin(PortableGeneration):
         num_layers = self.config.text_config.num_hidden_layers
         if past_key_values is not None and len(past_key_values.layers) != num_layers:
             raise ValueError(f"`past_key_values` has {len(past_key_values.layers)} layers, the model has {num_layers}")
-        check_banned_tokens(config, settings, vocab_size)
         warn_if_seed(self.config)
         check_callables("logits_processor", logits_processor)
-        own_processors = build_processors(config, settings, vocab_size, input_ids.device)
+        processors = LogitsProcessorList(logits_processor or [])
+        if processors and settings.block_size > 1:
+            processors = take_over(config, processors)
+        check_banned_tokens(config, settings, vocab_size)
+        longest = max(prompt.host_lengths) + settings.max_new_tokens + settings.block_size
+        own_processors = build_processors(config, settings, vocab_size, input_ids.device, longest)
         form = build_form(structured, tokenizer, settings, call.limits, vocab_size, input_ids.device)
         check_alone(form, own_processors)
         stated = config.seed if seed is None else seed
         hooks = DecodingHooks(
             own_processors=own_processors,
-            processors=LogitsProcessorList(logits_processor or []),
+            processors=processors,
             criteria=build_stopping_criteria(config, stopping_criteria, tokenizer),
             streamer=streamer,
             generator=build_generator(generator, stated if generator is None else seed, input_ids.device),

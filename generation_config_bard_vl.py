@@ -219,7 +219,12 @@ SUPERSEDES: tuple[tuple[str, Callable[[Any], bool], str, Callable[[Any], bool]],
     ("max_length", lambda _: True, "max_new_tokens", lambda _: True),
     ("block_size", lambda _: True, "denoising_steps", lambda _: True),
     ("revision", lambda _: True, "revision_threshold", lambda _: True),
-    ("temperature", lambda value: value > 0, "do_sample", lambda value: value is False),
+    (
+        "temperature",
+        lambda value: isinstance(value, int | float) and value > 0,
+        "do_sample",
+        lambda value: value is False,
+    ),
     ("do_sample", lambda value: value is True, "temperature", lambda value: value == 0),
 )
 
@@ -336,7 +341,7 @@ class BardVLGenerationConfig(SettingsFile):
         """Load as transformers does; an error about what a file states names it."""
         try:
             return super().from_pretrained(pretrained_model_name, *args, **kwargs)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"generation_config.json of {pretrained_model_name}: {error}") from error
         except OSError as error:
             if isinstance(error.__context__, ValueError):  # it is there, and no JSON
@@ -547,6 +552,8 @@ def readable_settings(settings: dict[str, Any], where: str) -> dict[str, Any]:
     unread = set() if is_own else {*SAMPLING_FIELDS, "repetition_penalty"}
     kept, aside = {}, {}
     for name, value in settings.items():
+        if name == "bad_words_ids" and not value:  # which `generate` refuses of a call, as transformers does
+            continue
         if name == "transformers_version" or (name in SETTINGS and value is None):
             kept[name] = value
         elif name in SETTINGS and name not in unread:
@@ -596,7 +603,11 @@ def drop_plain_defaults(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 # Values of other settings that are heeded, or change nothing here.
-NEUTRAL: dict[str, tuple[Any, ...]] = {"disable_compile": (True,)}
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "disable_compile": (True,),
+    "guidance_scale": (1,),
+    "begin_suppress_tokens": ([],),
+}
 
 
 __all__ = ["BardVLGenerationConfig", "DecodingSettings"]

@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from transformers.generation import (
+    EncoderNoRepeatNGramLogitsProcessor,
     LogitsProcessorList,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     StoppingCriteriaList,
     StopStringCriteria,
 )
@@ -63,6 +68,50 @@ def check_callables(name: str, value: Any) -> None:
     if value is not None and not (isinstance(value, list | tuple) and all(map(callable, value))):
         hint = f": give a list, `{name}=[...]`" if callable(value) else ""
         raise ValueError(f"`{name}` must be a list of callables, got {value!r}{hint}")
+
+
+def take_over(config: BardVLGenerationConfig, processors: list[Callable]) -> LogitsProcessorList:
+    """Say in a call's `config` what transformers' own processors of several tokens do; the others are left.
+
+    A processor of the caller's is shown committed tokens. Where several commit together it cannot see the phrase that
+    they form, the settings can.
+
+    Raises:
+        ValueError: no setting says what one of them does.
+    """
+    others = LogitsProcessorList()
+    words, suppressed = list(config.bad_words_ids or []), list(config.suppress_tokens or [])
+    biases = {tuple(ids): bias for ids, bias in config.sequence_bias or []}
+    sizes = [config.no_repeat_ngram_size] if config.no_repeat_ngram_size else []
+    for processor in processors:
+        if type(processor) is NoRepeatNGramLogitsProcessor:
+            sizes.append(processor.ngram_size)  # what repeats none of the shorter repeats none of the longer
+        elif type(processor) is NoBadWordsLogitsProcessor:
+            banned = [list(map(int, ids)) for ids in processor.sequence_bias]
+            words += [ids for ids in banned if len(ids) > 1]
+            suppressed += [ids[0] for ids in banned if len(ids) == 1]  # an EOS too, if it is still among them
+        elif type(processor) is SequenceBiasLogitsProcessor and not others:
+            for ids, bias in processor.sequence_bias.items():
+                biases[ids] = biases.get(ids, 0.0) + float(bias)
+        elif type(processor) in (
+            SequenceBiasLogitsProcessor,
+            EncoderNoRepeatNGramLogitsProcessor,
+            PrefixConstrainedLogitsProcessor,
+        ):
+            hint = ": put it first" if type(processor) is SequenceBiasLogitsProcessor else ""
+            raise ValueError(
+                f"`logits_processor` holds a {type(processor).__name__}, which cannot hold where several tokens commit "
+                f"together{hint}"
+            )
+        else:
+            others.append(processor)
+    stated: dict[str, Any] = {"bad_words_ids": words or None, "suppress_tokens": suppressed or None}
+    stated |= {"sequence_bias": biases or None, "no_repeat_ngram_size": min(sizes, default=None)}
+    for name, value in stated.items():
+        if value is not None:
+            setattr(config, name, value)
+    config.validate()
+    return others
 
 
 def check_banned_tokens(config: BardVLGenerationConfig, settings: DecodingSettings, vocab_size: int) -> None:
@@ -163,4 +212,5 @@ __all__ = [
     "check_banned_tokens",
     "check_callables",
     "check_streamer",
+    "take_over",
 ]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.utils import logging
 
@@ -22,7 +23,9 @@ NEUTRAL_ARGUMENTS: dict[str, Any] = {
     "use_model_defaults": True,
     "output_router_logits": False,
     "generation_mode": "text",  # of `transformers serve`
+    "return_legacy_cache": False,
 }
+INTEGERS = (torch.int64, torch.int32, torch.int16)
 
 
 @dataclass(frozen=True)
@@ -369,23 +372,66 @@ def visual_tensor(name: str, value: Any) -> torch.Tensor:
     raise ValueError(f"`{name}` must be a tensor, got {type(value).__name__}")
 
 
+def check_tensors(**named: Any) -> None:
+    """Raise `ValueError` for an argument that is neither None nor a tensor; ids and labels must be integers."""
+    for name, value in named.items():
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise ValueError(f"`{name}` must be a tensor, got {type(value).__name__}")
+        is_ids = name in ("input_ids", "labels") and value is not None
+        if is_ids and (value.dtype not in INTEGERS or value.ndim != 2):
+            raise ValueError(
+                f"`{name}` must be an integer tensor (batch, length), got {tuple(value.shape)} of {value.dtype}"
+            )
+
+
+def check_positions(position_ids: torch.Tensor, batch: int, length: int) -> None:
+    """Raise `ValueError` unless they are those of (batch, length) tokens: one, three or four for each."""
+    *planes, rows, columns = (1, *position_ids.shape) if position_ids.ndim == 1 else position_ids.shape
+    if planes not in ([], [3], [4]) or rows not in (1, batch) or columns != length:
+        wanted, got = (4, batch, length), tuple(position_ids.shape)
+        raise ValueError(f"`position_ids` must have shape (4 or 3, batch, length) = {wanted}, got {got}")
+
+
 def asks_for_nothing(name: str, value: Any) -> bool:
     """Whether an argument that other `generate`s take has no effect by its value, as callers of any model pass it."""
     if value is None or name in IGNORED_INPUTS:
         return True
-    if name == "token_type_ids" and isinstance(value, torch.Tensor):
-        return not value.any()
+    if name == "token_type_ids":
+        return not np.asarray(value.cpu() if isinstance(value, torch.Tensor) else value).any()
     return name in NEUTRAL_ARGUMENTS and value is NEUTRAL_ARGUMENTS[name]
 
 
 def check_left_alone(model: Any) -> None:
-    """Raise `ValueError` if something replaced `prepare_inputs_for_generation`, which decoding does not look at."""
+    """Raise `ValueError` if something changed the model in a way that decoding does not look at.
+
+    Such are another `prepare_inputs_for_generation`, and adapters for single rows: rows share forwards in any order.
+    """
     now = getattr(model.prepare_inputs_for_generation, "__func__", None)
     if now is not type(model).prepare_inputs_for_generation:
         raise ValueError(
             "`prepare_inputs_for_generation` of the model was replaced, as PEFT does for prompt and prefix tuning: "
             "block-diffusion decoding does not support learnt prompts"
         )
+    found = [
+        (module, number, hook.keywords)
+        for module in model.modules()
+        for number, hook in module._forward_pre_hooks.items()
+        if len(keywords_of(hook).get("adapter_names") or ()) > 1 or "alora_offsets" in keywords_of(hook)
+    ]
+    for module, number, _ in found:  # PEFT would leave them behind an error, and the model would answer nobody else
+        module._forward_pre_hooks.pop(number)
+        module._forward_pre_hooks_with_kwargs.pop(number, None)
+    if found:
+        stated = " and ".join(f"`{name}={value!r:.80}`" for name, value in found[0][2].items())
+        raise ValueError(
+            f"PEFT's {stated}: block-diffusion decoding does not support adapters of single rows or places; call "
+            "`generate` once for each adapter"
+        )
+
+
+def keywords_of(hook: Any) -> dict[str, Any]:
+    """The named arguments of a `functools.partial`; none of any other function."""
+    return getattr(hook, "keywords", None) or {}
 
 
 def check_ids(input_ids: Any) -> None:
@@ -490,7 +536,9 @@ __all__ = [
     "check_known",
     "check_left_alone",
     "check_length",
+    "check_positions",
     "check_prompt",
+    "check_tensors",
     "check_visual_index",
     "check_visual_inputs",
     "check_visual_layout",

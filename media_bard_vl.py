@@ -9,21 +9,22 @@ import importlib.util
 import io
 import os
 import re
+import string
 import tempfile
 from collections.abc import Callable, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 from urllib.request import Request, url2pathname, urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.video_utils import VideoMetadata, load_video
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif")
-ANIMATION_SUFFIXES = (".gif", ".webp", ".png", ".apng", ".avif")
+PICTURE_FORMATS = ("GIF", "WEBP", "PNG", "AVIF", "JPEG", "BMP", "TIFF")  # of Pillow; one may hold several frames
 READERS = {"torchcodec": "torchcodec", "pyav": "av", "opencv": "cv2"}  # of transformers, with the modules they need
 FRAMES_PER_SECOND = 2.0  # of frames that come without their times, as in qwen_vl_utils, and of animations
 TIMEOUT_S = 60.0
@@ -130,7 +131,8 @@ def file_of(source: Any, folder: str | os.PathLike[str] = "") -> Any:
     if place.startswith("data:"):
         return io.BytesIO(bytes_of_data_uri(place))
     if place.startswith(("http://", "https://")):
-        with urlopen(Request(place, headers={"User-Agent": "bard-vl"}), timeout=TIMEOUT_S) as response:
+        address = quote(place, safe=string.punctuation)  # of letters and spaces that no address may hold
+        with urlopen(Request(address, headers={"User-Agent": "bard-vl"}), timeout=TIMEOUT_S) as response:
             return io.BytesIO(response.read())
     path = local_path(place, folder)
     if exists(path):
@@ -201,6 +203,7 @@ def unreadable(source: Any, kind: str, error: Exception, folder: str | os.PathLi
     """The error of a picture or video that cannot be read; its cause is a `FileNotFoundError` if it is missing."""
     place = os.path.join(folder, describe(source)) if isinstance(source, (str, os.PathLike)) else describe(source)
     reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+    reason = reason.partition(" <_io.")[0]  # what Pillow calls bytes
     return ValueError(f"{place} cannot be read as a {kind}: {reason or type(error).__name__}")
 
 
@@ -242,7 +245,7 @@ def read_video(
         else:
             file = file_of(source, folder)
             if not (isinstance(file, Path) and file.is_dir()):
-                if is_animation(file, source):
+                if is_picture(file):
                     return read_animation(file, choose if is_chosen or is_sampled else thinned)
                 return read_file(file, choose)
             frames, times = timed(pictures_of_folder(file), options)
@@ -259,15 +262,16 @@ def read_frames(frames: Any, folder: str | os.PathLike[str] = "") -> list[Any]:
     return [frame if getattr(frame, "ndim", 0) == 3 else read_picture(frame, folder) for frame in frames]
 
 
-def is_animation(file: Any, source: Any) -> bool:
-    """Whether Pillow is to read a video, which it then decodes frame by frame."""
-    if isinstance(file, Path):
-        return file.suffix.lower() in ANIMATION_SUFFIXES
-    if file.read(6) in (b"GIF87a", b"GIF89a"):
-        file.seek(0)
-        return True
-    file.seek(0)
-    return isinstance(source, str) and urlsplit(source).path.lower().endswith(ANIMATION_SUFFIXES)
+def is_picture(file: Any) -> bool:
+    """Whether a file, by what it holds, is a picture or an animation, which Pillow decodes frame by frame."""
+    try:
+        with Image.open(file, formats=PICTURE_FORMATS):
+            return True
+    except UnidentifiedImageError:
+        return False
+    finally:
+        if not isinstance(file, Path):
+            file.seek(0)
 
 
 def pictures_of_folder(folder: Path) -> list[Image.Image]:

@@ -29,21 +29,24 @@ from .compat_bard_vl import (
     set_attention,
     visual_features,
 )
-from .configuration_bard_vl import BardVLConfig, warn_if_seed
+from .configuration_bard_vl import BardVLConfig, check_integer, warn_if_seed
 from .engine_bard_vl import Engine
 from .forms_bard_vl import Form
 from .generation_bard_vl import BardVLGenerationMixin
-from .generation_config_bard_vl import BardVLGenerationConfig, resolve_block_size
+from .generation_config_bard_vl import BardVLGenerationConfig, python_value, resolve_block_size
 from .hooks_bard_vl import DecodingHooks
 from .inputs_bard_vl import (
     VISUAL_INPUTS,
     VisualFeatures,
     check_known,
+    check_positions,
+    check_tensors,
     check_visual_index,
     check_visual_inputs,
     check_visual_layout,
     grids_of,
     visual_items,
+    visual_tensor,
 )
 from .kernel_bard_vl import attend_slots
 from .layers_bard_vl import Layers
@@ -120,7 +123,13 @@ class BardVLModel(PortableModel, Qwen3VLModel):
     ) -> Any:
         """Encode tokens; the arguments are those of `BardVLForConditionalGeneration.forward`."""
         visual_inputs = {name: kwargs.pop(name, None) for name in VISUAL_INPUTS}
+        visual_inputs = {name: None if v is None else visual_tensor(name, v) for name, v in visual_inputs.items()}
         check_known("forward", kwargs, OTHER_INPUTS)
+        check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, block_ids=block_ids)
+        check_tensors(visual_index=visual_index)
+        if not isinstance(attention_mask, BlockMask):
+            check_tensors(attention_mask=attention_mask)
+        input_ids = None if input_ids is None else input_ids.long()
         cache = one_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
@@ -143,6 +152,8 @@ class BardVLModel(PortableModel, Qwen3VLModel):
                 )
             padding = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
             position_ids = self.get_position_ids(input_ids, padding, **grids_of(visual_inputs))
+        else:
+            check_positions(position_ids, *tokens.shape[:2])
         if visual_index is None:
             features = None if input_ids is None else self.encode_visual(input_ids, visual_inputs)
         else:
@@ -347,6 +358,8 @@ class BardVLForConditionalGeneration(BardVLGenerationMixin, PortableModel, Qwen3
         """
         if objective is not None and labels is not None:
             raise ValueError("give `labels` or an `objective`, not both")
+        check_tensors(labels=labels)
+        kept = positions_kept(logits_to_keep)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -362,7 +375,6 @@ class BardVLForConditionalGeneration(BardVLGenerationMixin, PortableModel, Qwen3
         if objective is not None:
             loss = objective(hidden_states, self.lm_head)
         else:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
             if labels is not None:
                 loss = same_position_loss(logits, labels[:, kept], num_items_in_batch)
@@ -370,11 +382,21 @@ class BardVLForConditionalGeneration(BardVLGenerationMixin, PortableModel, Qwen3
         return found if (self.config.return_dict if return_dict is None else return_dict) else found.to_tuple()
 
 
+def positions_kept(logits_to_keep: Any) -> torch.Tensor | slice:
+    """The index of the positions whose logits are wanted: the last so many, 0 or None for all, or those listed."""
+    if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim:
+        return logits_to_keep
+    stated = python_value(logits_to_keep)
+    if isinstance(stated, list):
+        return torch.tensor(stated)
+    return slice(-(check_integer("logits_to_keep", stated, minimum=0, optional=True) or 0), None)
+
+
 def same_position_loss(
     logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None
 ) -> torch.Tensor:
     """Cross entropy in float32 of (batch, length, vocabulary) logits with the labels of the same positions."""
-    labels = labels.flatten().to(logits.device)
+    labels = labels.flatten().to(logits.device, torch.long)
     total = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels, reduction="sum")
     count = (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     return total / torch.as_tensor(count, device=total.device)

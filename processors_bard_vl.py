@@ -9,6 +9,7 @@ A biased phrase is another matter: where its bias depends on a position that is 
 `Choice.reads` says for which positions it waits, and `in_order` makes it.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -308,19 +309,27 @@ def _distance(size: int, device: torch.device) -> torch.Tensor:
 
 
 def build_processors(
-    config: BardVLGenerationConfig, settings: DecodingSettings, vocab_size: int, device: torch.device
+    config: BardVLGenerationConfig,
+    settings: DecodingSettings,
+    vocab_size: int,
+    device: torch.device,
+    longest: float = math.inf,
 ) -> TokenProcessors | None:
-    """The processors that the settings ask for, on `device`; None if they ask for none."""
-    words = {tuple(word) for word in config.bad_words_ids or []}
+    """The processors that the settings ask for, on `device`; None if they ask for none.
+
+    What is longer than `longest`, the tokens of a whole row, cannot come out and costs nothing.
+    """
+    words = {tuple(word) for word in config.bad_words_ids or [] if len(word) <= longest}
     phrases = sorted(word for word in words if len(word) > 1)
     # As in transformers, a bad word that is an EOS bans nothing.
     single = {word[0] for word in words if len(word) == 1} - set(settings.eos_token_ids)
     banned = single | set(config.suppress_tokens or [])
-    biases = {tuple(ids): float(bias) for ids, bias in config.sequence_bias or []}
+    biases = {tuple(ids): float(bias) for ids, bias in config.sequence_bias or [] if len(ids) <= longest}
     sequences = {ids: bias for ids, bias in biases.items() if len(ids) > 1}
     single_biases = {ids[0]: bias for ids, bias in biases.items() if len(ids) == 1}
     penalty = 1.0 if config.repetition_penalty is None else config.repetition_penalty
     ngram_size = config.no_repeat_ngram_size or 0
+    ngram_size = ngram_size if ngram_size < longest else 0
     if not (words or banned or biases or ngram_size) and penalty == 1:
         return None
     radius = max([1, ngram_size, *map(len, [*phrases, *sequences])]) - 1

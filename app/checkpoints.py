@@ -1,10 +1,13 @@
 """Checkpoints by their names: the published ones, what a name says about settings, and what a config lacks."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from ..configuration_bard_vl import BardVLConfig
@@ -69,6 +72,29 @@ def find_checkpoint(name: str | None) -> str:
     if not (EMBEDDED / "config.json").is_file():
         raise UsageError("no model: give --model, a folder or Hub id of a Bard-VL checkpoint (see `bard-vl models`)")
     return str(EMBEDDED)
+
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Name the checkpoint, and a file of its weights that is cut short, in errors of readers that name neither."""
+    try:
+        yield
+    except (OSError, ImportError, RuntimeError):  # which say what is wrong, or are no fault of the files
+        raise
+    except Exception as error:  # of the weights' reader, and of the tokenizer's, which has no class of its own
+        if name in str(error):
+            raise
+        damaged = next((str(path) for path in sorted(Path(name).glob("*.safetensors")) if not is_whole(path)), name)
+        raise OSError(f"{damaged} cannot be read: {one_line(error)}") from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of weights is as long as its header says."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except SafetensorError:
+        return False
 
 
 def read_config(name: str, **where: Any) -> Any:

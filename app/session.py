@@ -16,7 +16,7 @@ from ..generation_config_bard_vl import FIELDS, BardVLGenerationConfig, Decoding
 from ..modeling_bard_vl import BardVLForConditionalGeneration
 from ..processing_bard_vl import BardVLProcessor
 from ..spelling_bard_vl import Spelling, spelling_of
-from .checkpoints import EMBEDDED, complete_settings, find_checkpoint, read_config, stored_settings
+from .checkpoints import EMBEDDED, complete_settings, find_checkpoint, read_config, reading, stored_settings
 from .devices import find_device, free_memory
 from .errors import UsageError, one_line
 from .memory import MemoryEstimate, check_fits, estimate, read_prompt, readable, weight_bytes
@@ -135,7 +135,8 @@ class Session:
             raise UsageError(f"--quantize {quantize}: the weights of {self.name} are quantised already")
         if device_map not in (None, *DEVICE_MAPS):
             raise UsageError(f"--device-map must be one of {', '.join(DEVICE_MAPS)}, got {device_map}")
-        self.processor = BardVLProcessor.from_pretrained(self.name, **self.where)
+        with reading(self.name):
+            self.processor = BardVLProcessor.from_pretrained(self.name, **self.where)
         self.processor.mask_token_id = self.mask_token_id
         set_pixels(self.processor, min_pixels, max_pixels)
         self._model: BardVLForConditionalGeneration | None = None
@@ -159,7 +160,8 @@ class Session:
                 options["quantization_config"] = quantization_config(self.quantize, self.dtype)
             if self.device_map or self.quantize or self.is_quantized:  # never whole, and never moved
                 options["device_map"] = self.device_map or {"": self.device}
-            model = AutoModelForImageTextToText.from_pretrained(self.name, **options)
+            with reading(self.name):
+                model = AutoModelForImageTextToText.from_pretrained(self.name, **options)
             self._model = (model if "device_map" in options else model.to(self.device)).eval()
         return self._model
 

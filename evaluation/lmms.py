@@ -129,24 +129,8 @@ class BardVL(lmms):
         results: list[Any] = [None] * len(requests)
         prompts = [repr((request.args[0], *request.args[3:])) for request in requests]
         for group in group_by(range(len(requests)), prompts.__getitem__):
-            try:
-                inputs = self._inputs([self._messages(requests[group[0]])])
-            except FAULTS as error:
-                warn(requests[group[0]], error)
-                for index in group:
-                    results[index] = GenerationResult((float("inf"), False))
-                continue
-            texts = [self._continuation(requests[index]) for index in group]
-            options = {"add_special_tokens": False, "padding": True, "padding_side": "right", "return_tensors": "pt"}
-            answers = self.processor.tokenizer(texts, **options)
-            ids = answers["input_ids"].masked_fill(answers["attention_mask"] == 0, -100)
-            scoring = {name: self.settings[name] for name in ("block_size", "mask_token_id") if name in self.settings}
-            losses = -self.model.score(inputs, ids, **scoring).sum(-1).cpu() / answers["attention_mask"].sum(-1)
-            greedy = {**self.settings, "do_sample": False, "max_new_tokens": ids.shape[1]}
-            response = self.model.generate(inputs, **greedy)[0].tolist()
-            for index, loss, row in zip(group, losses.tolist(), ids.tolist(), strict=True):
-                row = [token for token in row if token != -100]
-                results[index] = GenerationResult((loss, response[: len(row)] == row))
+            for index, found in zip(group, self._losses([requests[index] for index in group]), strict=True):
+                results[index] = found
         return results
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
@@ -197,6 +181,33 @@ class BardVL(lmms):
                 return [answer for request in requests for answer in self._answers([request], settings)]
             warn(requests[0], error)
             return [GenerationResult("", TokenCounts(output_tokens=0))]
+
+    def _losses(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Losses of continuations of one prompt, infinite for those with a fault; where one has, each is read alone."""
+        try:
+            return self._scored(requests)
+        except FAULTS as error:
+            if len(requests) > 1:
+                return [found for request in requests for found in self._losses([request])]
+            warn(requests[0], error)
+            return [GenerationResult((float("inf"), False))]
+
+    def _scored(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Score continuations of one prompt together."""
+        inputs = self._inputs([self._messages(requests[0])])
+        texts = [self._continuation(request) for request in requests]
+        options = {"add_special_tokens": False, "padding": True, "padding_side": "right", "return_tensors": "pt"}
+        answers = self.processor.tokenizer(texts, **options)
+        ids = answers["input_ids"].masked_fill(answers["attention_mask"] == 0, -100)
+        scoring = {name: self.settings[name] for name in ("block_size", "mask_token_id") if name in self.settings}
+        losses = -self.model.score(inputs, ids, **scoring).sum(-1).cpu() / answers["attention_mask"].sum(-1)
+        greedy = {**self.settings, "do_sample": False, "max_new_tokens": ids.shape[1]}
+        response = self.model.generate(inputs, **greedy)[0].tolist()
+        results = []
+        for loss, row in zip(losses.tolist(), ids.tolist(), strict=True):
+            row = [token for token in row if token != -100]
+            results.append(GenerationResult((loss, response[: len(row)] == row)))
+        return results
 
     @torch.inference_mode()
     def _answer(self, requests: list[Instance], settings: dict[str, Any]) -> list[GenerationResult]:

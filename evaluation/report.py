@@ -46,9 +46,19 @@ def read_runs(results: Path) -> dict[str, list[Run]]:
     """Finished runs by the name of their cell, one for each seed."""
     runs: dict[str, list[Run]] = defaultdict(list)
     for path in sorted(results.glob("*.json")):
-        run = json.loads(path.read_text("utf-8"))
+        run = read_run(path)
         runs[run["cell"]].append(run)
     return dict(runs)
+
+
+def read_run(path: Path) -> Run:
+    """The figures of a cell; `ValueError` names a file that holds none."""
+    try:
+        run = json.loads(path.read_bytes())
+        run["cell"], run["scores"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    return run
 
 
 def write_report(results: Path, output: Path) -> Path:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -29,10 +30,11 @@ from ..configuration_bard_vl import BardVLConfig
 from ..convert_qwen3vl_to_bard import convert
 from ..modeling_bard_vl import BardVLForConditionalGeneration
 from ..processing_bard_vl import BardVLProcessor
+from ..training.checkpoints import damage
 from ..training.packing import Sample
 from .cells import CELLS, LONG_ANCHOR, SIZES, Cell, Stage, merging
 from .experiment import answer, encode, measure, measure_autoregressive, train_stage
-from .report import write_report
+from .report import read_run, write_report
 from .scenes import conversations
 from .tiny_model import MASK_TOKEN_ID, Shape, train_autoregressive, write_json, write_parent
 
@@ -200,8 +202,14 @@ class Study:
                 )
                 source.save_pretrained(partial)
                 (partial / "how.json").write_text(json.dumps(how))
-        chain = [stages[: number + 1] for number in range(len(stages))]
-        return load(folder), [json.loads((self.stage_folder(part) / "how.json").read_text()) for part in chain]
+        return load(folder), [self.how(stages[: number + 1]) for number in range(len(stages))]
+
+    def how(self, stages: tuple[Stage, ...]) -> dict[str, float]:
+        """What the last of `stages` took; one whose folder is damaged is trained again."""
+        folder = self.stage_folder(stages)
+        if damage(folder) is not None:
+            self.trained(stages)
+        return json.loads((folder / "how.json").read_text())
 
     def stage_folder(self, stages: tuple[Stage, ...]) -> Path:
         """Where the result of `stages` is kept: one folder for each history."""
@@ -279,11 +287,18 @@ def make_private(folder: Path) -> None:
 
 @contextlib.contextmanager
 def once(path: Path) -> Iterator[Path | None]:
-    """Make a folder once, whoever comes first, and whole: yields where to write it, or None where it is there."""
+    """Make a folder once, whoever comes first, and whole: yields where to write it, or None where it is there.
+
+    One that was whole and is damaged is named, and made again.
+    """
     with locked(path):
-        if path.exists():
+        fault = damage(path) if path.exists() else None
+        if path.exists() and fault is None:
             yield None
             return
+        if fault is not None:
+            print(f"{path} is damaged and made again: {fault}", file=sys.stderr, flush=True)
+            shutil.rmtree(path)
         partial = path.with_name(f".{path.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -300,6 +315,18 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
         yield
 
 
+def is_measured(path: Path) -> bool:
+    """Whether a cell's figures are there; damaged ones are named, and do not count."""
+    if not path.exists():
+        return False
+    try:
+        read_run(path)
+    except ValueError as error:
+        print(f"{error}: it is measured again", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
 def run_cells(cells: list[Cell], seeds: list[int], scale: Scale, work: Path, results: Path) -> None:
     """Run what is neither finished nor being run by another process."""
     for seed in seeds:
@@ -307,7 +334,7 @@ def run_cells(cells: list[Cell], seeds: list[int], scale: Scale, work: Path, res
         for cell in cells:
             path = results / f"{cell.name}-seed-{seed}.json"
             with contextlib.suppress(BlockingIOError), locked(work / scale.name / path.name, wait=False):
-                if not path.exists():
+                if not is_measured(path):
                     print(f"{cell.name}, seed {seed}", flush=True)
                     text = json.dumps(study.run(cell), indent=1)
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -356,7 +383,10 @@ def main(arguments: list[str] | None = None) -> None:
     if not given.report:
         run_cells(cells, given.seeds, scale, given.work, results)
     output = Path(__file__).parent if results == RESULTS else results.parent
-    print(write_report(results, output))
+    try:
+        print(write_report(results, output))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

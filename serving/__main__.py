@@ -38,7 +38,8 @@ def main() -> None:
         from .gate import Limits, guarded
 
         # `serve` looks its factory up when it starts, and has no other place for what goes around its handlers.
-        server.build_server = guarded(server.build_server, Limits(stated.max_picture_pixels, stated.allow_addresses))
+        limits = Limits(stated.max_picture_pixels, stated.allow_addresses, stated.max_new_tokens)
+        server.build_server = guarded(server.build_server, limits)
         app(["serve", *others], prog_name=PROGRAM)
     except (ImportError, ValueError) as error:  # what serving needs beside transformers, or a model
         sys.exit(f"error: {' '.join(str(error).split())}")
@@ -60,12 +61,20 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, BardVLGen
         metavar="N",
         help="of a request's pictures together, default: %(default)s",
     )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=16384,
+        metavar="N",
+        help="of a response, whatever a request asks for, default: %(default)s",
+    )
     stated, others = parser.parse_known_args(arguments)
     if "--help" in others:
         parser.print_help()
     try:
         settings = BardVLGenerationConfig(block_size=stated.block_size, confidence_threshold=stated.threshold)
         check_integer("--max-picture-pixels", stated.max_picture_pixels, minimum=1)
+        check_integer("--max-new-tokens", stated.max_new_tokens, minimum=1)
     except ValueError as error:
         parser.error(str(error))
     return stated, settings, others

@@ -32,6 +32,12 @@ logger = logging.get_logger(__name__)
 OPEN = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
 MAX_BODY = 64 * 2**20  # bytes
 TIMEOUT = 10.0  # seconds without a byte from an address
+MAX_PICTURES = 256  # of a request: the smallest, too, are made as large as the processor's least
+# What makes every step, or the preparation of a response, dearer without end.
+MAX_BLOCK = 128  # tokens; where the checkpoint states more, that
+MAX_NGRAM = 64
+MAX_SEQUENCES, MAX_SEQUENCE = 1024, 32  # of several tokens, that are banned or biased; tokens of one
+MAX_STOPS, MAX_STOP = 8, 256  # texts that end a response; characters of one
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 TEXTS = ("text", "input_text", "output_text")
 PICTURES = ("image_url", "input_image")
@@ -59,15 +65,17 @@ FAULTS = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What the pictures of a request may be.
+    """What a request may ask for.
 
     Attributes:
-        max_pixels: of all of them together, before they are made smaller.
+        max_pixels: of all its pictures together, before they are made smaller.
         allow_addresses: whether they may be at an http(s) address, which the server then opens.
+        max_new_tokens: of a response, whatever a request asks for.
     """
 
     max_pixels: int
-    allow_addresses: bool = False
+    allow_addresses: bool
+    max_new_tokens: int
 
 
 def guarded(build_server: Callable[..., FastAPI], limits: Limits) -> Callable[..., FastAPI]:
@@ -78,7 +86,7 @@ def guarded(build_server: Callable[..., FastAPI], limits: Limits) -> Callable[..
             raise ValueError("no model: give a folder or Hub id; without one any client could load any model")
         state = chat_handler.generation_state
         get_manager = state.get_manager
-        state.get_manager = lambda *args, **kwargs: CheckedGeneration(get_manager(*args, **kwargs))
+        state.get_manager = lambda *args, **kwargs: CheckedGeneration(get_manager(*args, **kwargs), limits)
         parts = [model_manager, *(checked(part, limits) for part in (chat_handler, *others))]
         app = build_server(*parts, **{name: checked(part, limits) for name, part in named.items()})
         app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in OPEN]
@@ -143,14 +151,14 @@ class CheckedHandler:
 
 
 class CheckedGeneration:
-    """A generation manager that refuses what `generate` would, before a stream begins."""
+    """A generation manager within `limits`, which refuses what `generate` would before a stream begins."""
 
-    def __init__(self, manager: BaseGenerateManager):
-        self.manager = manager
+    def __init__(self, manager: BaseGenerateManager, limits: Limits):
+        self.manager, self.limits = manager, limits
 
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **others: Any) -> Any:
         """Start a stream; `ValueError` if the request is wrong."""
-        check_call(model, inputs, gen_config)
+        check_call(model, inputs, gen_config, self.limits)
         return self.manager.generate_streaming(model, processor, inputs, gen_config, **others)
 
     def __getattr__(self, name: str) -> Any:
@@ -160,6 +168,7 @@ class CheckedGeneration:
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, **others: Any
     ) -> Any:
         """Generate to the end; `ValueError` if the request is wrong, `RuntimeError` if anything else is."""
+        bound(model, inputs, gen_config, self.limits)
         try:
             return await self.manager.generate_non_streaming(model, processor, inputs, gen_config, **others)
         except ValueError:
@@ -168,12 +177,48 @@ class CheckedGeneration:
             raise RuntimeError(f"generation failed: {type(error).__name__}: {error}") from error
 
 
-def check_call(model: Any, inputs: Any, config: Any) -> None:
-    """Raise `ValueError` if `generate` would refuse a prompt and settings."""
+def bound(model: Any, inputs: Any, config: Any, limits: Limits) -> tuple[Any, Any]:
+    """End a response at the server's limit, and return `read_prompt`'s; `ValueError` if a setting costs too much."""
+    check_cost(model.merge_settings(config, {}), model.config.block_size)
     size, settings = read_prompt(model, inputs, config)
+    if settings.max_new_tokens <= limits.max_new_tokens:
+        return size, settings
+    config.max_new_tokens = limits.max_new_tokens
+    return read_prompt(model, inputs, config)
+
+
+def check_call(model: Any, inputs: Any, config: Any, limits: Limits) -> None:
+    """Raise `ValueError` if `generate` would refuse a prompt and settings."""
+    size, settings = bound(model, inputs, config, limits)
     check_banned_tokens(model.merge_settings(config, {}), settings, model.config.get_text_config().vocab_size)
     device = inputs["input_ids"].device
     check_fits(model, size, settings, device, free_memory(device))
+
+
+def check_cost(settings: Any, block_size: int | None) -> None:
+    """Raise `ValueError` if a setting makes steps dear for everyone; `block_size` is the checkpoint's."""
+    largest = max(MAX_BLOCK, block_size or 0)
+    if (settings.block_size or 0) > largest:
+        raise ValueError(f"`block_size` may be {largest} at this server, got {settings.block_size}")
+    if (settings.no_repeat_ngram_size or 0) > MAX_NGRAM:
+        raise ValueError(
+            f"`no_repeat_ngram_size` may be {MAX_NGRAM} at this server, got {settings.no_repeat_ngram_size}"
+        )
+    biased = [ids for ids, _ in settings.sequence_bias or []]
+    for name, sequences in (("bad_words_ids", settings.bad_words_ids or []), ("sequence_bias", biased)):
+        lengths = [len(ids) for ids in sequences if len(ids) > 1]
+        if len(lengths) > MAX_SEQUENCES or max(lengths, default=0) > MAX_SEQUENCE:
+            raise ValueError(
+                f"`{name}` may hold {MAX_SEQUENCES} sequences of {MAX_SEQUENCE} tokens at this server, got "
+                f"{len(lengths)} of {max(lengths)} at most"
+            )
+    stops = settings.stop_strings or []
+    stops = [stops] if isinstance(stops, str) else stops
+    if len(stops) > MAX_STOPS or max(map(len, stops), default=0) > MAX_STOP:
+        raise ValueError(
+            f"`stop` may hold {MAX_STOPS} texts of {MAX_STOP} characters at this server, got {len(stops)} of "
+            f"{max(map(len, stops))} at most"
+        )
 
 
 def check_fields(body: dict[str, Any]) -> None:
@@ -213,6 +258,9 @@ def with_pictures(messages: list[dict[str, Any]], limits: Limits) -> list[dict[s
         ValueError: a picture cannot be read, or `limits` do not allow it.
     """
     left = limits.max_pixels
+    pictures = sum(item["type"] == "image" for message in messages for item in message["content"])
+    if pictures > MAX_PICTURES:
+        raise ValueError(f"a request may hold {MAX_PICTURES} pictures at this server, got {pictures}")
     for message in messages:
         for item in message["content"]:
             if item["type"] == "image":

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bard_vl import BardVLForConditionalGeneration
@@ -39,6 +40,8 @@ def example() -> BardVLForConditionalGeneration:
             {"compile_config": None},
             {"pixel_values": None},
         ),
+        *({"guidance_scale": 1.0}, {"begin_suppress_tokens": []}, {"return_legacy_cache": False}),
+        *({"token_type_ids": np.zeros((1, 4))}, {"token_type_ids": [[0] * 4]}),
         *({"generation_config": GenerationConfig(disable_compile=True)}, {"generation_config": GenerationConfig()}),
     ],
     ids=str,
@@ -107,6 +110,54 @@ def test_adapters_generate() -> None:
     assert torch.equal(adapted, merged.generate(IDS, **SETTINGS))
     with model.disable_adapter():
         assert torch.equal(model.generate(input_ids=IDS, **SETTINGS), load().generate(IDS, **SETTINGS))
+
+
+def test_adapters_of_single_rows_are_refused_and_nothing_stays_behind() -> None:
+    peft = pytest.importorskip("peft", exc_type=ImportError)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(load()), config, adapter_name="one").eval()
+    model.add_adapter("two", config)
+    model.set_adapter("two")
+    want = model.generate(input_ids=IDS, **SETTINGS)
+    with pytest.raises(ValueError, match=r"`adapter_names=\['one', 'two'\]`: .*call `generate` once for each adapter"):
+        model.generate(input_ids=IDS.repeat(2, 1), adapter_names=["one", "two"], **SETTINGS)
+    assert torch.equal(model.generate(input_ids=IDS, **SETTINGS), want)
+    model.set_adapter("one")
+    assert torch.equal(model.generate(input_ids=IDS, adapter_names=["two"], **SETTINGS), want)
+
+
+ONES = torch.ones_like(IDS)
+FORWARD: list[tuple[dict[str, Any], str]] = [
+    ({"input_ids": IDS.tolist()}, "`input_ids` must be a tensor, got list"),
+    (
+        {"input_ids": IDS.float()},
+        r"`input_ids` must be an integer tensor \(batch, length\), got \(1, 4\) of torch.float32",
+    ),
+    ({"attention_mask": ONES.numpy()}, "`attention_mask` must be a tensor, got ndarray"),
+    ({"position_ids": [[0, 1, 2, 3]]}, "`position_ids` must be a tensor, got list"),
+    ({"position_ids": torch.zeros(3, 1, 5)}, r"`position_ids` must have shape .*, got \(3, 1, 5\)"),
+    ({"block_ids": [[0, 0, 1, 1]]}, "`block_ids` must be a tensor, got list"),
+    ({"labels": IDS.numpy()}, "`labels` must be a tensor, got ndarray"),
+    ({"labels": IDS.float()}, "`labels` must be an integer tensor"),
+    ({"logits_to_keep": "2"}, "`logits_to_keep` must be an integer of at least 0, got '2'"),
+    ({"logits_to_keep": -1}, "`logits_to_keep` must be an integer of at least 0, got -1"),
+    ({"pixel_values": [[0.0]], "image_grid_thw": [[1, 2, 2]]}, "`pixel_values` must be a tensor, got list"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), FORWARD, ids=range(len(FORWARD)))
+def test_a_forward_names_what_is_no_tensor(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load()(**{"input_ids": IDS, "block_size": 4, **arguments})
+
+
+def test_a_forward_takes_what_says_the_same() -> None:
+    inputs = collate([PROMPTS["image"]])
+    want = load()(**inputs, block_size=4, logits_to_keep=2).logits
+    grids = inputs["image_grid_thw"]
+    for same in (grids.tolist(), grids.numpy(), tuple(map(tuple, grids.tolist()))):
+        given = {**inputs, "image_grid_thw": same, "input_ids": inputs["input_ids"].int()}
+        assert torch.equal(load()(**given, block_size=np.int64(4), logits_to_keep=np.int64(2)).logits, want)
 
 
 @pytest.mark.parametrize("call", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"])

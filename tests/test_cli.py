@@ -405,6 +405,17 @@ def test_a_traceback_on_request(run: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert err.splitlines()[-1].startswith("error: absent.png")
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "processor_config.json", "config.json"])
+def test_a_damaged_checkpoint_is_named(run: Any, folder: Path, tmp_path: Path, file: str) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder / "bard", damaged)
+    (damaged / file).write_bytes((damaged / file).read_bytes()[:-20])
+    code, out, err = run(f"run photo.png --model {damaged}")
+    assert (code, out) == (1, "")
+    assert re.fullmatch(rf"error: .*{damaged}.*\n", err), err
+    assert file != "model.safetensors" or f"{damaged / file} cannot be read: " in err
+
+
 @pytest.mark.parametrize("command", ["run", "chat", "demo", "convert", "bench"])
 def test_help_teaches(run: Any, command: str) -> None:
     code, out, err = run(f"{command} --help")

@@ -581,6 +581,20 @@ def test_measuring_is_shared_among_processes_and_kept(
     assert sum(ChatSamples(open_chats(source), fewer_pixels).lengths) < sum(first.lengths)
 
 
+def test_measures_that_were_cut_short_are_made_again(
+    encoder: ChatEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = as_jsonl(tmp_path, written_chats(tmp_path))
+    first = ChatSamples(open_chats(source), encoder)
+    kept = [Path(file["filename"]) for file in first._measured(None).cache_files]
+    assert kept
+    for path in kept:
+        path.write_bytes(path.read_bytes()[:300])
+    again = ChatSamples(open_chats(source), encoder)
+    assert (again.indices, again.lengths) == (first.indices, first.lengths)
+    assert "measured chats in the cache of `datasets` cannot be read" in caplog.text
+
+
 def test_a_file_that_came_since_is_found(encoder: ChatEncoder, tmp_path: Path) -> None:
     chats = [*written_chats(tmp_path), chat(user(image("late.png")), assistant("b"))]
     source = as_jsonl(tmp_path, chats)

@@ -451,6 +451,7 @@ LEFTOVERS: list[dict[str, Any]] = [
     *({"length_penalty": 2.0}, {"max_new_tokens": 0}, {"top_k": -1}, {"temperature": 0.0}, {"stop_strings": []}),
     *({"no_such_field": [1, {"a": 2}]}, {"prompt_lookup_num_tokens": 3}, {"max_matching_ngram_size": 2}),
     *({"suppress_tokens": [-1]}, {"bad_words_ids": [[]]}, {"sequence_bias": [[[3], "x"]]}, {"max_time": "soon"}),
+    *({"bad_words_ids": []}, {"repetition_penalty": 0}, {"max_new_tokens": "100"}, {"constraints": [1]}),
 ]
 
 
@@ -492,7 +493,11 @@ def test_settings_of_training_do_not_stop_saving(tmp_path: Path, field: dict[str
         ('{"remasking_strategy": "margin", "max_new_tokens": 0}', "`max_new_tokens`.*0"),
         ("[1]", "must hold an object"),
         ("{", "Expecting property name"),
+        ("\0" * 50, "Expecting value"),
+        ("[" * 100_000, "maximum recursion depth"),
+        ('{"max_new_tokens": 1' + "0" * 5000 + "}", "Exceeds the limit"),
     ],
+    ids=lambda value: value[:20].replace("\0", "NUL"),
 )
 def test_an_error_about_a_file_names_it_before_weights_are_read(tmp_path: Path, text: str, message: str) -> None:
     folder = checkpoint(tmp_path / "model", {}, block_size=4)

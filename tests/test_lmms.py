@@ -1,5 +1,6 @@
 """lmms-eval itself runs tasks of generated pictures: batches answer as `generate` does alone, costs are reported."""
 
+import copy
 import json
 import os
 import re
@@ -253,6 +254,33 @@ def test_a_bad_picture_is_a_wrong_answer_and_the_others_count(
     for number in (1, 2, 3):
         assert f"task shapes, document {number} counts as wrong: ValueError: " in caplog.text
     assert "absent.png cannot be read as a picture: no such file" in caplog.text
+
+
+def test_one_bad_choice_costs_no_other(
+    model: Any, room: Path, parts: tuple[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A choice without a token, one that is longer than the model, and a picture that is none."""
+    from bard_vl.evaluation.lmms import SimpleBardVL  # not before lmms-eval has looked for models
+
+    question = rows(room, parts)[0]["question"]
+    simple = copy.copy(model)
+    simple.__class__ = SimpleBardVL
+    simple.task_dict = {"shapes": {"test": [[], [str(room / "absent.png")]]}}
+
+    def losses(*asked: tuple[str, int]) -> list[tuple[float, bool]]:
+        requests = []
+        for choice, number in asked:
+            arguments = (question, choice, list, number, "shapes", "test")
+            metadata = {"task": "shapes", "doc_id": number, "repeats": 1}
+            requests.append(Instance("loglikelihood", arguments, number, metadata))
+        return [pair.text for pair in simple.loglikelihood(requests)]
+
+    (alone,) = losses(("red", 0))
+    found = losses(("red", 0), ("", 0), ("a " * 5000, 0), ("red", 1))
+    assert found[0] == (pytest.approx(alone[0], rel=1e-5), alone[1])
+    assert found[1:] == [(float("inf"), False)] * 3
+    assert caplog.text.count("document 0 counts as wrong: ValueError: ") == 2
+    assert "document 1 counts as wrong: ValueError: " in caplog.text
 
 
 # --- the manual ------------------------------------------------------------------------------------------------------

@@ -13,6 +13,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -382,6 +385,35 @@ def test_an_integer_picture_without_known_white_is_refused() -> None:
             read_picture(Image.fromarray(values))
 
 
+def test_pictures_and_videos_come_from_addresses(processor: Any, tmp_path: Path) -> None:
+    """With letters and spaces that an address may not hold, as users write them; what is none there is named."""
+    picture = tiny.draw((96, 64))
+    names = ["plain.png", "ä b.png", "a.avif", "still.gif"]
+    for name in names:
+        picture.save(tmp_path / name)
+    (tmp_path / "text.png").write_text("no picture")
+    handler = partial(QuietHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        for name in names:
+            for form in (image(f"{address}/{name}"), {"type": "image_url", "image_url": {"url": f"{address}/{name}"}}):
+                assert_same(tokenize(processor, user(form)), tokenize(processor, user(image(str(tmp_path / name)))))
+        clips = [
+            tokenize(processor, user(video(source))) for source in (f"{address}/still.gif", tmp_path / "still.gif")
+        ]
+        assert_same(*clips)
+        for name, reason in (("none.png", "HTTP Error 404"), ("text.png", "cannot identify image file$")):
+            with pytest.raises(ValueError, match=rf"{address}/{name} cannot be read as a picture: {reason}"):
+                tokenize(processor, user(image(f"{address}/{name}")))
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args: Any) -> None:
+        """Nothing on standard error."""
+
+
 # --- videos: short ones ----------------------------------------------------------------------------------------------
 
 
@@ -403,6 +435,45 @@ def test_short_videos_are_read(processor: Any, tmp_path: Path) -> None:
     assert four["video_grid_thw"].tolist() == [[2, 4, 4]]
     for videos in ([pixels], [frames[:1]], [(pixels, {"fps": 2.0, "frames_indices": [0], "total_num_frames": 1})]):
         assert processor(text="<|video_pad|>", videos=videos)["video_grid_thw"].tolist() == [[1, 4, 4]]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "avif", "bmp", "tiff"])
+def test_a_still_picture_is_a_video_of_one_frame(processor: Any, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"still.{suffix}"
+    tiny.draw((96, 64)).save(path)
+    for source in (str(path), path.read_bytes(), io.BytesIO(path.read_bytes())):
+        assert_same(tokenize(processor, user(video(source))), tokenize(processor, user(video([Image.open(path)]))))
+
+
+@pytest.mark.parametrize(
+    ("options", "indices"),
+    [
+        ({"nframes": 4}, [0, 13, 26, 39]),
+        ({"fps": 1}, [0, 13, 26, 39]),
+        ({"fps": 2, "max_frames": 6}, [0, 8, 16, 23, 31, 39]),
+        ({"video_start": 1.0, "video_end": 3.0, "nframes": 2}, [8, 24]),
+        ({"video_start": 4, "nframes": 2}, [32, 39]),
+    ],
+    ids=str,
+)
+def test_options_choose_frames_of_a_video_file(
+    processor: Any, tmp_path: Path, options: dict[str, Any], indices: list[int]
+) -> None:
+    """Forty frames at eight a second, decoded by PyAV; which of them, by the times in the prompt and by their grays."""
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 96, 64, "yuv420p", 10**7
+        for number in range(40):
+            gray = np.full((64, 96, 3), number * 6, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(gray, format="rgb24")))
+        container.mux(stream.encode())
+    inputs = tokenize(processor, user(video(str(tmp_path / "clip.mp4"), **options)))
+    times = [(first + second) / 2 / 8 for first, second in zip(indices[::2], indices[1::2], strict=True)]
+    text = processor.tokenizer.decode(inputs["input_ids"][0])
+    assert re.findall(r"<(\d+\.\d) seconds>", text) == [f"{time:.1f}" for time in times]
+    grays = inputs["pixel_values_videos"].view(len(times), -1, 3, 2, 16 * 16).mean((1, 2, 4)).flatten()
+    assert grays.tolist() == pytest.approx([number * 6 / 127.5 - 1 for number in indices], abs=0.02)
 
 
 # --- messages --------------------------------------------------------------------------------------------------------

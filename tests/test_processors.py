@@ -6,7 +6,7 @@ banned phrases and repeated n-grams, and whole blocks are compared with transfor
 
 import random
 from collections import Counter
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -19,12 +19,15 @@ from hypothesis import strategies as st
 from ragged import MASK, NO_ID, PAD, Row, collate, load
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import (
+    EncoderNoRepeatNGramLogitsProcessor,
     LogitsProcessorList,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
 )
 
 EOS = 6
@@ -468,3 +471,49 @@ def test_a_step_of_eight_rows_waits_for_nothing(arguments: dict[str, Any], most:
             in_order(masked, masked, quota, choice.reads)
     assert seen.counts["waits"] == 0
     assert seen.counts["operations"] <= most
+
+
+# What the list of a caller says --------------------------------------------------------------------------------------
+
+
+def held_as_settings(processors: list[Any], **how: Any) -> list[int]:
+    row = Row().add_text(9, 1)
+    return responses(run([row], logits_processor=processors, **{"max_new_tokens": 40, **how}), [row])[0][0]
+
+
+@pytest.mark.parametrize("others", [[], [TemperatureLogitsWarper(0.9)]])
+def test_transformers_own_processors_hold_where_tokens_commit_together(others: list[Any]) -> None:
+    how: dict[str, Any] = {"block_size": 8, "denoising_steps": 1}
+    free = held_as_settings(others, **how)
+    for place in range(9, 17):
+        pair = free[place : place + 2]
+        assert not holds(held_as_settings([*others, NoBadWordsLogitsProcessor([pair])], **how), 9, pair)
+    few = {"suppress_tokens": [token for token in range(512) if not 10 <= token < 90]}
+    assert not repeats(held_as_settings([*others, NoRepeatNGramLogitsProcessor(2)], **how, **few), 9, 2)
+    wanted = held_as_settings([SequenceBiasLogitsProcessor([[[free[9], 55], 1000.0]]), *others], **how)
+    assert all(then == 55 for first, then in pairwise(wanted[9:]) if first == free[9])
+    assert wanted == held_as_settings(others, **how, sequence_bias=[[[free[9], 55], 1000.0]])
+
+
+@pytest.mark.parametrize(
+    "processors",
+    [
+        [TemperatureLogitsWarper(0.9), SequenceBiasLogitsProcessor([[[4, 5], 1.0]])],
+        [EncoderNoRepeatNGramLogitsProcessor(2, torch.tensor([[1, 2]]))],
+        [PrefixConstrainedLogitsProcessor(lambda *_: [1], 1)],
+    ],
+    ids=lambda processors: type(processors[-1]).__name__,
+)
+def test_what_cannot_hold_where_tokens_commit_together_is_refused(processors: list[Any]) -> None:
+    with pytest.raises(ValueError, match=f"{type(processors[-1]).__name__}, which cannot hold where several tokens"):
+        held_as_settings(processors, block_size=8)
+
+
+def test_what_is_longer_than_a_row_costs_nothing() -> None:
+    longest: list[dict[str, Any]] = [
+        {"no_repeat_ngram_size": 10**9},
+        {"bad_words_ids": [[5] * 10**5]},
+        {"sequence_bias": [[[5] * 10**5, 3.0]]},
+    ]
+    free = held_as_settings([], block_size=8)
+    assert all(held_as_settings([], block_size=8, **one) == free for one in longest)

@@ -377,7 +377,9 @@ def test_a_checkpoint_without_code_or_block_size_is_served_by_the_package(folder
 @pytest.fixture(scope="module")
 def ours(folder: Path) -> Iterator[Server]:
     """The package's own server of a folder whose code it does not trust."""
-    with serving(f"{printed(OURS, folder)} --max-picture-pixels 20000", folder.parent / "home without trust") as url:
+    with serving(
+        f"{printed(OURS, folder)} --max-picture-pixels 20000 --max-new-tokens 40", folder.parent / "own"
+    ) as url:
         yield Server(folder, url)
 
 
@@ -481,7 +483,32 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "other pixels": ({"chat_template_kwargs": {"processor_kwargs": {}}}, "may set add_vision_id, enable_thinking, got"),
     "no room": ({"messages": user("a " * 6000)}, "a prompt reaches position"),
+    "257 pictures": (
+        {"messages": user(*[tiny.draw((8, 8))] * 257)},
+        "a request may hold 256 pictures at this server, got 257",
+    ),
+    "a large block": ({"generation_config": '{"block_size": 129}'}, "`block_size` may be 128 at this server, got 129"),
+    "large n-grams": ({"generation_config": '{"no_repeat_ngram_size": 65}'}, "`no_repeat_ngram_size` may be 64 at th"),
+    "a long phrase": (
+        {"generation_config": json.dumps({"bad_words_ids": [[5] * 33]})},
+        "`bad_words_ids` may hold 1024 sequences of 32 tokens at this server, got 1 of 33 at most",
+    ),
+    "many biases": (
+        {"generation_config": json.dumps({"sequence_bias": [[[5, n % 400], 1.0] for n in range(1025)]})},
+        "`sequence_bias` may hold 1024 sequences of 32 tokens at this server, got 1025 of 2 at most",
+    ),
+    "many stops": ({"stop": [str(n) for n in range(9)]}, "`stop` may hold 8 texts of 256 characters at this server"),
+    "a long stop": ({"stop": "a" * 257}, "`stop` may hold 8 texts of 256 characters at this server, got 1 of 257"),
 }
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("settings", [{"max_new_tokens": 10**6}, {"max_length": 4000}, {"max_new_tokens": 7}], ids=str)
+def test_a_response_ends_at_the_servers_limit(ours: Server, settings: dict[str, int], stream: bool) -> None:
+    settings = {"eos_token_id": [], "confidence_threshold": 0.02, **settings}
+    answer = ours.ask(CHATS["text"], settings=settings, stream=stream)
+    last = list(answer)[-1] if stream else answer
+    assert last.usage.completion_tokens == min(settings.get("max_new_tokens", 40), 40)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -603,6 +630,7 @@ def test_a_server_without_a_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
+        ("--max-new-tokens", "0", "error: `--max-new-tokens` must be an integer of at least 1, got 0"),
         ("--block-size", "0", "error: `block_size` must be an integer of at least 1, got 0"),
         ("--max-picture-pixels", "0", "error: `--max-picture-pixels` must be an integer of at least 1, got 0"),
         ("--threshold", "7", "error: `confidence_threshold` must be a number in [0.0, 1.0], got 7.0"),

@@ -137,6 +137,25 @@ def test_finished_cells_and_shared_stages_are_kept(work: Path, capsys: pytest.Ca
     assert not changed
 
 
+@pytest.mark.process
+def test_what_is_damaged_is_named_and_made_again(work: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = next((work / "smoke" / "stages").glob("block-8-*"))
+    weights, how = folder / "model.safetensors", folder / "how.json"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    how.write_bytes(b"\0" * 40)
+    result = work / "smoke" / "results" / "warm-16-seed-0.json"
+    before = json.loads(result.read_text())
+    result.write_text(result.read_text()[:50])
+    with pytest.raises(SystemExit, match=r"error: .*warm-16-seed-0.json is damaged: JSONDecodeError"):
+        small_study.main(["--smoke", "--work", str(work), "--report"])
+    small_study.main(["--smoke", "--work", str(work), "--cells", "warm-16", "--threads", "1"])
+    told = capsys.readouterr().err
+    assert f"{result} is damaged: JSONDecodeError" in told
+    assert f"{folder} is damaged and made again: how.json is damaged" in told
+    after = json.loads(result.read_text())
+    assert [score["exact"] for score in after["scores"]] == [score["exact"] for score in before["scores"]]
+
+
 def test_a_cell_that_another_process_runs_is_left_to_it(work: Path) -> None:
     results = work / "other"
     with small_study.locked(work / "smoke" / "parent-seed-0.json"):

@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import datasets
 import torch
 from datasets.fingerprint import Hasher
+from pyarrow import ArrowException
 
 from .. import __version__
 from .chats import MEASURED_FEATURES, Broken, ChatEncoder, Measured
@@ -193,7 +195,8 @@ class ChatSamples(torch.utils.data.Dataset):
             logger.warning("skipped %d of %d chats: %s", num_skipped, len(self.chats), self.skipped)
 
     def _measured(self, num_proc: int | None) -> datasets.Dataset:
-        return self.chats.map(
+        measure = partial(
+            self.chats.map,
             self.encoder.measure,
             remove_columns=self.chats.column_names,
             features=datasets.Features(MEASURED_FEATURES),
@@ -201,6 +204,11 @@ class ChatSamples(torch.utils.data.Dataset):
             desc="Measuring chats",
             new_fingerprint=Hasher.hash([self.chats._fingerprint, measuring_key(self.encoder)]),
         )
+        try:
+            return measure()
+        except (ArrowException, OSError) as error:  # a file in the cache that was cut short
+            logger.warning("measured chats in the cache of `datasets` cannot be read, measuring again: %s", error)
+            return measure(load_from_cache_file=False)
 
     def __len__(self) -> int:
         """Usable chats."""
