@@ -106,6 +106,8 @@ class Setting:
         default: what `generate` takes where nothing states it; None where that depends on something else.
         kind: `"diffusion"` (only block diffusion knows it), `"sampling"`, `"token"`, `"shared"` with other decoding.
         reaches: the calls that it matters to, beside `generate` and the estimate of its memory.
+        owner: who may state it where a program answers others: `"user"`; `"program"`, since it changes what `generate`
+            returns; `"server"`, since it costs whoever runs the device minutes of compiling.
     """
 
     name: str
@@ -115,6 +117,7 @@ class Setting:
     default: Any = None
     kind: str = "shared"
     reaches: tuple[str, ...] = ()
+    owner: str = "user"
 
 
 WARM_UP = ("warm_up",)
@@ -189,13 +192,14 @@ SETTINGS = {
         Setting("mask_token_id", integer(0), "the checkpoint's, 151671",
                 "stands for an undecided token", kind="diffusion", reaches=SCORE),
         Setting("num_return_sequences", integer(1), "1",
-                "responses per prompt, which is encoded once for all", 1),
+                "responses per prompt, which is encoded once for all", 1, owner="program"),
         Setting("return_dict_in_generate", choice(True, False), "`False`",
-                "sequences, tokens per forward, forwards by kind, step counts, confidences, the cache", False),
+                "sequences, tokens per forward, forwards by kind, step counts, confidences, the cache", False,
+                owner="program"),
         Setting("return_step_stats", choice(True, False), "`False`",
-                "the reference's counts", False, "diffusion"),
+                "the reference's counts", False, "diffusion", owner="program"),
         Setting("output_history", choice(True, False), "`False`",
-                "every step of every block", False, "diffusion"),
+                "every step of every block", False, "diffusion", owner="program"),
         Setting("use_cache", choice(True), "`True`",
                 "there is no other choice"),
         Setting("prefill_chunk_size", integer(1), "whole prompts",
@@ -203,7 +207,7 @@ SETTINGS = {
                 " a forward a chunk"),
         Setting("cache_implementation", choice("dynamic", "static"), "by the device",
                 "`static`: compiled layers, and on a GPU recorded steps; `dynamic`: eager ones; by default the former"
-                " on a GPU, the latter elsewhere"),
+                " on a GPU, the latter elsewhere", owner="server"),
         Setting("check_interval", integer(1), "1",
                 "of earlier versions, without effect: the engine knows after each step who has ended",
                 1, "diffusion", WARM_UP),

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
 from ..forms_bard_vl import Form
-from ..generation_config_bard_vl import FIELDS, BardVLGenerationConfig, DecodingSettings, resolve_mask_token_id
+from ..generation_config_bard_vl import SETTINGS, BardVLGenerationConfig, DecodingSettings, resolve_mask_token_id
 from ..modeling_bard_vl import BardVLForConditionalGeneration
 from ..processing_bard_vl import BardVLProcessor
 from ..spelling_bard_vl import Spelling, spelling_of
@@ -23,7 +23,6 @@ from .memory import MemoryEstimate, check_fits, estimate, read_prompt, readable,
 from .quantization import check_quantization, quantization_config, saved_bytes, stored_bytes
 from .terminal import counted
 
-OWN_SETTINGS = ("return_dict_in_generate", "output_history", "return_step_stats", "num_return_sequences")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # of accelerate
 
 
@@ -262,7 +261,7 @@ class Session:
         """
         inputs = (self.encode(messages) if inputs is None else inputs).to(self.device)
         model, length = self.model, inputs["input_ids"].shape[1]
-        named = {name: value for name, value in arguments.items() if name in FIELDS}
+        named = {name: value for name, value in arguments.items() if name in SETTINGS}
         start = time.perf_counter()
         try:
             output = model.generate(
@@ -318,7 +317,7 @@ def build_settings(named: dict[str, Any], others: list[str] | None = None) -> Ba
         name, equals, value = text.partition("=")
         if not equals:
             raise UsageError(f"--set takes NAME=VALUE, got {text!r}")
-        if name in OWN_SETTINGS:
+        if name in SETTINGS and SETTINGS[name].owner == "program":
             raise UsageError(f"`{name}` is the command's own")
         try:
             settings[name] = json.loads(value)

@@ -8,25 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .ending import report
-from .options import (
-    BlockSize,
-    Device,
-    DeviceMap,
-    Dtype,
-    MaxNewTokens,
-    MaxPixels,
-    MinPixels,
-    Model,
-    Others,
-    Quantize,
-    Revision,
-    Seed,
-    Steps,
-    Temperature,
-    Threshold,
-    open_session,
-    print_notices,
-)
+from .options import open_session, opens_session, print_notices
 
 if TYPE_CHECKING:
     from bard_vl.app.session import Session
@@ -40,10 +22,10 @@ COMMANDS = {
 
 
 class Conversation:
-    """What was said so far, and the cache that has encoded it; a seed repeats every answer that is sampled."""
+    """What was said so far, and the cache that has encoded it."""
 
-    def __init__(self, session: "Session", system: str | None = None, seed: int | None = None):
-        self.session, self.seed = session, seed
+    def __init__(self, session: "Session", system: str | None = None):
+        self.session = session
         self.head = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
         self.reset()
 
@@ -72,7 +54,7 @@ class Conversation:
             self.session.check_memory(inputs)
         streamer = DraftStreamer(self.session.processor)
         try:
-            answer = self.session.ask(messages, inputs, streamer=streamer, seed=self.seed, past_key_values=self.cache)
+            answer = self.session.ask(messages, inputs, streamer=streamer, past_key_values=self.cache)
         except BaseException:
             streamer.clear_draft()
             raise
@@ -81,26 +63,14 @@ class Conversation:
         return answer.summary()
 
 
+@opens_session
 def chat(
     files: Annotated[
         list[str] | None, typer.Argument(metavar="FILE", help="Pictures and videos of the first message.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
-    model: Model = None,
-    revision: Revision = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    device_map: DeviceMap = None,
-    block_size: BlockSize = None,
-    threshold: Threshold = None,
-    steps: Steps = None,
-    max_new_tokens: MaxNewTokens = None,
-    temperature: Temperature = None,
-    seed: Seed = None,
-    others: Others = None,
-    max_pixels: MaxPixels = None,
-    min_pixels: MinPixels = None,
+    *,
+    options: dict[str, Any],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No counts on standard error.")] = False,
 ) -> None:
     """Talk about pictures: every turn encodes only what is new, pictures once.
@@ -108,23 +78,8 @@ def chat(
     A line is a message. Ctrl-C stops an answer, and the program where nothing is being written. Where standard input
     is no terminal, the first failure ends the program.
     """
-    session = open_session(
-        model,
-        revision,
-        device,
-        dtype,
-        block_size,
-        threshold,
-        steps,
-        max_new_tokens,
-        temperature,
-        others,
-        max_pixels,
-        min_pixels,
-        quantize,
-        device_map,
-    )
-    conversation = Conversation(session, system, seed)
+    session = open_session(options)
+    conversation = Conversation(session, system)
     if not quiet:
         print_notices(session)
     for place in files or []:

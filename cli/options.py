@@ -1,7 +1,11 @@
 """Options that several commands take, and what becomes of them."""
 
+import functools
+import inspect
 import json
 import sys
+from collections.abc import Callable
+from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,91 +23,103 @@ MODEL, GENERATION, MEDIA, FORM = (
     "Form of the answer",
 )  # panels of the help
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        envvar="BARD_VL_MODEL",
-        metavar="FOLDER|HUB_ID",
-        help="Bard-VL checkpoint. Default: the small trained one of a checkout of the repository.",
-        rich_help_panel=MODEL,
-    ),
-]
-Revision = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of a Hub id.", metavar="NAME", rich_help_panel=MODEL)
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        help="cpu, cuda, cuda:1, mps, xpu. Default: the best that is there.",
-        rich_help_panel=MODEL,
-    ),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="bfloat16, float16 or float32. Default: the checkpoint's.", rich_help_panel=MODEL),
-]
-Quantize = Annotated[
-    str | None,
-    typer.Option(
-        help="int8 or nf4: the language model's linear layers in 8 or 4 bits.",
-        metavar="int8|nf4",
-        rich_help_panel=MODEL,
-    ),
-]
-DeviceMap = Annotated[
-    str | None,
-    typer.Option(
-        help="auto: spread the weights over all GPUs, and over the CPU's memory if they are too small.",
-        metavar="auto",
-        rich_help_panel=MODEL,
-    ),
-]
-BlockSize = Annotated[
-    int | None,
-    typer.Option(
-        help="Tokens denoised together. Default: as the checkpoint's config says, or its name.",
-        rich_help_panel=GENERATION,
-    ),
-]
-Threshold = Annotated[
-    float | None,
-    typer.Option(
-        help="Commit every token more probable than this; lower is faster. Default: the checkpoint's, or 0.9.",
-        rich_help_panel=GENERATION,
-    ),
-]
-Steps = Annotated[
-    int | None,
-    typer.Option(help="Denoising steps per block at most. Default: one a token.", rich_help_panel=GENERATION),
-]
-MaxNewTokens = Annotated[
-    int | None,
-    typer.Option(help="Longest response. Default: the checkpoint's, or 256.", rich_help_panel=GENERATION),
-]
-Temperature = Annotated[
-    float | None, typer.Option(help="Sample above 0. Default: 0, greedy.", rich_help_panel=GENERATION)
-]
-Seed = Annotated[int | None, typer.Option(help="Repeat a sampled response.", rich_help_panel=GENERATION)]
-Others = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="NAME=VALUE",
-        help="Any other setting of generation, for instance remasking_strategy=margin. Repeatable.",
-        rich_help_panel=GENERATION,
-    ),
-]
-MaxPixels = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="Shrink a picture, or a video in all its frames, to so many pixels. Default: the checkpoint's.",
-        rich_help_panel=MEDIA,
-    ),
-]
-MinPixels = Annotated[int | None, typer.Option(min=1, help="Enlarge them to so many pixels.", rich_help_panel=MEDIA)]
+# The settings of `generate` that have an option of their own, by their names; --set takes every other.
+SETTINGS = {
+    "block_size": Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens denoised together. Default: as the checkpoint's config says, or its name.",
+            rich_help_panel=GENERATION,
+        ),
+    ],
+    "confidence_threshold": Annotated[
+        float | None,
+        typer.Option(
+            "--threshold",
+            help="Commit every token more probable than this; lower is faster. Default: the checkpoint's, or 0.9.",
+            rich_help_panel=GENERATION,
+        ),
+    ],
+    "denoising_steps": Annotated[
+        int | None,
+        typer.Option(
+            "--steps", help="Denoising steps per block at most. Default: one a token.", rich_help_panel=GENERATION
+        ),
+    ],
+    "max_new_tokens": Annotated[
+        int | None,
+        typer.Option(help="Longest response. Default: the checkpoint's, or 256.", rich_help_panel=GENERATION),
+    ],
+    "temperature": Annotated[
+        float | None, typer.Option(help="Sample above 0. Default: 0, greedy.", rich_help_panel=GENERATION)
+    ],
+    "seed": Annotated[int | None, typer.Option(help="Repeat a sampled response.", rich_help_panel=GENERATION)],
+}
+# What the commands that open a checkpoint have in common, in the order of their help.
+OPTIONS: dict[str, Any] = {
+    "model": Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            envvar="BARD_VL_MODEL",
+            metavar="FOLDER|HUB_ID",
+            help="Bard-VL checkpoint. Default: the small trained one of a checkout of the repository.",
+            rich_help_panel=MODEL,
+        ),
+    ],
+    "revision": Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a Hub id.", metavar="NAME", rich_help_panel=MODEL)
+    ],
+    "device": Annotated[
+        str | None,
+        typer.Option(
+            help="cpu, cuda, cuda:1, mps, xpu. Default: the best that is there.",
+            rich_help_panel=MODEL,
+        ),
+    ],
+    "dtype": Annotated[
+        str | None,
+        typer.Option(help="bfloat16, float16 or float32. Default: the checkpoint's.", rich_help_panel=MODEL),
+    ],
+    "quantize": Annotated[
+        str | None,
+        typer.Option(
+            help="int8 or nf4: the language model's linear layers in 8 or 4 bits.",
+            metavar="int8|nf4",
+            rich_help_panel=MODEL,
+        ),
+    ],
+    "device_map": Annotated[
+        str | None,
+        typer.Option(
+            help="auto: spread the weights over all GPUs, and over the CPU's memory if they are too small.",
+            metavar="auto",
+            rich_help_panel=MODEL,
+        ),
+    ],
+    **SETTINGS,
+    "others": Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other setting of generation, for instance remasking_strategy=margin. Repeatable.",
+            rich_help_panel=GENERATION,
+        ),
+    ],
+    "max_pixels": Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Shrink a picture, or a video in all its frames, to so many pixels. Default: the checkpoint's.",
+            rich_help_panel=MEDIA,
+        ),
+    ],
+    "min_pixels": Annotated[
+        int | None, typer.Option(min=1, help="Enlarge them to so many pixels.", rich_help_panel=MEDIA)
+    ],
+}
 
 Choices = Annotated[
     str | None, typer.Option(metavar="A|B|C", help="The answer is one of these texts.", rich_help_panel=FORM)
@@ -164,6 +180,22 @@ def read_slot(text: str) -> tuple[str, Any]:
         raise Misuse(f"--slot {name}: {error}") from error
 
 
+def opens_session(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command every option of `OPTIONS`, for its argument `options` and in its place."""
+    shared = [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind) for name, kind in OPTIONS.items()]
+
+    @functools.wraps(command)
+    def expanded(**given: Any) -> None:
+        command(options={name: given.pop(name) for name in OPTIONS}, **given)
+
+    signature = inspect.signature(command)
+    own = signature.parameters.values()
+    parameters = [each for parameter in own for each in (shared if parameter.name == "options" else [parameter])]
+    expanded.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    expanded.__annotations__ = {each.name: each.annotation for each in parameters}
+    return expanded
+
+
 def load_package() -> None:
     """Import the package, which takes seconds; from here on transformers keeps its bars and advice to itself."""
     with interrupted_at_once():
@@ -171,37 +203,15 @@ def load_package() -> None:
     quieten()
 
 
-def open_session(
-    model: str | None,
-    revision: str | None,
-    device: str | None,
-    dtype: str | None,
-    block_size: int | None,
-    threshold: float | None,
-    steps: int | None,
-    max_new_tokens: int | None,
-    temperature: float | None,
-    others: list[str] | None,
-    max_pixels: int | None,
-    min_pixels: int | None,
-    quantize: str | None = None,
-    device_map: str | None = None,
-    memory: int | None = None,
-) -> "Session":
-    """A session as these options state it, before its weights are read; `UsageError` if one is wrong."""
+def open_session(options: dict[str, Any], memory: int | None = None) -> "Session":
+    """A session as the options of `OPTIONS` state it, before its weights are read; `UsageError` if one is wrong."""
     load_package()
     with interrupted_at_once():
         from bard_vl.app.session import Session, build_settings
 
-        named = {
-            "block_size": block_size,
-            "confidence_threshold": threshold,
-            "denoising_steps": steps,
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-        }
-        settings, pixels = build_settings(named, others), (max_pixels, min_pixels)
-        return Session(model, settings, revision, device, dtype, *pixels, quantize, device_map, memory)
+        named = {name: value for name, value in options.items() if name in SETTINGS}
+        others = {name: value for name, value in options.items() if name not in SETTINGS}
+        return Session(others.pop("model"), build_settings(named, others.pop("others")), memory=memory, **others)
 
 
 def print_notices(session: "Session") -> None:

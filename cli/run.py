@@ -11,28 +11,14 @@ from rich.table import Table
 
 from .ending import Misuse
 from .options import (
-    BlockSize,
     Choices,
-    Device,
-    DeviceMap,
-    Dtype,
     JsonSchema,
-    MaxNewTokens,
-    MaxPixels,
-    MinPixels,
-    Model,
-    Others,
-    Quantize,
     Regex,
-    Revision,
-    Seed,
     Slots,
-    Steps,
-    Temperature,
     Template,
-    Threshold,
     load_package,
     open_session,
+    opens_session,
     print_notices,
     read_form,
 )
@@ -46,6 +32,7 @@ QUESTIONS = {"image": "Describe the picture.", "video": "Describe the video."}
 """What is asked where the command line asks nothing."""
 
 
+@opens_session
 def run(
     files: Annotated[
         list[str] | None,
@@ -58,21 +45,8 @@ def run(
         str | None, typer.Option("--prompt", "-p", help="What to ask; - reads standard input. Default: a description.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
-    model: Model = None,
-    revision: Revision = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    device_map: DeviceMap = None,
-    block_size: BlockSize = None,
-    threshold: Threshold = None,
-    steps: Steps = None,
-    max_new_tokens: MaxNewTokens = None,
-    temperature: Temperature = None,
-    seed: Seed = None,
-    others: Others = None,
-    max_pixels: MaxPixels = None,
-    min_pixels: MinPixels = None,
+    *,
+    options: dict[str, Any],
     choices: Choices = None,
     regex: Regex = None,
     json_schema: JsonSchema = None,
@@ -113,23 +87,7 @@ def run(
     structured = read_form(choices, regex, json_schema, template, slots)
     if not files and prompt is None:
         raise Misuse("nothing to answer: give a picture, a video or --prompt")
-    session = open_session(
-        model,
-        revision,
-        device,
-        dtype,
-        block_size,
-        threshold,
-        steps,
-        max_new_tokens,
-        temperature,
-        others,
-        max_pixels,
-        min_pixels,
-        quantize,
-        device_map,
-        read_memory(memory, dry_run),
-    )
+    session = open_session(options, read_memory(memory, dry_run))
     from bard_vl.app.terminal import DraftStreamer
     from bard_vl.cli.media import read
 
@@ -149,7 +107,7 @@ def run(
         print_notices(session)
     shown = any((html, gif, png))
     streamer = None if as_json or template is not None else DraftStreamer(session.processor)
-    answer = session.ask(messages, inputs, streamer=streamer, seed=seed, output_history=shown, structured=form)
+    answer = session.ask(messages, inputs, streamer=streamer, output_history=shown, structured=form)
     value = {} if form is None else {"value": form.parse(answer.text)}
     if as_json:
         told = {"model": session.name, "prompt": question, **answer.as_dict(), **value}

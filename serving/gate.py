@@ -24,7 +24,7 @@ from ..app.chats import check_chat, is_text
 from ..app.devices import free_memory
 from ..app.errors import one_line
 from ..app.memory import check_fits, read_prompt
-from ..generation_config_bard_vl import check_seed
+from ..generation_config_bard_vl import SETTINGS, check_seed
 from ..hooks_bard_vl import check_banned_tokens
 
 logger = logging.get_logger(__name__)
@@ -42,14 +42,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 TEXTS = ("text", "input_text", "output_text")
 PICTURES = ("image_url", "input_image")
 TEMPLATE_SETTINGS = ("add_vision_id", "enable_thinking")
-# Settings of `generate` that are the server's: they compile for minutes, or change what it gets back.
-OWN_SETTINGS = (
-    "cache_implementation",
-    "num_return_sequences",
-    "output_history",
-    "return_dict_in_generate",
-    "return_step_stats",
-)
 # What reading a request raises if it is wrong: our checks, those of `generate`, a template, and code that takes a
 # request for what it should be.
 FAULTS = (
@@ -235,7 +227,7 @@ def check_fields(body: dict[str, Any]) -> None:
         settings = json.loads(body["generation_config"])
         if not isinstance(settings, dict):
             raise ValueError(f"`generation_config` must be a JSON object of settings, got {settings!r:.80}")
-        for name in OWN_SETTINGS:
+        for name in (row.name for row in SETTINGS.values() if row.owner != "user"):
             if settings.get(name) is True or settings.get(name) not in (None, False, 1):
                 raise ValueError(f"`{name}` is the server's to set, got {settings[name]!r:.80}")
 

@@ -1,8 +1,10 @@
 """Settings of `generate`: stored, loaded, merged and validated in one place."""
 
+import ast
 import copy
 import json
 import shutil
+from collections import Counter
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from bard_vl import BardVLConfig, BardVLForConditionalGeneration, BardVLGenerationConfig
-from bard_vl.generation_config_bard_vl import DecodingSettings
+from bard_vl.generation_config_bard_vl import SETTINGS, DecodingSettings
 from golden_models import PROMPTS
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -568,3 +570,33 @@ def test_assigned_plain_config_becomes_the_own_class() -> None:
     model.generation_config = GenerationConfig(max_new_tokens=5, eos_token_id=4)
     assert type(model.generation_config) is BardVLGenerationConfig
     assert model.generation_config.explicit() == {"max_new_tokens": 5, "eos_token_id": 4}
+
+
+# --- The table --------------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_name_a_setting_once() -> None:
+    """A new setting is a row of the table, heeded by `--set`; one with an option of its own, a row of the options."""
+    from bard_vl_cli import options
+
+    assert options.SETTINGS.keys() <= SETTINGS.keys()
+    counts: Counter[str] = Counter()
+    for name in ("options", "run", "chat", "demo"):
+        path = Path(__file__).parents[1] / "cli" / f"{name}.py"
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.arg | ast.keyword):
+                counts[str(node.arg)] += 1
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                counts[node.value] += 1
+    assert {name: count for name, count in counts.items() if name in SETTINGS and count > 1} == {}
+    assert counts["block_size"] == 1
+
+
+def test_owners_of_settings_are_known() -> None:
+    assert {row.owner for row in SETTINGS.values()} == {"user", "program", "server"}
+    assert {name for name, row in SETTINGS.items() if row.owner == "program"} == {
+        "num_return_sequences",
+        "output_history",
+        "return_dict_in_generate",
+        "return_step_stats",
+    }
