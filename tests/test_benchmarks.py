@@ -35,6 +35,8 @@ from measuring import Result, measure  # noqa: E402
 from plain_decoder import LADDER, InPlaceLayer, LadderDecoder, Rung  # noqa: E402
 from shapes import SHAPES, build_model, config_of, num_parameters, stock_twin  # noqa: E402
 
+import serving  # noqa: E402
+
 CPU = torch.device("cpu")
 FIGURES = ("ms_per_forward", "ms_to_first_block", "decode_tokens_per_second", "tokens_per_second")
 
@@ -458,3 +460,14 @@ def test_wrong_parts_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.main(["a", "--only", "nonsense"])
     assert "--only 'nonsense' is no piece of part a: 'model'" in capsys.readouterr().err
+
+
+def test_a_server_is_measured_by_its_parts_and_counters() -> None:
+    replies = [serving.Reply("a b", 20, [0.5, 0.6, 0.9]), serving.Reply("c", 16, [0.3])]
+    ours = serving.Result("vllm", 2, 2.0, replies, {"forwards": 9, "steps": 12})
+    expected = {"tokens": 36, "tokens/s": 18.0, "ms to first block": 400.0, "forwards": 9, "steps per block": 4.0}
+    assert ours.figures(16) == pytest.approx({**expected, "ms per block": 200.0})
+    theirs = serving.Result("transformers", 2, 3.0, [serving.Reply("a", 8, [1.0]), serving.Reply("d", 8, [1.0])])
+    assert serving.agreement([ours, theirs]) == {2: 0.5}  # one goes on behind the other's end
+    header, _, first, second = serving.to_markdown([ours, theirs], 16).splitlines()
+    assert header.count("|") == first.count("|") == second.count("|") == 9

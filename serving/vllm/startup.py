@@ -71,36 +71,37 @@ class BardVLSetup(VerifyAndUpdateConfig):
 
 def check_options(vllm_config: VllmConfig) -> None:
     """Raise `ValueError` for an option of vLLM's under which tokens would be wrong, or that was not tried."""
-    scheduler, parallel, attention = (
-        vllm_config.scheduler_config,
-        vllm_config.parallel_config,
-        vllm_config.attention_config,
+    model, scheduler, parallel = vllm_config.model_config, vllm_config.scheduler_config, vllm_config.parallel_config
+    cache, backend, graphs = (
+        vllm_config.cache_config,
+        vllm_config.attention_config.backend,
+        vllm_config.compilation_config.cudagraph_mode,
     )
-    block_size = stated_block_size(vllm_config.model_config.hf_config)
-    diffusion, multimodal = vllm_config.diffusion_config, vllm_config.model_config.multimodal_config
-    graphs = vllm_config.compilation_config.cudagraph_mode
-    refused = {
-        "--scheduler-cls: blocks need the plugin's own": scheduler.scheduler_cls not in (None, SCHEDULER),
-        f"--diffusion-config: a block has {block_size} tokens": diffusion is not None
-        and diffusion.canvas_length != block_size,
-        "--speculative-config": vllm_config.speculative_config is not None,
-        "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
-        "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
-        "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
-        "--enable-dbo": parallel.use_ubatching,
-        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
-        "--kv-sharing-fast-prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
-        "--disable-chunked-mm-input": scheduler.disable_chunked_mm_input,
-        "--enable-prompt-embeds": vllm_config.model_config.enable_prompt_embeds,
-        "--enable-lora": vllm_config.lora_config is not None,
-        "pruned videos": multimodal is not None and multimodal.get_video_pruning_spec() is not None,
-        f"--max-num-batched-tokens below two blocks, {2 * block_size}": scheduler.max_num_batched_tokens
-        < 2 * block_size,
-        f"--attention-backend {attention.backend and attention.backend.name}: take TRITON_ATTN": attention.backend
-        not in (None, *BACKENDS),
-        "--cudagraph-mode FULL for prompts": graphs is not None and graphs.mixed_mode() == CUDAGraphMode.FULL,
-    }
-    for name, is_given in refused.items():
+    size, diffusion = stated_block_size(model.hf_config), vllm_config.diffusion_config
+    two = f"below two blocks, {2 * size}"
+    refused = (
+        ("--runner pooling", model.runner_type != "generate"),
+        ("--enable-prompt-embeds", model.enable_prompt_embeds),
+        ("--logits-processors", model.logits_processors),
+        ("pruned videos", model.multimodal_config and model.multimodal_config.get_video_pruning_spec()),
+        (f"--diffusion-config of other than {size} tokens", diffusion and diffusion.canvas_length != size),
+        ("--speculative-config", vllm_config.speculative_config),
+        ("--enable-lora", vllm_config.lora_config),
+        ("--kv-transfer-config", vllm_config.kv_transfer_config),
+        ("--kv-sharing-fast-prefill", cache.kv_sharing_fast_prefill),
+        ("--scheduler-cls", scheduler.scheduler_cls not in (None, SCHEDULER)),
+        ("--disable-chunked-mm-input", scheduler.disable_chunked_mm_input),
+        (f"--max-num-batched-tokens {two}", scheduler.max_num_batched_tokens < 2 * size),
+        (f"--long-prefill-token-threshold {two}", 0 < scheduler.long_prefill_token_threshold < 2 * size),
+        ("--pipeline-parallel-size", parallel.pipeline_parallel_size > 1),
+        ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size > 1),
+        ("--decode-context-parallel-size", parallel.decode_context_parallel_size > 1),
+        ("--enable-batch-sharded-sampling", parallel.enable_batch_sharded_sampling),
+        ("--enable-dbo", parallel.use_ubatching),
+        (f"--attention-backend {backend and backend.name}", backend not in (None, *BACKENDS)),
+        ("--cudagraph-mode FULL for prompts", graphs is not None and graphs.mixed_mode() == CUDAGraphMode.FULL),
+    )
+    for name, is_given in refused:
         if is_given:
             raise ValueError(f"Bard-VL on vLLM does not go with {name}")
 

@@ -1,5 +1,6 @@
 """What `generate` says to the prompts that vLLM is asked."""
 
+import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from bard_vl import BardVLForConditionalGeneration, BardVLProcessor
 
 IDS = tiny.IDS["small"]
+ENDS = [IDS.eos_token_id, IDS.pad_token_id, 313]
 # Attention on a CPU takes heads of 32 numbers at least.
 SHAPE = {
     "head_dim": 32,
@@ -19,8 +21,10 @@ SHAPE = {
 
 
 def make_checkpoint(room: Path) -> Path:
-    """A tiny seed of Bard-VL, of block size 4."""
+    """A tiny seed of Bard-VL, of block size 4, that comes upon one of its ends now and then."""
     qwen = tiny.write_qwen3vl(room / "qwen", text_config=SHAPE)
+    settings = json.loads((qwen / "generation_config.json").read_text())
+    tiny.write_json(qwen / "generation_config.json", {**settings, "eos_token_id": ENDS})
     return fresh.convert(qwen, room / "bard", "--block-size", 4, "--mask-token-id", IDS.mask_token_id)
 
 

@@ -19,6 +19,10 @@ import pytest
 import tiny
 from oracle import Oracle, make_checkpoint
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import serving as benchmark
+
 SETTINGS = {"confidence_threshold": 0.02, "max_new_tokens": 40, "block_size": 16}
 
 
@@ -141,6 +145,20 @@ def test_a_conversation_goes_on(server: Server) -> None:
 def test_a_wrong_request_is_told_so(server: Server, options: dict[str, Any], said: str) -> None:
     with pytest.raises(openai.BadRequestError, match=said):
         server.ask(text(QUESTIONS[1]), **options)
+
+
+def test_the_benchmark_counts_what_the_server_does(server: Server) -> None:
+    arguments = benchmark.read_arguments(["--vllm", server.name, "--requests", "2", "--max-tokens", "24"])
+    measured = benchmark.Server("vllm", server.name, [])
+    result = benchmark.measure(measured, server.url, 2, arguments)
+    figures = result.figures(16)
+    assert [reply.tokens for reply in result.replies] == [24] * 4
+    assert len({reply.text for reply in result.replies}) == 4
+    # Eight blocks of two clients: each takes a step at least, which two may share; a prompt takes a forward more.
+    assert 8 <= result.counts["steps"] <= 8 * 16
+    assert result.counts["forwards"] < result.counts["steps"] + 4 + 1
+    assert figures["steps per block"] == result.counts["steps"] / 8
+    assert benchmark.to_markdown([result], 16).count("\n") == 2
 
 
 def test_a_client_that_leaves_ends_its_request(server: Server) -> None:
