@@ -17,7 +17,7 @@ from bard_vl.serving.vllm import canvas_length, is_tested
 from bard_vl.serving.vllm import denoising as parts
 from bard_vl.serving.vllm.denoising import Blocks
 from bard_vl.serving.vllm.pieces import cut, whole_blocks
-from bard_vl.serving.vllm.settings import OF_REQUESTS, request_settings, served_settings, stated_block_size
+from bard_vl.serving.vllm.settings import OF_REQUESTS, read_checkpoint, request_settings, stated_block_size
 from tiny import IDS, qwen3vl_config
 
 MASK, VOCABULARY = 30, 32
@@ -121,10 +121,11 @@ def params(**changes: Any) -> Any:
 
 def test_a_request_states_what_generate_takes() -> None:
     served = model_config(override_generation_config={"confidence_threshold": 0.7, "max_new_tokens": None})
-    plain = request_settings(params(), served)
+    read_checkpoint(served)
+    plain = request_settings(params(), served.hf_config)
     assert (plain.confidence_threshold, plain.denoising_steps, plain.samples) == (0.7, 4, False)
     own = {"confidence_threshold": 0.1, "denoising_steps": 2, "remasking_strategy": "factor", "factor": 2.0}
-    stated = asdict(request_settings(params(temperature=0.5, top_k=-1, extra_args=own), served))
+    stated = asdict(request_settings(params(temperature=0.5, top_k=-1, extra_args=own), served.hf_config))
     assert {name: stated[name] for name in own} == own
     assert (stated["temperature"], stated["top_k"]) == (0.5, 0)
 
@@ -142,22 +143,26 @@ def test_a_request_states_what_generate_takes() -> None:
     ],
 )
 def test_a_request_that_cannot_be_served_is_refused_by_name(changes: dict[str, Any], said: str) -> None:
+    served = model_config()
+    read_checkpoint(served)
     with pytest.raises(ValueError, match=said):
-        request_settings(params(**changes), model_config())
+        request_settings(params(**changes), served.hf_config)
 
 
 def test_a_checkpoint_that_asks_for_other_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="no_repeat_ngram_size=2"):
-        served_settings(model_config(override_generation_config={"no_repeat_ngram_size": 2}))
+        read_checkpoint(model_config(override_generation_config={"no_repeat_ngram_size": 2}))
 
 
 def test_block_size_and_threshold_of_a_published_name() -> None:
-    name = "fudan-generative-ai/Bard-VL-B16-Mask-4B-Instruct"
+    name = "fudan-generative-ai/Bard-VL-B16-Mask-4B-Distil-Instruct"
     published = model_config(model=name)
     published.hf_config.block_size, published.hf_config._name_or_path = None, name
     assert stated_block_size(published.hf_config) == 16
-    assert request_settings(params(), published).confidence_threshold == 0.5
-    published.hf_config._name_or_path = "some-folder"
+    (notice,) = read_checkpoint(published)
+    assert "confidence threshold 0.5" in notice
+    assert request_settings(params(), published.hf_config).confidence_threshold == 0.5
+    published.hf_config.block_size, published.hf_config._name_or_path = None, "some-folder"
     with pytest.raises(ValueError, match=r"some-folder: neither config.json nor the name states the block size"):
         stated_block_size(published.hf_config)
 

@@ -169,7 +169,7 @@ class BlockSampler:
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
         """Begin the first block of a request, or the next of one that was preempted."""
         self.sampling_states.add_request(req_idx, sampling_params)
-        settings = request_settings(sampling_params, self.state.model_config)
+        settings = request_settings(sampling_params, self.state.model_config.hf_config)
         # vLLM's own seeds are those of the requests, or drawn alike in all processes. What was preempted draws anew.
         given = int(self.state.num_given[req_idx] - self.state.prompt_lengths[req_idx])
         self.blocks.begin(req_idx, settings, int(self.sampling_states.seeds.np[req_idx]) + given)

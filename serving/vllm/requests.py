@@ -21,6 +21,6 @@ def _check(params: SamplingParams, model_config: Any) -> None:
         _check_other_models(params, model_config)
         return
     try:
-        request_settings(params, model_config)
+        request_settings(params, model_config.hf_config)
     except ValueError as error:
         raise VLLMValidationError(str(error)) from error

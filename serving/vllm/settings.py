@@ -1,14 +1,16 @@
 """What a checkpoint and a request ask for, in the settings of `generate`. Nothing here imports vLLM."""
 
-import functools
 from typing import Any
 
+from ...app.checkpoints import complete_settings, last_part, stored_settings
 from ...configuration_bard_vl import BardVLConfig
-from ...convert_qwen3vl_to_bard import BLOCK_SIZE_IN_NAME, PUBLISHED_THRESHOLDS, PUBLISHER
+from ...convert_qwen3vl_to_bard import BLOCK_SIZE_IN_NAME
 from ...generation_config_bard_vl import FIELDS, BardVLGenerationConfig, DecodingSettings, merged_settings
+from ...remasking_bard_vl import REMASKING_RULES
 
 # What a request may state in `extra_args`, which is `vllm_xargs` in OpenAI's protocol.
-OF_REQUESTS = ("confidence_threshold", "denoising_steps", "remasking_strategy", "entropy_bound", "factor")
+BOUNDS = tuple(dict.fromkeys(rule.bound for rule in REMASKING_RULES.values()))
+OF_REQUESTS = ("denoising_steps", "remasking_strategy", *BOUNDS)
 # Settings that change tokens and that this sampler does not do, with the values by which they do not.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "revision": (),
@@ -43,7 +45,7 @@ def stated_block_size(config: BardVLConfig) -> int:
     """The block size of a checkpoint by its config, else by its name; `ValueError` if neither states it."""
     if config.block_size is not None:
         return config.block_size
-    named = BLOCK_SIZE_IN_NAME.search(config._name_or_path)
+    named = BLOCK_SIZE_IN_NAME.search(last_part(config._name_or_path))
     if named is None:
         raise ValueError(
             f"{config._name_or_path or 'the checkpoint'}: neither config.json nor the name states the block size that "
@@ -52,39 +54,32 @@ def stated_block_size(config: BardVLConfig) -> int:
     return int(named[1])
 
 
-@functools.lru_cache(maxsize=8)
-def stored_settings(folder: str, revision: str | None) -> BardVLGenerationConfig:
-    """The settings in the `generation_config.json` of a folder or repository; none where there is no such file."""
-    try:
-        return BardVLGenerationConfig.from_pretrained(folder, revision=revision)
-    except OSError:
-        return BardVLGenerationConfig()
+def read_checkpoint(model_config: Any) -> list[str]:
+    """Note in the checkpoint's config what requests begin with; what to tell the operator.
 
-
-def served_settings(model_config: Any) -> dict[str, Any]:
-    """The settings that requests begin with: the checkpoint's, and those of `--override-generation-config` over them.
+    That is what the checkpoint's files and name say, and `--override-generation-config` over it.
 
     Args:
         model_config: vLLM's `ModelConfig`.
 
     Raises:
-        ValueError: one of them is wrong, or changes tokens in a way that this server does not.
+        ValueError: a setting is wrong, or changes tokens in a way that this server does not.
     """
-    source = model_config.generation_config
+    config, source = model_config.hf_config, model_config.generation_config
+    config.block_size = stated_block_size(config)
+    where = {"revision": model_config.revision} if model_config.revision else {}
     folder = model_config.model if source == "auto" else source
-    stored = {} if source == "vllm" else stored_settings(folder, model_config.revision).explicit()
-    config, name = model_config.hf_config, model_config.model
-    if name.startswith(f"{PUBLISHER}/") and stated_block_size(config) in PUBLISHED_THRESHOLDS:
-        stored = {"confidence_threshold": PUBLISHED_THRESHOLDS[stated_block_size(config)], **stored}
-    over = {name: value for name, value in model_config.override_generation_config.items() if name in FIELDS}
-    settings = merged_settings(stored, {}, {name: value for name, value in over.items() if value is not None})
+    stored = None if source == "vllm" else stored_settings(folder, **where)
+    given = {name: value for name, value in model_config.override_generation_config.items() if name in FIELDS}
+    over = {name: value for name, value in given.items() if value is not None}
+    merged = merged_settings(stored.explicit() if stored else {}, {}, over)
     for name, neutral in NOT_SERVED.items():
-        if name in settings and settings[name] not in neutral:
-            raise ValueError(
-                f"`{name}={settings[name]!r}` of the checkpoint's settings is not served by the vLLM plugin"
-            )
-    resolve(settings, config)
-    return settings
+        if name in merged and merged[name] not in neutral:
+            raise ValueError(f"`{name}={merged[name]!r}` of the checkpoint's settings is not served by the vLLM plugin")
+    completed, notices = complete_settings(model_config.model, config, BardVLGenerationConfig(**merged), **where)
+    config.served = completed.explicit()
+    resolve(config.served, config)
+    return notices
 
 
 def resolve(settings: dict[str, Any], config: BardVLConfig) -> DecodingSettings:
@@ -93,12 +88,12 @@ def resolve(settings: dict[str, Any], config: BardVLConfig) -> DecodingSettings:
     return DecodingSettings.resolve(BardVLGenerationConfig(**named), config, 0)
 
 
-def request_settings(params: Any, model_config: Any) -> DecodingSettings:
+def request_settings(params: Any, config: BardVLConfig) -> DecodingSettings:
     """The settings of a request.
 
     Args:
         params: vLLM's `SamplingParams`.
-        model_config: vLLM's `ModelConfig`.
+        config: of a checkpoint that `read_checkpoint` has read.
 
     Raises:
         ValueError: one of them is wrong, or asks for something that this sampler does not do.
@@ -112,4 +107,4 @@ def request_settings(params: Any, model_config: Any) -> DecodingSettings:
     if unknown:
         raise ValueError(f"a request may set {', '.join(OF_REQUESTS)}, got {', '.join(unknown):.80}")
     own = {"temperature": params.temperature, "top_k": max(params.top_k, 0), "top_p": params.top_p, **extra}
-    return resolve(merged_settings(served_settings(model_config), {}, own), model_config.hf_config)
+    return resolve(merged_settings(config.served, {}, own), config)

@@ -14,7 +14,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from .settings import served_settings, stated_block_size
+from .settings import read_checkpoint, stated_block_size
 
 logger = logging.getLogger("vllm.bard_vl")
 
@@ -34,9 +34,9 @@ class BardVLSetup(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
         """Read the checkpoint's settings; a request without a temperature decodes by them, greedily as a rule."""
-        config = model_config.hf_config
-        config.block_size = stated_block_size(config)
-        settings, given = served_settings(model_config), model_config.override_generation_config
+        for notice in read_checkpoint(model_config):
+            logger.warning(notice)
+        settings, given = model_config.hf_config.served, model_config.override_generation_config
         defaults = {
             "temperature": 0.0,
             "top_k": None,
@@ -49,10 +49,6 @@ class BardVLSetup(VerifyAndUpdateConfig):
             defaults["temperature"] = settings.get("temperature", 1.0)
         # vLLM takes a stated `max_new_tokens` for a bound of all requests.
         given.update({name: value for name, value in defaults.items() if name not in given})
-        if getattr(config, "trained", None) is False:
-            logger.warning(
-                "%s is a seed: until it is trained for block diffusion it writes nonsense", model_config.model
-            )
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
