@@ -123,8 +123,9 @@ class Result:
             "tokens": tokens,
             "tokens/s": tokens / self.seconds,
             "ms to first block": 1000 * statistics.median(reply.times[0] for reply in self.replies if reply.times),
-            "ms per block": 1000 * statistics.median(between) if between else float("nan"),
         }
+        if between:
+            figures["ms per block"] = 1000 * statistics.median(between)
         if "forwards" in self.counts:
             figures["forwards"] = self.counts["forwards"]
         if self.counts.get("steps"):

