@@ -149,16 +149,16 @@ def test_a_wrong_request_is_told_so(server: Server, options: dict[str, Any], sai
 
 
 def test_the_benchmark_counts_what_the_server_does(server: Server) -> None:
-    arguments = benchmark.read_arguments(["--vllm", server.name, "--requests", "2", "--max-tokens", "24"])
+    arguments = benchmark.read_arguments(["--vllm", server.name, "--requests", "1", "--max-tokens", "24"])
     measured = benchmark.Server("vllm", server.name, [])
     result = benchmark.measure(measured, server.url, 2, arguments)
     figures = result.figures(16)
-    assert [reply.tokens for reply in result.replies] == [24] * 4
+    assert [reply.tokens for reply in result.replies] == [24] * 2
     assert len({reply.text for reply in result.replies}) > 1
-    # Eight blocks of two clients: each takes a step at least, which two may share; a prompt takes a forward more.
-    assert 8 <= result.counts["steps"] <= 8 * 16
-    assert result.counts["forwards"] < result.counts["steps"] + 4 + 1
-    assert figures["steps per block"] == result.counts["steps"] / 8
+    # Four blocks of two clients: each takes a step at least, which two may share; a prompt takes a forward more.
+    assert 4 <= result.counts["steps"] <= 4 * 16
+    assert result.counts["forwards"] <= result.counts["steps"] + 2
+    assert figures["steps per block"] == result.counts["steps"] / 4
     assert benchmark.to_markdown([result], 16).count("\n") == 2
 
 
