@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,38 @@ def pytest_collection_finish() -> None:
 def pytest_sessionfinish() -> None:
     """Undo it, or extensions would report at exit what was never freed."""
     gc.unfreeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n 2 --dist loadgroup` one worker sets up what a file's processes share; single tests fill the gaps."""
+    for item in items:
+        if item.get_closest_marker("process"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+STARTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.spawn")
+QUICK = (("uname",), ("git",))  # the standard library asks for the processor, benchmarks ask for the commit
+_unmarked: list[str] = []  # the test that runs, if it has no marker that allows it to start a process
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Any:
+    """Keep tests that start processes out of the quick selection, and so the markers true."""
+    if not any(map(item.get_closest_marker, ("process", "compiled"))):
+        _unmarked.append(item.nodeid)
+    result = yield
+    _unmarked.clear()
+    return result
+
+
+def refuse_processes(event: str, arguments: tuple[Any, ...]) -> None:
+    """Audit hook: an unmarked test may start none but the quick ones."""
+    if event in STARTS and _unmarked and arguments[:1] not in QUICK:
+        raise RuntimeError(f"{_unmarked[0]} starts a process ({arguments[:2]}): mark it `process` or `compiled`")
+
+
+sys.addaudithook(refuse_processes)
 
 
 @pytest.fixture(autouse=True)

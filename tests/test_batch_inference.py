@@ -19,6 +19,8 @@ import tiny
 import torch
 from PIL import Image
 
+pytestmark = pytest.mark.process
+
 SCRIPT = fresh.ROOT / "examples" / "batch_inference.py"
 MANUAL = (fresh.ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 PRINTED = (

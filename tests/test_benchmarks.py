@@ -393,8 +393,9 @@ def lines_of(folder: Path) -> dict[str, Any]:
     return {line["piece"]: line["found"] for line in lines}
 
 
+@pytest.mark.compiled
 def test_parts_of_the_gpu_check_run_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    where = ["--shape", "tiny", "--device", "cpu", "--out", str(tmp_path), "--seconds", "100", "--only"]
+    where = ["--shape", "tiny", "--device", "cpu", "--out", str(tmp_path), "--seconds", "1000", "--only"]
     gpu.main(["a", *where, "model", "floors", "attention", "slot kernel"])
     gpu.main(["b", *where, "Qwen3-VL", "eager", "default", "profile, eager", "profile, default", "earlier engine"])
     gpu.main(["c", *where, "8 rows, eager", "8 rows, default"])
@@ -425,6 +426,7 @@ def test_parts_of_the_gpu_check_run_on_a_cpu(tmp_path: Path, capsys: pytest.Capt
     assert "- earlier engine: BARD_VL_OLD names no folder" in printed
 
 
+@pytest.mark.process
 def test_a_piece_that_fails_or_takes_too_long_stops_no_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,6 +99,7 @@ def test_damaged_settings_of_a_run_are_named(tmp_path, content, capsys, stopped)
     assert "settings.json" in last
 
 
+@pytest.mark.process
 def test_a_full_disk_ends_training_in_one_line_and_keeps_what_was_whole(tmp_path, stopped):
     output = tmp_path / "run"
     recipe = write_recipe(tmp_path / "run.yaml", settings(output))

@@ -561,6 +561,7 @@ class Terminal:
         return self.unread
 
 
+@pytest.mark.process
 def test_drafts_are_grey_on_a_terminal_and_leave_only_the_text(folder: Path, run: Any) -> None:
     output = Terminal(folder, "run", "photo.png", "-m", "bard", "--max-new-tokens", "16", "-q").close()
     assert GREY in output
@@ -570,6 +571,7 @@ def test_drafts_are_grey_on_a_terminal_and_leave_only_the_text(folder: Path, run
     assert [line for line in shown if line] == [line for line in expected if line]
 
 
+@pytest.mark.process
 def test_an_interrupt_ends_the_program_with_130(folder: Path) -> None:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = start(
@@ -583,6 +585,7 @@ def test_an_interrupt_ends_the_program_with_130(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("library", ["libtorch_cpu.so", "tokenizers.abi3.so", "_imaging.cpython"])
+@pytest.mark.process
 def test_an_interrupt_while_the_program_starts_is_one_line(folder: Path, library: str) -> None:
     process = start(folder, "run", "photo.png", "-m", "bard", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while library not in Path(f"/proc/{process.pid}/maps").read_text():  # what is being loaded
@@ -595,6 +598,7 @@ def test_an_interrupt_while_the_program_starts_is_one_line(folder: Path, library
 
 
 @pytest.mark.parametrize("line", ["--help", "run --help", "--version", "run --nonsense", "run", "chat --seed x"])
+@pytest.mark.process
 def test_help_and_mistyped_options_do_not_wait_for_torch(folder: Path, line: str) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = start(folder, *line.split(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -605,6 +609,7 @@ def test_help_and_mistyped_options_do_not_wait_for_torch(folder: Path, line: str
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
+@pytest.mark.process
 def test_a_reader_that_leaves_ends_the_program_quietly(folder: Path) -> None:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = start(
@@ -617,6 +622,7 @@ def test_a_reader_that_leaves_ends_the_program_quietly(folder: Path) -> None:
     assert not re.search("^(error|Traceback)", err, flags=re.MULTILINE)
 
 
+@pytest.mark.process
 def test_an_interrupt_stops_an_answer_and_not_the_conversation(folder: Path) -> None:
     options = ("-m", "bard", "--max-new-tokens", "4000", "--set", "eos_token_id=[]", "--quiet")
     terminal = Terminal(folder, "chat", "photo.png", *options)

@@ -18,6 +18,8 @@ from PIL import Image
 from test_cli import environment, write_video
 from tiny import draw_frames, draw_scene, write_qwen3vl
 
+pytestmark = pytest.mark.process
+
 PAGES = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("command_line.md", "viewer.md")}
 
 

@@ -259,7 +259,10 @@ ROPE = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [4, 
     "spelling", [{"rope_theta": 1234.0, "rope_scaling": ROPE}, {"rope_parameters": {**ROPE, "rope_theta": 1234.0}}]
 )
 def test_rope_is_read_and_written_in_the_spelling_of_every_line(spelling: dict[str, Any]) -> None:
-    config = BardVLConfig(text_config={"hidden_size": 64, "num_attention_heads": 4, **json.loads(json.dumps(spelling))})
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
+    text_config = {**small, "vocab_size": 8, **json.loads(json.dumps(spelling))}
+    tower = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "deepstack_visual_indexes": [0]}
+    config = BardVLConfig(text_config=text_config, vision_config=tower)
     text = config.to_dict()["text_config"]
     assert text["rope_theta"] == 1234.0
     assert text["rope_scaling"].items() >= ROPE.items()

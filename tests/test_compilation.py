@@ -14,6 +14,8 @@ from bard_vl.layers_bard_vl import compiled
 from ragged import MASK, NO_ID, Row, collate
 from torch._dynamo.utils import counters
 
+pytestmark = pytest.mark.compiled
+
 SETTINGS = {"block_size": 4, "confidence_threshold": 0.1, "eos_token_id": NO_ID, "max_new_tokens": 24}
 BATCH = [Row().add_text(3 + 5 * seed, seed) for seed in range(5)]
 STATIC = {"cache_implementation": "static"}

@@ -1,5 +1,6 @@
 """No state on modules: threads share a model, and a cancelled call leaves a passed cache usable."""
 
+import copy
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -178,9 +179,9 @@ def test_a_call_cancelled_at_any_moment_leaves_the_cache_usable(place: str, num_
     expected = generate(model, second, **FIXED, eos_token_id=EOS)
     if num_rows > 1:  # rows retire at different times
         assert len({*expected.block_step_counts.sum(-1).tolist()}) > 1
-    moments = 0
+    moments, kept = 0, generate(model, first, **FIXED, eos_token_id=EOS).past_key_values
     while True:
-        cache = generate(model, first, **FIXED, eos_token_id=EOS).past_key_values
+        cache = copy.deepcopy(kept)
         if not cancel(place, moments, cache, second):
             break
         moments += 1
@@ -194,9 +195,9 @@ def test_a_call_cancelled_at_any_moment_leaves_the_cache_usable(place: str, num_
 def test_a_call_for_several_sequences_cancelled_at_any_moment_leaves_the_cache_usable(place: str) -> None:
     model, (first, second) = load(), turns(2)
     expected = generate(model, second, **FIXED, eos_token_id=EOS)
-    moments = 0
+    moments, kept = 0, generate(model, first, **FIXED, eos_token_id=EOS).past_key_values
     while True:
-        cache = generate(model, first, **FIXED, eos_token_id=EOS).past_key_values
+        cache = copy.deepcopy(kept)
         if not cancel(place, moments, cache, second, num_return_sequences=3):
             break
         moments += 3
@@ -240,16 +241,18 @@ def interrupted_in_the_cache(line: int) -> Iterator[None]:
 def test_a_key_press_at_any_line_of_the_cache_leaves_it_usable() -> None:
     model, (first, second) = load(), turns(2)
     arguments = {**FIXED, "max_new_tokens": 6}
-    expected = reported(generate(model, second, **arguments, eos_token_id=EOS))
-    line = 0
+    look = {**FIXED, "max_new_tokens": 4, "confidence_threshold": 0.0}  # one forward over what the cache has
+    expected = generate(model, second, **look, eos_token_id=EOS)
+    line, kept = 0, generate(model, first, **arguments, eos_token_id=EOS).past_key_values
     while True:
-        cache = generate(model, first, **arguments, eos_token_id=EOS).past_key_values
+        cache = copy.deepcopy(kept)
         try:
             with interrupted_in_the_cache(line):
                 generate(model, second, **arguments, eos_token_id=EOS, num_return_sequences=2, past_key_values=cache)
             break
         except KeyboardInterrupt:
             line += 7 if line > 60 else 1
-        output = generate(model, second, **arguments, eos_token_id=EOS, past_key_values=cache)
-        assert reported(output) == expected, f"interrupted at line {line}"
+        output = generate(model, second, **look, eos_token_id=EOS, past_key_values=cache)
+        assert reported(output) == reported(expected), f"interrupted at line {line}"
+        torch.testing.assert_close(output.confidences, expected.confidences)
     assert line > 100

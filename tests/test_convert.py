@@ -470,6 +470,7 @@ def test_card_without_known_base_or_licence_guesses_no_base(tmp_path: Path, caps
     assert "states no licence" in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_quick_start_of_the_card_runs(tmp_path: Path) -> None:
     """The card's code as it stands, with a local picture for the remote one."""
     source = cases.write_source(tmp_path / "source")
@@ -487,6 +488,7 @@ def test_quick_start_of_the_card_runs(tmp_path: Path) -> None:
 # --- Script and Hub ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_script_reports_and_shows_a_bar(tmp_path: Path) -> None:
     source = cases.write_source(tmp_path / "source")
     result = cases.run_script(source, tmp_path / "new" / "out", "--block-size", "8", "--mask-row", "mean")
@@ -500,6 +502,7 @@ def test_script_reports_and_shows_a_bar(tmp_path: Path) -> None:
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
 
 
+@pytest.mark.process
 def test_script_exits_with_1_on_errors_and_2_on_usage(tmp_path: Path) -> None:
     failed = cases.run_script(tmp_path / "absent", tmp_path / "out")
     assert (failed.returncode, failed.stdout) == (1, "")
@@ -507,6 +510,7 @@ def test_script_exits_with_1_on_errors_and_2_on_usage(tmp_path: Path) -> None:
     assert cases.run_script(tmp_path, tmp_path / "out", "--mask-row", "zero").returncode == 2
 
 
+@pytest.mark.process
 def test_script_checks_what_is_quick_before_it_imports_torch(tmp_path: Path) -> None:
     source = cases.write_source(tmp_path / "source")
     os.truncate(source / "model.safetensors", 1000)
@@ -531,6 +535,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.process
 def test_conversion_needs_nothing_that_posix_alone_has(tmp_path: Path) -> None:
     source = cases.write_source(tmp_path / "source")
     (tmp_path / ".out.partial").mkdir()
@@ -552,6 +557,7 @@ def write_hub_cache(path: Path, repo: str, commit: str, **source: Any) -> dict[s
     return {"HF_HUB_CACHE": str(path), "HF_HUB_OFFLINE": "1"}
 
 
+@pytest.mark.process
 def test_hub_id_as_the_source(tmp_path: Path) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     repo = "Qwen/Qwen3-VL-2B-Instruct"

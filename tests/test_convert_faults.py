@@ -416,6 +416,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize("limit", [100, 30_000, 700_000])
+@pytest.mark.process
 def test_write_that_fails_midway_leaves_nothing(limit: int, tmp_path: Path) -> None:
     """A limit on file sizes stops `write` as a full disk does."""
     source = cases.write_source(tmp_path / "source")
@@ -494,6 +495,7 @@ def size_of(folder: Path) -> int:
     return size
 
 
+@pytest.mark.process
 def test_kill_at_random_moments(tmp_path: Path) -> None:
     """24 kills, by the clock and by the bytes written: the output is absent or complete, the next run starts clean."""
     source = cases.write_source(tmp_path / "source", intermediate_size=16_384)
@@ -551,6 +553,7 @@ def test_second_conversion_to_the_same_output_is_refused(tmp_path: Path) -> None
         cases.convert(source, tmp_path / "other")
 
 
+@pytest.mark.process
 def test_conversions_at_once_have_one_winner(tmp_path: Path) -> None:
     source = cases.write_source(tmp_path / "source", intermediate_size=2048)
     for round_number in range(3):

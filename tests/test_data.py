@@ -563,6 +563,7 @@ def test_data_without_a_usable_chat_stops_before_training(
         stream_chats(opened, encoder) if streaming else ChatSamples(opened, encoder)
 
 
+@pytest.mark.process
 def test_measuring_is_shared_among_processes_and_kept(
     encoder: ChatEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -656,6 +657,7 @@ def loaded(dataset: Any, encoder: ChatEncoder, **options: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.process
 def test_workers_give_the_batches_of_one_process(encoder: ChatEncoder, tmp_path: Path, start_method: str) -> None:
     samples = ChatSamples(open_chats(as_jsonl(tmp_path, written_chats(tmp_path))), encoder)
     alone = loaded(samples, encoder)
@@ -670,6 +672,7 @@ def ids_of(stream: Any, encoder: ChatEncoder, **options: Any) -> list[int]:
     return [each for batch in loaded(stream, encoder, **options) for each in batch.sample_ids.tolist()]
 
 
+@pytest.mark.process
 def test_a_stream_is_split_among_processes_and_workers(encoder: ChatEncoder, tmp_path: Path) -> None:
     source = as_jsonl_folder(tmp_path, written_chats(tmp_path))
     stream = stream_chats(open_chats(source, streaming=True), encoder, seed=1)

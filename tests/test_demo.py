@@ -18,6 +18,8 @@ from fresh import convert
 from PIL import Image
 from tiny import IDS, draw_scene, write_qwen3vl
 
+pytestmark = pytest.mark.process
+
 LONG, PATIENCE = 60, 180_000  # tokens; milliseconds, for machines that have other things to do
 CUT = "\N{REPLACEMENT CHARACTER}"  # stands for a character whose last bytes are to come
 

@@ -16,6 +16,8 @@ from bard_vl.training.arguments import parse_recipe
 from safetensors.torch import load_file
 from training_cases import bard_folder, chats_file, history, losses, media_file, settings, write_recipe
 
+pytestmark = pytest.mark.process
+
 RECIPES = Path(merge_blocks.__file__).parent / "recipes"
 CASES = Path(__file__).with_name("distributed_cases.py")
 STAGES = ("block-4", "block-8")

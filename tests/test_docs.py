@@ -12,6 +12,8 @@ import tiny
 from test_cli import write_video
 from test_readme import CI, PUBLISHED, make_published
 
+pytestmark = pytest.mark.process
+
 DOCS = fresh.ROOT / "docs"
 RECIPES = (DOCS / "recipes.md").read_text(encoding="utf-8")
 TABLE = (DOCS / "compatibility.md").read_text(encoding="utf-8")

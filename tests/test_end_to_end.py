@@ -8,6 +8,8 @@ import pytest
 import tiny
 from PIL import Image
 
+pytestmark = pytest.mark.process
+
 QUESTION = "What is to the left of the blue square?"
 FRAMES = [f"frame{index}.png" for index in range(4)]
 GREEDY = {"max_new_tokens": 21, "confidence_threshold": 0.02}

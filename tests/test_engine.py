@@ -236,6 +236,7 @@ print(peak_memory(torch.device("cpu")) - before, ids[0, -16:].tolist())
 """
 
 
+@pytest.mark.process
 def test_memory_of_a_16k_prompt_holds_no_mask_and_is_bounded_by_the_chunk() -> None:
     peaks, tokens = [], []
     for chunk in (0, 512):

@@ -34,6 +34,7 @@ for dtype, counts, heads, key_heads, size, programs in (
 """
 
 
+@pytest.mark.process
 def test_it_gives_what_scaled_dot_product_attention_gives(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     script = tmp_path / "interpreted.py"
@@ -42,6 +43,7 @@ def test_it_gives_what_scaled_dot_product_attention_gives(tmp_path: Path) -> Non
     assert done.stdout.split() == ["True"] * 3, done.stdout + done.stderr
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize(("block", "splits"), [(4, 16), (16, 16), (16, 1), (32, 4)])
 def test_it_compiles_for_hopper_without_a_spill(block: int, splits: int) -> None:
     import triton

@@ -26,6 +26,8 @@ from PIL import Image
 from qwen_vl_utils import process_vision_info
 from test_readme import make_published
 
+pytestmark = pytest.mark.process
+
 EMBEDDED = fresh.ROOT / "examples" / "checkpoint"
 SMALL = "min_pixels=4096,max_pixels=4096"  # as its processor has them
 SCENES_SEED = 3  # neither the study's nor the score's

@@ -288,6 +288,7 @@ def run_on(line: str, script: str, *arguments: Path) -> str:
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.process
 def test_saved_on_any_line_loads_on_any_other(tmp_path: Path) -> None:
     folders = ("tied", "untied")
     for number, saver in enumerate(LINES):

@@ -16,7 +16,8 @@ from ragged import MASK, NO_ID, PAD, Row, collate, rows
 from test_golden import VISUAL, cases_of, load, tensors_of
 from torch._dynamo.utils import counters
 
-CACHES, COMPILATION = ["dynamic", "static"], ["eager", "compiled"]
+CACHES = ["dynamic", "static"]
+COMPILATION = ["eager", pytest.param("compiled", marks=pytest.mark.compiled)]
 CHUNKS = {"whole prompt": None, "one block a chunk": 1}
 BATCHES = [1, 5]
 COMPANIONS = [

@@ -682,6 +682,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.process
 def test_what_one_line_saves_every_line_loads_alike(repository: Path, tmp_path: Path) -> None:
     folders = [tmp_path / f"saved_by_{index}" for index in range(len(TRANSFORMERS_DIRS))]
     needed = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja"}
@@ -761,6 +762,7 @@ def use_without_torchvision(folder: str, target: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("transformers_dir", TRANSFORMERS_DIRS, ids=lambda path: Path(path).name or "installed")
+@pytest.mark.process
 def test_images_work_without_torchvision(repository: Path, tmp_path: Path, transformers_dir: str) -> None:
     prelude = "import sys; sys.modules['torchvision'] = None"
     target = tmp_path / "saved"

@@ -12,6 +12,8 @@ import pytest
 import tiny
 from fake_hub import FakeHub, Files
 
+pytestmark = pytest.mark.process
+
 HF = "import sys; from huggingface_hub.cli.hf import main; sys.argv[0] = 'hf'; main()"
 DOWNLOAD = """
 import sys, huggingface_hub

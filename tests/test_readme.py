@@ -13,6 +13,8 @@ import pytest
 import yaml
 from tiny import draw_scene, write_qwen3vl
 
+pytestmark = pytest.mark.process
+
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 CI = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")

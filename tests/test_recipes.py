@@ -44,6 +44,7 @@ def parse(module: Any, name: str, **flags: Any) -> tuple[Any, ...]:
     return parse_recipe(module.RECIPE, [str(RECIPES / name), *command])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml")))
 def test_shipped_recipes_build_and_take_a_step(tmp_path, name):
     module = distill if name.startswith("distill") else merge_blocks
@@ -294,6 +295,7 @@ def test_the_command_to_try_first_trains_the_small_checkpoint(tmp_path, monkeypa
     assert json.loads((tmp_path / "tried/block-32/config.json").read_text())["block_size"] == 32
 
 
+@pytest.mark.process
 def test_the_chat_of_the_manual_is_one(tmp_path):
     chat = (RECIPES.parents[1] / "docs" / "training.md").read_text().split("```json\n")[1].split("```")[0]
     (tmp_path / "photos").mkdir()

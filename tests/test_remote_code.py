@@ -10,6 +10,8 @@ import fresh
 import pytest
 import tiny
 
+pytestmark = pytest.mark.process
+
 MASK = tiny.IDS["small"].mask_token_id
 AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")
 MODEL_CLASS = "BardVLForConditionalGeneration"
@@ -69,10 +71,17 @@ def save_by_package(published: str, target: str) -> list[int]:
 
 
 def load_registered_processor(folder: str) -> list[str]:
-    import bard_vl  # noqa: F401
-
     processor = auto("AutoProcessor").from_pretrained(folder)
     return [type(processor).__module__, type(processor).__name__]
+
+
+def use_the_package(published: str, nameless: str, target: str) -> dict[str, Any]:
+    loaded = load_by_package(published)
+    return {
+        **loaded,
+        "registered processor": load_registered_processor(nameless),
+        "saved ids": save_by_package(published, target),
+    }
 
 
 def load_as_remote_code(folder: str) -> tuple[Any, Any]:
@@ -173,9 +182,33 @@ def line(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def by_package(published: Path, line: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    options = {"home": tmp_path_factory.mktemp("package"), "line": line, "package": True}
-    return fresh.call("test_remote_code.load_by_package", published, **options)
+def nameless(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same checkpoint without weights, whose files name no class of a processor."""
+    folder = tmp_path_factory.mktemp("nameless") / "folder"
+    shutil.copytree(published, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        settings = json.loads((folder / name).read_text())
+        settings.pop("processor_class")
+        tiny.write_json(folder / name, settings)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packages(published: Path, nameless: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Per line: what the package did there in one process, and the folder that it saved."""
+    results = {}
+    for line in fresh.LINES:
+        room = tmp_path_factory.mktemp("package")
+        target, options = room / f"packaged-by-{fresh.line_name(line)}", {"home": room / "home", "line": line}
+        arguments = (published, nameless, target)
+        results[line] = fresh.call("test_remote_code.use_the_package", *arguments, **options, package=True)
+        results[line] |= {"folder": target}
+    return results
+
+
+@pytest.fixture
+def by_package(packages: dict[str, dict[str, Any]], line: str) -> dict[str, Any]:
+    return packages[line]
 
 
 @pytest.fixture(scope="module")
@@ -205,24 +238,8 @@ def test_code_less_checkpoint_has_the_stock_processor_by_auto_and_its_own_by_nam
     assert by_package["own processor"] == ["BardVLProcessor", "left"]
 
 
-def test_auto_processor_is_registered_where_the_folder_names_none(published: Path, line: str, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(published, tmp_path / "folder", ignore=shutil.ignore_patterns("*.safetensors")))
-    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
-        settings = json.loads((folder / name).read_text())
-        settings.pop("processor_class")
-        tiny.write_json(folder / name, settings)
-    function, options = "test_remote_code.load_registered_processor", {"home": tmp_path / "home", "line": line}
-    found = fresh.call(function, folder, **options, package=True)
-    assert found == ["bard_vl.processing_bard_vl", "BardVLProcessor"]
-
-
-def test_what_the_package_saves_loads_without_the_package(published: Path, line: str, tmp_path: Path) -> None:
-    target = tmp_path / "saved"
-    function, options = "test_remote_code.save_by_package", {"home": tmp_path / "home", "line": line}
-    expected = fresh.call(function, published, target, **options, package=True)
-    assert sorted(path.name for path in target.glob("*.py")) == CODE
-    (found,) = fresh.call("test_remote_code.load_and_save_again", target, **options)
-    assert found["ids"] == [expected] * 2
+def test_auto_processor_is_registered_where_the_folder_names_none(by_package: dict[str, Any]) -> None:
+    assert by_package["registered processor"] == ["bard_vl.processing_bard_vl", "BardVLProcessor"]
 
 
 def test_code_beside_the_weights_is_what_runs(saved: dict[str, dict[str, Any]], line: str) -> None:
@@ -255,11 +272,14 @@ def test_saved_folder_carries_the_code_under_relative_names(
     assert auto_map == {"AutoProcessor": "processing_bard_vl.BardVLProcessor"}
 
 
-def test_fine_tuned_weights_survive_saving_on_any_line_and_loading_on_any_other(
-    saved: dict[str, dict[str, Any]], line: str, tmp_path: Path
+def test_what_is_saved_on_any_line_loads_without_the_package_on_any_other(
+    packages: dict[str, dict[str, Any]], saved: dict[str, dict[str, Any]], line: str, tmp_path: Path
 ) -> None:
-    folders = [Path(shutil.copytree(one["folder"], tmp_path / one["folder"].name)) for one in saved.values()]
-    found = fresh.call("test_remote_code.load_and_save_again", *folders, home=tmp_path / "home", line=line)
-    for by, one in zip(saved.values(), found, strict=True):
+    sources = [one["folder"] for one in (packages[line], *saved.values())]
+    folders = [Path(shutil.copytree(source, tmp_path / source.name)) for source in sources]
+    packaged, *found = fresh.call("test_remote_code.load_and_save_again", *folders, home=tmp_path / "home", line=line)
+    assert sorted(path.name for path in folders[0].glob("*.py")) == CODE
+    assert packaged["ids"] == [packages[line]["saved ids"]] * 2
+    for by, one in zip(saved.values(), found, strict=True):  # of weights that one step of training has moved
         assert one["ids"] == [by["trained ids"]] * 2 != [by["ids"][0]] * 2
         assert one["image tokens"] == by["image tokens"]

@@ -37,6 +37,8 @@ from PIL import Image
 from test_readme import make_published
 from transformers.cli.serving.utils import DirectStreamer, _GenerationCancelled
 
+pytestmark = pytest.mark.process
+
 MANUAL = (fresh.ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```", MANUAL, re.M | re.S) for line in block.splitlines()]
 EOS = tiny.IDS["small"].eos_token_id

@@ -258,7 +258,11 @@ def test_frozen_groups_keep_their_weights(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"streaming": True, "shuffle_buffer": 5}, {"dataloader_num_workers": 1, "complementary_masks": True}],
+    [
+        {},
+        {"streaming": True, "shuffle_buffer": 5},
+        pytest.param({"dataloader_num_workers": 1, "complementary_masks": True}, marks=pytest.mark.process),
+    ],
 )
 def test_an_interrupted_run_repeats_the_losses_of_a_whole_one(tmp_path, changes):
     # 12 chats in batches of 4: the interruption falls into the second pass, with accumulation and shuffling.
@@ -294,6 +298,7 @@ def test_a_stream_takes_no_step_behind_the_last_one(tmp_path):
         assert torch.equal(value, after[name]), name
 
 
+@pytest.mark.process
 def test_a_killed_schedule_goes_on_and_ends_the_same(tmp_path):
     shape = {"model_name_or_path": str(qwen_folder()), "mask_token_id": MASK, "block_sizes": [4, 8], "max_steps": 12}
     whole = train(tmp_path / "whole", "whole", **shape)
@@ -355,6 +360,7 @@ def test_old_checkpoints_go(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
 
 
+@pytest.mark.process
 def test_other_settings_do_not_go_on_with_a_run(tmp_path, capsys):
     output = tmp_path / "run"
     trainer = trainer_for(tmp_path / "other")
@@ -417,6 +423,7 @@ def test_every_pass_sees_every_sample():
 # --- What a stage leaves ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_a_finished_stage_is_a_checkpoint_with_code(tmp_path):
     run = train(tmp_path / "run", block_sizes=[8], max_steps=1)
     folder = run / "block-8"

@@ -166,12 +166,14 @@ def colour(page: Any, token: int, name: str = "background-color") -> Any:
     return tuple(painted)
 
 
+@pytest.mark.process
 def test_the_page_asks_for_nothing_and_complains_about_nothing(page: Any) -> None:
     page.keyboard.press("End")
     page.wait_for_timeout(200)
     assert [noise.rpartition("/")[2] for noise in page.noise] == ["page.html"]
 
 
+@pytest.mark.process
 def test_the_page_shows_counts_and_the_picture(page: Any) -> None:
     counts = [page.locator(f"#{name}").text_content() for name in ("num-tokens", "num-forwards", "tokens-per-forward")]
     assert counts == ["7", "5", "1.40"]
@@ -180,6 +182,7 @@ def test_the_page_shows_counts_and_the_picture(page: Any) -> None:
     assert picture.get_attribute("alt") == "Picture 1 of the prompt"
 
 
+@pytest.mark.process
 def test_texts_are_text(page: Any, recording: Recording) -> None:
     assert page.locator("h1").text_content() == recording.title
     assert page.locator(".prompt").text_content() == recording.prompt
@@ -187,6 +190,7 @@ def test_texts_are_text(page: Any, recording: Recording) -> None:
     assert page.title().startswith("Title </script>")
 
 
+@pytest.mark.process
 def test_keys_step_through_it(page: Any) -> None:
     states = [["", "", "", ""], ["A", "", "", ""], ["A", "rod", "", "star"], ["A", "red", "<b>", "star"]]
     for expected in states:
@@ -206,6 +210,7 @@ def test_keys_step_through_it(page: Any) -> None:
     assert page.locator("#answer .cut").count() == 0
 
 
+@pytest.mark.process
 def test_the_scrubber_and_the_bars_scrub(page: Any) -> None:
     scrubber = page.locator("#scrubber")
     scrubber.fill("2")
@@ -228,6 +233,7 @@ def test_the_scrubber_and_the_bars_scrub(page: Any) -> None:
     ]
 
 
+@pytest.mark.process
 def test_it_plays_and_pauses(page: Any) -> None:
     page.locator("#speed").select_option("0.5")
     page.locator("body").press("Space")
@@ -244,6 +250,7 @@ def test_it_plays_and_pauses(page: Any) -> None:
     assert page.locator("#play").text_content() == "Play"
 
 
+@pytest.mark.process
 def test_it_starts_by_itself_unless_motion_is_unwanted(browser: Any, recording: Recording, tmp_path: Path) -> None:
     write_html(recording, tmp_path / "page.html")
     page = browser.new_page()
@@ -252,6 +259,7 @@ def test_it_starts_by_itself_unless_motion_is_unwanted(browser: Any, recording: 
     page.close()
 
 
+@pytest.mark.process
 def test_colours_tell_confidence_and_marks_tell_changes(page: Any) -> None:
     page.keyboard.press("End")
     sure, revised, unsure = (colour(page, token) for token in range(3))
@@ -266,6 +274,7 @@ def test_colours_tell_confidence_and_marks_tell_changes(page: Any) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.process
 def test_text_is_readable_in_light_and_dark(page: Any, scheme: str) -> None:
     page.emulate_media(color_scheme=scheme)
     page.keyboard.press("End")
@@ -291,6 +300,7 @@ def luminance(colour: tuple[int, ...]) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
+@pytest.mark.process
 def test_every_control_has_a_name_and_is_reached_by_keyboard(page: Any) -> None:
     names = []
     for _ in range(6):
@@ -305,6 +315,7 @@ def test_every_control_has_a_name_and_is_reached_by_keyboard(page: Any) -> None:
 
 
 @pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.process
 def test_it_fits_the_width(page: Any, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 700})
     page.keyboard.press("End")
@@ -338,6 +349,7 @@ def edges(page: Any, selector: str) -> Any:
     return [found[name] for name in ("left", "top", "right", "bottom")]
 
 
+@pytest.mark.process
 def test_a_long_answer_fits_the_width(long_page: Any) -> None:
     page, width = long_page, long_page.viewport_size["width"]
     for key in ("Home", "End"):
@@ -362,6 +374,7 @@ def test_a_long_answer_fits_the_width(long_page: Any) -> None:
     assert page.locator("#bars .now").count() == 1
 
 
+@pytest.mark.process
 def test_a_long_answer_plays_in_view(long_page: Any) -> None:
     page = long_page
 
@@ -387,6 +400,7 @@ def test_a_long_answer_plays_in_view(long_page: Any) -> None:
     assert is_in_view()
 
 
+@pytest.mark.process
 def test_without_scripts_the_answer_is_there(browser: Any, recording: Recording, tmp_path: Path) -> None:
     write_html(recording, tmp_path / "page.html")
     with browser.new_context(java_script_enabled=False) as context:
