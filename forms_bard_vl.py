@@ -274,4 +274,4 @@ def library() -> Any:
     return outlines_core
 
 
-__all__ = ["Form", "library"]
+__all__ = ["Form", "escape", "library", "schema_expression"]

@@ -121,13 +121,18 @@ OPTIONS: dict[str, Any] = {
     ],
 }
 
+READY = {"boxes": "bbox_2d", "points": "point_2d"}  # schemas that have a name
 Choices = Annotated[
     str | None, typer.Option(metavar="A|B|C", help="The answer is one of these texts.", rich_help_panel=FORM)
 ]
 Regex = Annotated[str | None, typer.Option(help="All of the answer matches this expression.", rich_help_panel=FORM)]
 JsonSchema = Annotated[
     str | None,
-    typer.Option(metavar="JSON|FILE", help="The answer is JSON of this schema.", rich_help_panel=FORM),
+    typer.Option(
+        metavar="JSON|FILE|boxes|points",
+        help="The answer is JSON of this schema, or things with boxes or points as Qwen3-VL writes them.",
+        rich_help_panel=FORM,
+    ),
 ]
 Template = Annotated[
     str | None,
@@ -151,15 +156,19 @@ def read_form(
     choices: str | None, regex: str | None, json_schema: str | None, template: str | None, slots: list[str] | None
 ) -> dict[str, Any] | None:
     """The form that these options ask for, `structured` of `generate`; None for none, `Misuse` for half of one."""
-    if json_schema is not None and not json_schema.lstrip().startswith("{"):
-        try:
-            json_schema = Path(json_schema).read_text(encoding="utf-8")
-        except OSError as error:
-            raise Misuse(f"--json-schema: {json_schema} cannot be read: {error.strerror}") from error
     stated = {"choices": choices, "regex": regex, "json_schema": json_schema, "template": template}
     named: dict[str, Any] = {name: value for name, value in stated.items() if value is not None}
     if len(named) > 1 or (slots and template is None):
         raise Misuse("give one of --choices, --regex, --json-schema and --template, and --slot only with the last")
+    if json_schema in READY:
+        from bard_vl.app.boxes import things_schema
+
+        return {"json_schema": things_schema(READY[json_schema])}
+    if json_schema is not None and not json_schema.lstrip().startswith("{"):
+        try:
+            named["json_schema"] = Path(json_schema).read_text(encoding="utf-8")
+        except OSError as error:
+            raise Misuse(f"--json-schema: {json_schema} cannot be read: {error.strerror}") from error
     if choices is not None:
         named["choices"] = choices.split("|")
     if template is not None:

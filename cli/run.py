@@ -74,6 +74,10 @@ def run(
     png: Annotated[
         Path | None, typer.Option(help="Write the answer as a picture, shaded by step.", rich_help_panel=OUTPUT)
     ] = None,
+    draw: Annotated[
+        Path | None,
+        typer.Option(help="Write the first picture with the boxes or points of the answer.", rich_help_panel=OUTPUT),
+    ] = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No counts on standard error.", rich_help_panel=OUTPUT)
     ] = False,
@@ -83,7 +87,7 @@ def run(
     On a terminal the block in progress is grey. Elsewhere the answer alone goes to standard output, what it took to
     standard error.
     """
-    check_outputs(html, gif, png)
+    check_outputs(html, gif, png, draw)
     structured = read_form(choices, regex, json_schema, template, slots)
     if not files and prompt is None:
         raise Misuse("nothing to answer: give a picture, a video or --prompt")
@@ -92,6 +96,8 @@ def run(
     from bard_vl.cli.media import read
 
     content = [read(place, session.processor) for place in files or []]
+    if draw is not None and not any(item["type"] == "image" for item in content):
+        raise Misuse("--draw needs a picture to draw on")
     question = read_question(prompt, content)
     messages: list[dict[str, Any]] = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
     if system is not None:
@@ -116,6 +122,8 @@ def run(
         print(json.dumps(value["value"], ensure_ascii=False))
     if not (as_json or quiet):
         print(answer.summary(), file=sys.stderr)
+    if draw is not None:
+        draw_answer(answer.text, content, draw)
     if shown:
         write_pictures(session, answer, question, content, html, gif, png)
 
@@ -137,6 +145,14 @@ bard-vl run photo.jpg --html answer.html --gif answer.gif --png answer.png
 
 bard-vl run photo.jpg --dry-run
 """
+
+
+def draw_answer(text: str, content: list[dict[str, Any]], path: Path) -> None:
+    """Write the first picture with the things of an answer drawn on it."""
+    from bard_vl.app.boxes import draw_things, read_things
+
+    picture = next(item["image"] for item in content if item["type"] == "image")
+    draw_things(picture, read_things(text, *picture.size)).save(path)
 
 
 def check_outputs(*paths: Path | None) -> None:

@@ -528,7 +528,15 @@ def test_the_command_line_gives_forms(capsys: pytest.CaptureFixture[str], tmp_pa
     assert json.loads(out).keys() == {"a", "b"}
     code, out, _ = run("--json", "--json-schema", json.dumps(OBJECT))
     assert json.loads(out)["value"] == json.loads(json.loads(out)["response"])
+    picture = str(CHECKPOINT.parent / "images" / "1.png")
+    code, out, _ = run(
+        picture, "--json-schema", "points", "--draw", str(tmp_path / "drawn.png"), "--max-new-tokens", "40"
+    )
+    assert code == 0
+    assert all(thing["point_2d"] for thing in json.loads(out))
+    assert (tmp_path / "drawn.png").is_file()
     for arguments, named in (
+        (("--draw", str(tmp_path / "a.png")), "--draw needs a picture"),
         (("--regex", "("), "`regex`: "),
         (("--regex", "a", "--choices", "b"), "give one of"),
         (("--slot", "a=b"), "give one of"),
