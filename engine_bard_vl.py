@@ -236,6 +236,34 @@ class SlotEncoder:
             return encode_text(text_model, embeds, mask, positions, self.cache, use_cache=True, **attention)[0]
 
 
+@dataclass
+class Progress:
+    """Where each row is, as the host has last read it.
+
+    Attributes:
+        lengths, limits: prompt tokens, and response tokens at most.
+        starts: first column of each row's block.
+        running: rows that have not ended.
+        carrying: of those that carry any, finished blocks in front of the row's block that are not encoded yet.
+    """
+
+    lengths: list[int]
+    limits: list[int]
+    starts: list[int]
+    running: list[int]
+    carrying: dict[int, int]
+
+    @classmethod
+    def of(cls, lengths: list[int], limits: list[int], copies: int) -> "Progress":
+        """Of prompts, each of which becomes `copies` rows once it is encoded."""
+        return cls(list(lengths), list(limits), list(lengths), list(range(len(lengths) * copies)), {})
+
+    def repeat(self, copies: int) -> None:
+        """From prompts to rows."""
+        for numbers in (self.lengths, self.limits, self.starts):
+            numbers[:] = [number for number in numbers for _ in range(copies)]
+
+
 class Engine:
     """One call of `generate`: a batch from prompts to responses.
 
@@ -259,35 +287,36 @@ class Engine:
         hooks: DecodingHooks,
     ):
         self.model, self.prompt, self.settings, self.cache, self.hooks = model, prompt, settings, cache, hooks
-        self.device, self.copies = prompt.input_ids.device, settings.num_return_sequences
         self.denoiser = Denoiser(settings, self.device)
         size = settings.block_size
         # One block to spare: what has no row, or no block of its own, writes there.
         num_columns = max(prompt.host_lengths) + (-(-settings.max_new_tokens // size) + 1) * size
         self.layers = layers_of(model, settings)
-        self.form = hooks.form
-        # The caller's processors run on the host, in the middle of a step; a form skips the blocks that it dictates.
-        is_fixed = not hooks.processors and hooks.form is None
-        self.is_recorded = self.layers is not None and self.device.type in DEVICES and is_fixed
         if self.is_recorded:
             num_columns = -(-num_columns // COLUMNS) * COLUMNS
         self.rows = Rows.lay_out(prompt, limits, size, settings.mask_token_id, num_columns)
         self.encoder = SlotEncoder(model, self.rows, cache, size)
-        # On the host, by row; one row a prompt until the prompts are encoded.
-        self.lengths, self.limits = list(prompt.host_lengths), list(limits)
-        self.starts = list(self.lengths)  # first column of each row's block
-        self.running = list(range(len(self.lengths) * self.copies))
-        self.carrying: dict[int, int] = {}  # finished blocks in front of it that are not yet encoded
-        self.history: list[list[DenoisingStep]] = [[] for _ in self.running]
+        self.progress = Progress.of(prompt.host_lengths, limits, settings.num_return_sequences)
+        self.history: list[list[DenoisingStep]] = [[] for _ in self.progress.running]
         self.num_forwards: Counter[str] = Counter()
-        self.num_prefill_forwards = 0  # beyond the one that holds the first step
+
+    @property
+    def device(self) -> torch.device:
+        """That of the prompts and of the rows."""
+        return self.prompt.input_ids.device
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether steps are replayed: the caller's processors run on the host, and a form skips what it dictates."""
+        is_fixed = not self.hooks.processors and self.hooks.form is None
+        return self.layers is not None and self.device.type in DEVICES and is_fixed
 
     def run(self, reused: int) -> None:
         """Decode, with the columns before `reused` from the cache."""
         with self._recording() as recorded:
             self._prefill(reused, recorded)
             if recorded is None:
-                while self.running:
+                while self.progress.running:
                     self._step()
             else:
                 self._replay(recorded)
@@ -297,30 +326,29 @@ class Engine:
         if not self.is_recorded or self.layers is None:
             yield None
             return
-        shape = (len(self.running), self.rows.num_columns)
+        shape = (len(self.progress.running), self.rows.num_columns)
         with recording(self.model, self.layers, self.denoiser, shape, self.hooks.own_processors) as lent:
             yield lent
 
     def _prefill(self, reused: int, recorded: Recording | None) -> None:
         """Encode the prompts from column `reused` on, the last of them together with every first block's first step."""
-        if recorded is not None and self.copies == 1:
+        progress, size, copies = self.progress, self.settings.block_size, self.settings.num_return_sequences
+        if recorded is not None and copies == 1:
             self.cache.lend(recorded.buffers)
-        size, chunk = self.settings.block_size, self.settings.prefill_chunk_size
-        if self.form is not None:
-            self._begin_forms(self.form)
-        behind = [start + size - length for start, length in zip(self.starts, self.lengths, strict=True)]
+        if self.hooks.form is not None:
+            self._begin_forms(self.hooks.form)
+        behind = [start + size - length for start, length in zip(progress.starts, progress.lengths, strict=True)]
+        chunk = self.settings.prefill_chunk_size
         hidden, num_forwards = self.encoder.encode_prompts(self.prompt, reused, behind, chunk)
-        self.num_prefill_forwards = num_forwards - 1
-        if self.num_prefill_forwards:
-            self.num_forwards["prefill"] += self.num_prefill_forwards
-        self.num_forwards["prefill+denoise" if max(self.lengths) > reused else "denoise"] += 1
-        if self.copies > 1:
-            self.cache.repeat_rows(self.copies)
-            self.encoder.repeat_rows(self.copies)
+        if num_forwards > 1:
+            self.num_forwards["prefill"] += num_forwards - 1
+        self.num_forwards["prefill+denoise" if max(progress.lengths) > reused else "denoise"] += 1
+        if copies > 1:
+            self.cache.repeat_rows(copies)
+            self.encoder.repeat_rows(copies)
             self.rows = self.encoder.rows
-            for name in ("lengths", "limits", "starts"):
-                setattr(self, name, [n for n in getattr(self, name) for _ in range(self.copies)])
-            hidden = hidden.repeat_interleave(self.copies, dim=0)
+            progress.repeat(copies)
+            hidden = hidden.repeat_interleave(copies, dim=0)
             if recorded is not None:
                 self.cache.lend(recorded.buffers)
         self._advance(hidden)
@@ -331,76 +359,80 @@ class Engine:
         recorded.start(own, self.hooks.generator)
         if self.hooks.any:
             self.rows = recorded.rows
-            while self.running:
+            while self.progress.running:
                 self._count_step()
-                self._follow(*recorded.next_step(len(self.running), len(self.carrying)))
+                self._follow(*recorded.next_step(len(self.progress.running), len(self.progress.carrying)))
             self.rows = own
         else:
-            self.num_forwards += recorded.run(len(self.running), len(self.carrying))
+            self.num_forwards += recorded.run(len(self.progress.running), len(self.progress.carrying))
         own.copy_from(recorded.rows)
 
     def _count_step(self) -> None:
-        self.num_forwards["commit+denoise" if self.carrying else "denoise"] += 1
+        self.num_forwards["commit+denoise" if self.progress.carrying else "denoise"] += 1
 
     def _step(self) -> None:
         """Encode every running row's block, finished blocks in front of it together with it, and decide."""
         self._count_step()
-        size, carrying = self.settings.block_size, self.carrying
-        firsts = [self.starts[row] - size * carrying.get(row, 0) for row in self.running]
+        size, starts, running = self.settings.block_size, self.progress.starts, self.progress.running
+        firsts = [starts[row] - size * self.progress.carrying.get(row, 0) for row in running]
         if self.encoder.attention == ATTENTION_NAME:
-            blocks = [(row, self.starts[row] - size * n, size) for row in carrying for n in range(carrying[row], 0, -1)]
-            behind = len(blocks) * size
-            blocks += [(row, self.starts[row], size) for row in self.running]
-            hidden = self.encoder.encode(blocks, layers=self.layers)[behind:]
+            carried = [
+                (row, first, size)
+                for row, start in zip(running, firsts, strict=True)
+                for first in range(start, starts[row], size)
+            ]
+            blocks = carried + [(row, starts[row], size) for row in running]
+            hidden = self.encoder.encode(blocks, layers=self.layers)[len(carried) * size :]
             hidden = hidden.unflatten(0, (-1, size))
         else:
-            widths = [self.starts[row] + size - first for row, first in zip(self.running, firsts, strict=True)]
-            hidden = self.encoder.encode_side_by_side(self.running, firsts, widths)
+            widths = [starts[row] + size - first for row, first in zip(running, firsts, strict=True)]
+            hidden = self.encoder.encode_side_by_side(running, firsts, widths)
             ends = torch.tensor(widths).cumsum(0)[:, None]
             hidden = hidden[(ends - size + torch.arange(size)).to(hidden.device)]
         self._advance(hidden)
 
     def _advance(self, hidden: torch.Tensor) -> None:
         """Decide by (running rows, block, hidden) states."""
-        owner = torch.tensor(self.running, device=self.device)
+        owner = torch.tensor(self.progress.running, device=self.device)
         choice = self._choose(owner, hidden)
-        self._follow(self.denoiser.decide(self.rows, owner, choice, self.form), choice.confidence)
+        self._follow(self.denoiser.decide(self.rows, owner, choice, self.hooks.form), choice.confidence)
 
     def _choose(self, owner: torch.Tensor, hidden: torch.Tensor) -> Choice:
         settings, hooks, lm_head = self.settings, self.hooks, self.model.lm_head
         processed = hooks.own_processors or hooks.processors
-        all_matter = settings.revision or settings.samples or processed or hooks.keep_history or self.form
+        all_matter = settings.revision or settings.samples or processed or hooks.keep_history or self.hooks.form
         if all_matter or {hidden.device.type, self.device.type} != {"cpu"}:
             logits = lm_head(hidden).to(self.device)
             then = self._process_logits if hooks.processors else None
             return self.denoiser.choose(
-                self.rows, owner, logits, hooks.generator, hooks.own_processors, then, self.form
+                self.rows, owner, logits, hooks.generator, hooks.own_processors, then, self.hooks.form
             )
         return self.denoiser.choose_undecided(self.rows, owner, hidden, lm_head)
 
     def _follow(self, decision: Decision, confidence: torch.Tensor) -> None:
         """Show what a step decided to those who want to see it, and read where the running rows are."""
         self._report(decision, confidence)
+        progress, rows, form = self.progress, self.rows, self.hooks.form
         if self.hooks.watch_blocks:
-            for row, is_finished in zip(self.running, decision.finished.tolist(), strict=True):
+            for row, is_finished in zip(progress.running, decision.finished.tolist(), strict=True):
                 if is_finished:
-                    start = self.starts[row]
-                    self._show_block(row, start, int(self.rows.response_length[row]), start)
-        rows, owner = self.rows, torch.tensor(self.running, device=self.device)
+                    start = progress.starts[row]
+                    self._show_block(row, start, int(rows.response_length[row]), start)
+        owner = torch.tensor(progress.running, device=self.device)
         state = [rows.start[owner], rows.ended[owner].long(), rows.carries[owner].long(), rows.form_state[owner]]
-        running, self.running, self.carrying = self.running, [], {}
+        running, progress.running, progress.carrying = progress.running, [], {}
         for row, start, has_ended, carries, form_state in zip(running, *torch.stack(state).tolist(), strict=True):
-            self.starts[row] = start
+            progress.starts[row] = start
             if has_ended:
                 continue
             if carries:
-                self.carrying[row] = 1
-                if self.form is not None and self._dictate(self.form, row, form_state):
-                    del self.carrying[row]
+                progress.carrying[row] = 1
+                if form is not None and self._dictate(form, row, form_state):
+                    del progress.carrying[row]
                     continue
-            self.running.append(row)
-        if self.form is not None and self.carrying:
-            self.denoiser.dictate(rows, torch.tensor([*self.carrying], device=self.device), self.form)
+            progress.running.append(row)
+        if form is not None and progress.carrying:
+            self.denoiser.dictate(rows, torch.tensor([*progress.carrying], device=self.device), form)
 
     # --- what a form dictates --------------------------------------------------------------------------------------
 
@@ -417,9 +449,10 @@ class Engine:
 
         The first blocks are encoded with the prompt, and a last one among them takes a step: something must.
         """
-        rows, size, start = self.rows, self.settings.block_size, self.starts[row]
-        offset, first = start - self.lengths[row], start - size * self.carrying.get(row, 0)
-        room = self.limits[row] - offset
+        rows, progress, size = self.rows, self.progress, self.settings.block_size
+        start, length = progress.starts[row], progress.lengths[row]
+        offset, first = start - length, start - size * progress.carrying.get(row, 0)
+        room = progress.limits[row] - offset
         tokens, states = form.dictated(state, room)
         if not tokens:
             return False
@@ -433,18 +466,18 @@ class Engine:
         if self.hooks.watch_blocks:
             for number in range(num_whole + (ends and not is_first)):
                 begin = start + number * size
-                if self._show_block(row, begin, min(begin - self.lengths[row] + size, offset + len(tokens)), first):
+                if self._show_block(row, begin, min(begin - length + size, offset + len(tokens)), first):
                     return True
         if ends and not is_first:
             rows.response_length[row] = offset + len(tokens)
             rows.ended[row], rows.carries[row], rows.start[row] = True, False, first
             return True
         if num_whole:
-            self.starts[row] += num_whole * size
-            rows.start[row], rows.form_state[row] = self.starts[row], states[num_whole * size - 1]
+            progress.starts[row] += num_whole * size
+            rows.start[row], rows.form_state[row] = progress.starts[row], states[num_whole * size - 1]
             rows.response_length[row] = offset + num_whole * size
             if not is_first:
-                self.carrying[row] += num_whole
+                progress.carrying[row] += num_whole
         return False
 
     def _process_logits(self, logits: torch.Tensor, first: int) -> torch.Tensor:
@@ -453,8 +486,8 @@ class Engine:
         The logits (rows, n, vocabulary) are those of `n` positions of each row's block, from index `first` on.
         """
         mask_token_id = self.settings.mask_token_id
-        for place, row in enumerate(self.running):
-            start = self.starts[row] + first
+        for place, row in enumerate(self.progress.running):
+            start = self.progress.starts[row] + first
             block = self.rows.ids[row, start : start + logits.shape[1]]
             for offset in (block == mask_token_id).nonzero()[:, 0].tolist():
                 left = self.rows.ids[row, : start + offset]
@@ -468,8 +501,8 @@ class Engine:
             self.hooks.streamer.put_draft(value=decision.ids.cpu())
         if self.hooks.keep_history:
             parts = (decision.ids, decision.committed, decision.revised, confidence, decision.chosen)
-            for row, *step in zip(self.running, *(part.cpu() for part in parts), strict=True):
-                index = (self.starts[row] - self.lengths[row]) // self.settings.block_size
+            for row, *step in zip(self.progress.running, *(part.cpu() for part in parts), strict=True):
+                index = (self.progress.starts[row] - self.progress.lengths[row]) // self.settings.block_size
                 self.history[row].append(DenoisingStep(index, *step))
 
     def _show_block(self, row: int, start: int, length: int, first: int) -> bool:
@@ -481,7 +514,7 @@ class Engine:
             length: tokens of the response up to its end.
             first: first column of the blocks that are not yet encoded: there the cache ends if the row does.
         """
-        rows, offset = self.rows, start - self.lengths[row]
+        rows, offset = self.rows, start - self.progress.lengths[row]
         kept = length - offset
         stopped = time.monotonic() > self.hooks.deadline
         for count in range(1, kept + 1) if self.hooks.criteria else ():
@@ -518,9 +551,8 @@ class Engine:
     def tokens_per_forward(self) -> torch.Tensor:
         """(rows,) response tokens over forwards: the row's steps, and those of its prompt that held no step."""
         own = slice(self.rows.spare)
-        return (
-            self.rows.response_length[own].float() / (self.rows.steps[own].sum(-1) + self.num_prefill_forwards)
-        ).cpu()
+        num_forwards = self.rows.steps[own].sum(-1) + self.num_forwards["prefill"]
+        return (self.rows.response_length[own].float() / num_forwards).cpu()
 
     def step_counts(self) -> torch.Tensor:
         """(rows, blocks) steps of each block, 0 where a row has no such block, or its form dictated it."""
@@ -545,8 +577,8 @@ class Engine:
         A response's blocks begin where its prompt ended: only behind a prompt of whole blocks they fit that partition.
         """
         encoded = []
-        for row, (length, committed) in enumerate(zip(self.lengths, self.rows.start.tolist(), strict=False)):
-            known = contents[row // self.copies]
+        for row, (length, committed) in enumerate(zip(self.progress.lengths, self.rows.start.tolist(), strict=False)):
+            known = contents[row // self.settings.num_return_sequences]
             whole = length // self.settings.block_size * self.settings.block_size
             if whole == length:
                 known = torch.cat([known, self.rows.ids[row, length:committed].cpu()])
