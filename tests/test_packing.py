@@ -17,6 +17,7 @@ from bard_vl.training.packing import (
     NOISY,
     PackedRows,
     Sample,
+    deal,
     dense_mask,
     fair,
     first_fit_decreasing,
@@ -308,6 +309,39 @@ def test_first_fit_decreasing_loses_nothing(lengths: list[int], max_length: int)
     totals = [sum(lengths[item] for item in row) for row in rows]
     assert max(totals, default=0) <= max_length
     assert sum(2 * total <= max_length for total in totals) <= 1  # two rows half empty would have been one
+
+
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 120), st.integers(1, 8), st.integers(1, 6))
+def test_dealt_rows_are_full_and_side_by_side(
+    lengths: list[int], room: int, processes: int, micro_batches: int
+) -> None:
+    dealt = deal(lengths, room, processes, micro_batches)
+    assert [len(shares) for shares in dealt] == [processes] * micro_batches
+    assert sorted(number for shares in dealt for share in shares for number in share) == list(range(len(lengths)))
+    assert dealt[-1][0] or not lengths, "the last micro-batch is where processes come together"
+    totals = [[sum(lengths[number] for number in share) for share in shares] for shares in dealt]
+    places = processes * micro_batches
+    rows = len(first_fit_decreasing(lengths, room))
+    assert max(map(max, totals)) <= room * math.ceil(math.ceil(rows / processes) / micro_batches)
+    assert sum(map(any, dealt)) <= max(1, math.ceil(rows / processes))
+    if rows <= places:
+        assert all(total <= room for shares in totals for total in shares)
+
+
+def test_dealt_rows_keep_eight_processes_busy() -> None:
+    """256 samples of very different lengths in 16 micro-batches each: by number, or as full rows."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (200 * (1.2 * torch.randn(256, generator=generator)).exp()).clamp(60, 8192).long().tolist()
+    by_number = [[[2 * (8 * step + p), 2 * (8 * step + p) + 1] for p in range(8)] for step in range(16)]
+    busy, used = [], []
+    for dealt in (by_number, deal(lengths, 8192, 8, 16)):
+        totals = [[sum(lengths[number] for number in share) for share in shares] for shares in dealt]
+        busy.append(sum(map(sum, totals)) / (8 * sum(map(max, totals))))
+        used.append(sum(any(shares) for shares in totals))
+    assert busy[0] < 0.5
+    assert busy[1] > 0.97
+    assert used[0] == 16
+    assert used[1] == math.ceil(sum(lengths) / 8192 / 8)
 
 
 def test_no_samples_give_a_row_of_padding() -> None:

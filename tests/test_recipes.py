@@ -120,6 +120,7 @@ BAD_MERGES = {
         {"block_sizes": [4, 8], "steps_per_stage": [5]},
         "`steps_per_stage` has 1 numbers for 2 stages",
     ),
+    "full rows of a stream": ({"fill_rows": True, "streaming": True}, "`fill_rows` needs measured chats"),
     "stream without steps": ({"streaming": True, "max_steps": None}, "`streaming` needs `max_steps`"),
     "warmup": ({"warmup_steps": 50}, "`warmup_steps` 50 leaves none of the 4 steps"),
     "warmup in epochs": (

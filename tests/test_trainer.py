@@ -87,8 +87,13 @@ def test_packed_samples_train_as_separate_ones(tmp_path):
     packed = train(tmp_path / "packed", "a", per_device_train_batch_size=4, gradient_accumulation_steps=1, **shape)
     alone = train(tmp_path / "alone", "b", per_device_train_batch_size=1, gradient_accumulation_steps=4, **shape)
     assert losses(packed / "block-4") == pytest.approx(losses(alone / "block-4"), abs=1e-5)
+    many = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    full = train(tmp_path / "full", "c", **many, **shape, fill_rows=True)
+    assert losses(full / "block-4") == pytest.approx(losses(alone / "block-4"), abs=1e-5)
     for name, value in weights(alone / "block-4").items():
-        torch.testing.assert_close(value, weights(packed / "block-4")[name], atol=2e-4, rtol=0)
+        for other in (packed, full):
+            torch.testing.assert_close(value, weights(other / "block-4")[name], atol=2e-4, rtol=0)
+    assert {entry["busy_share"] for entry in history(full / "block-4") if "loss" in entry} == {1.0}
     columns = [sum(e.get("packed_tokens", 0) for e in history(run / "block-4")) for run in (packed, alone)]
     assert columns[0] != columns[1], "the two runs did not lay their samples out differently"
 
@@ -262,6 +267,7 @@ def test_frozen_groups_keep_their_weights(tmp_path):
         {},
         {"streaming": True, "shuffle_buffer": 5},
         pytest.param({"dataloader_num_workers": 1, "complementary_masks": True}, marks=pytest.mark.process),
+        {"fill_rows": True, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 1},
     ],
 )
 def test_an_interrupted_run_repeats_the_losses_of_a_whole_one(tmp_path, changes):
@@ -725,6 +731,12 @@ def test_the_cost_is_what_the_model_and_the_data_have(tmp_path):
     assert cost.steps == 4
     table = cost.table("a stage")
     assert f"{sum(trainer.train_dataset.lengths) / 12 * 4:,.0f}" in table
+    longest = sorted(trainer.train_dataset.lengths)[-2:]
+    assert cost.largest == (sum(longest) if sum(longest) <= 256 else 2 * longest[1])
+    shape = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4, "max_length": 512}
+    filled = trainer_for(tmp_path / "filled", fill_rows=True, **shape)
+    shares = [[filled.train_dataset[number] for number in share] for share in filled.full_rows()]
+    assert Cost.of(filled).largest == max(filled.data_collator(share).sample.numel() for share in shares)
     everything = sum(p.numel() for p in trainer.model.parameters())
     whole, split = (state_memory(trainer.model, kind, 2) for kind in ("none", "fsdp"))
     assert sum(whole.values()) == 16 * everything == 2 * sum(split.values())

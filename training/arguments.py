@@ -187,6 +187,12 @@ class BlockDiffusionArguments(TrainingArguments):
         "weight of response tokens that the noise left alone; above 0 they are learnt too, as `revision` needs",
     )
     loss_chunk_size: int = option(1024, "positions that are projected to the vocabulary at a time", decides=False)
+    fill_rows: bool = option(
+        False,
+        "lay the samples of a step into rows of `max_length` and deal these to the processes, in at most "
+        "`gradient_accumulation_steps` micro-batches; the loss stays the same; not for a stream",
+        decides=False,
+    )
     mask_form: Literal["auto", "dense", "flex"] = option(
         "auto", "attention mask: flex on CUDA, dense elsewhere", decides=False
     )

@@ -1,14 +1,18 @@
 """What a run costs, before it starts: parameters, tokens, steps, memory of each GPU."""
 
+import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from .arguments import PARAMETER_GROUPS
+from .packing import TILE, first_fit_decreasing
 from .trainer import group_of
 
 GIB = 2**30
+STEPS_LOOKED_AT = 64
 
 
 @dataclass
@@ -19,6 +23,7 @@ class Cost:
         parameters: by group, (all, trainable).
         samples: of an optimizer step, over accumulation steps and processes.
         tokens_per_sample: packed, copies included; mean; None for a stream.
+        largest: columns of the largest micro-batch, with what pads its rows.
         steps: optimizer steps.
         sharding: "none" (DDP or one process), "zero1", "zero2", "zero3" or "fsdp".
         memory: by what it is for.
@@ -27,6 +32,7 @@ class Cost:
     parameters: dict[str, tuple[int, int]]
     samples: int
     tokens_per_sample: float | None
+    largest: int
     steps: int
     sharding: str
     memory: dict[str, float]
@@ -37,7 +43,8 @@ class Cost:
         args, model = trainer.args, trainer.model
         lengths = getattr(trainer.train_dataset, "lengths", None)
         length = sum(lengths) / len(lengths) if lengths else None
-        tokens = (length or trainer.data_collator.encoder.limits.max_length) * args.per_device_train_batch_size
+        shape = largest_batch(trainer)
+        tokens = math.prod(shape)
         sharding = sharding_of(trainer)
         parameters = count_parameters(model)
         memory = state_memory(model, sharding, args.world_size)
@@ -50,7 +57,8 @@ class Cost:
         # Logits, their logarithms and gradients, in bfloat16 too; of a teacher the same, and the divergence.
         tensors = (4 if args.bf16 else 3) + (4 if trainer.teacher is not None else 0)
         memory["logits"] = 4 * args.loss_chunk_size * config.text_config.vocab_size * tensors
-        return cls(parameters, args.global_batch_size, length, args.max_steps, sharding, memory)
+        memory["attention mask"] = mask_memory(trainer.uses_flex_mask, *shape) * (1 if trainer.teacher is None else 2)
+        return cls(parameters, args.global_batch_size, length, tokens, args.max_steps, sharding, memory)
 
     def table(self, title: str) -> str:
         """The numbers as lines of text."""
@@ -61,6 +69,7 @@ class Cost:
         if self.tokens_per_sample is not None:
             tokens = round(self.tokens_per_sample * self.samples)
             lines.append(f"  {'packed tokens per step':<28}{tokens:>16,}   {self.tokens_per_sample:,.0f} a sample")
+        lines.append(f"  {'tokens at once, at most':<28}{self.largest:>16,}   of the largest micro-batch")
         lines.append(f"  {'steps':<28}{self.steps:>16,}")
         shared = "" if self.sharding == "none" else f", {self.sharding}"
         lines.append(f"  memory per process{shared} (estimate, without the vision tower's activations)")
@@ -68,6 +77,33 @@ class Cost:
             lines.append(f"    {name:<26}{size / GIB:>16.2f} GiB")
         lines.append(f"    {'in all':<26}{sum(self.memory.values()) / GIB:>16.2f} GiB")
         return "\n".join(lines)
+
+
+def largest_batch(trainer: Any) -> tuple[int, int]:
+    """Rows and columns of the largest micro-batch: of the longest chats, or of the first steps' full rows.
+
+    Of a stream, whose chats are not known, as many full rows as a micro-batch has chats.
+    """
+    args, collator = trainer.args, trainer.data_collator
+    multiple, row_length = collator.pad_to_multiple_of, collator.encoder.limits.max_length
+    lengths = getattr(trainer.train_dataset, "lengths", None)
+    if lengths is None:
+        return args.per_device_train_batch_size, -(-row_length // multiple) * multiple
+    if args.fill_rows:
+        steps = itertools.islice(trainer.full_rows().steps(), STEPS_LOOKED_AT)
+        batches = [[lengths[number] for number in share] for step in steps for shares in step for share in shares]
+    else:
+        batches = [sorted(lengths)[-args.per_device_train_batch_size :]]
+    shapes = []
+    for batch in batches:
+        rows = [sum(batch[number] for number in row) for row in first_fit_decreasing(batch, row_length)]
+        shapes.append((len(rows), -(-max(rows, default=1) // multiple) * multiple))
+    return max(shapes, key=math.prod)
+
+
+def mask_memory(is_flex: bool, rows: int, columns: int) -> float:
+    """Bytes that the attention mask takes while it is made: some ten for each pair of tokens looked at at once."""
+    return 10.0 * rows * columns * (min(TILE, columns) if is_flex else columns)
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:

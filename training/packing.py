@@ -12,14 +12,16 @@ in another block for every turn and is copied; what lies before is shared. With 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 
 from ..inputs_bard_vl import MEDIA_KINDS, VISUAL_INPUTS
 
 BASE, CLEAN, NOISY = 0, 1, 2
+TILE = 128  # queries, and keys, that FlexAttention's kernel takes together
 EVERYTHING = 2**31 - 1  # an anchor behind every place
 
 
@@ -113,9 +115,9 @@ def fair(student: Layout, teacher: Layout, shown: torch.Tensor, sees_own: bool =
     return student.noisy & (last <= teacher.rank if sees_own else last < teacher.rank)
 
 
-def flex_mask(layout: Layout, tile: int = 128) -> BlockMask:
+def flex_mask(layout: Layout, tile: int = TILE) -> BlockMask:
     """The same mask for FlexAttention, in tiles of `tile` x `tile`; seen on CUDA only in training."""
-    rows, length = layout.rank.shape
+    length = layout.rank.shape[1]
     members = [x if x.dtype == torch.bool else x.int() for x in layout]
 
     def mask_mod(
@@ -124,7 +126,28 @@ def flex_mask(layout: Layout, tile: int = 128) -> BlockMask:
         query, key = (Layout(*(member[row, i] for member in members)) for i in (query_index, key_index))
         return visible(query, key)
 
-    return create_block_mask(mask_mod, rows, None, length, length, device=str(layout.rank.device), BLOCK_SIZE=tile)
+    some = [_tiles(layout, slice(first, first + tile), tile) for first in range(0, length, tile)]
+    seen, full = (torch.stack(each, dim=1) for each in zip(*some, strict=True))
+    mask = BlockMask.from_kv_blocks(*_listed(seen & ~full), *_listed(full), BLOCK_SIZE=tile, mask_mod=mask_mod)
+    mask.seq_lengths = (length, length)  # of whole tiles until here
+    return mask
+
+
+def _tiles(layout: Layout, queries: slice, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether a tile of queries sees some keys, and all, of each tile of keys: both (rows, tiles).
+
+    Asked for one tile of queries at a time: all pairs at once would take some ten bytes each.
+    """
+    pairs = visible(Layout(*(x[:, queries, None] for x in layout)), Layout(*(x[:, None, :] for x in layout)))
+    _, height, width = pairs.shape
+    tiles = torch.nn.functional.pad(pairs, [0, -width % tile, 0, tile - height]).unflatten(2, (-1, tile))
+    return tiles.any(3).any(1), tiles.all(3).all(1)
+
+
+def _listed(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many tiles of keys each tile of queries has, and which: (rows, 1, tiles) and (rows, 1, tiles, tiles)."""
+    order = tiles.int().argsort(dim=-1, descending=True, stable=True)
+    return tiles.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
 
 
 @dataclass
@@ -329,6 +352,57 @@ def first_fit_decreasing(lengths: Sequence[int], max_length: int) -> list[list[i
     return rows
 
 
+def deal(lengths: Sequence[int], max_length: int, processes: int, micro_batches: int) -> list[list[list[int]]]:
+    """Samples of one optimizer step for every micro-batch and process, as rows of like length side by side.
+
+    The samples are laid into as few rows as they need. Rounds of a row for each process take the fullest ones, and the
+    last round the shortest rows that hold what is left: what processes do at the same time takes them as long. Where
+    there are fewer rounds than micro-batches the first ones are empty; where there are more, several rows are in one.
+
+    Args:
+        lengths: columns that each sample takes.
+        max_length: columns of a row.
+        processes, micro_batches: of a step.
+
+    Returns:
+        For each micro-batch, for each process, the numbers of its samples.
+    """
+    left, rounds = list(range(len(lengths))), []
+    while left:
+        rows = _rows_of(left, lengths, max_length)
+        if len(rows) <= processes:
+            rows = _shortest_rows(left, lengths, max_length, processes)
+        rows = sorted(rows, key=lambda row: -sum(lengths[number] for number in row))[:processes]
+        rounds.append(rows + [[]] * (processes - len(rows)))
+        taken = set(chain.from_iterable(rows))
+        left = [number for number in left if number not in taken]
+    together = max(1, -(-len(rounds) // micro_batches))
+    dealt = [
+        [list(chain.from_iterable(share)) for share in zip(*rounds[first : first + together], strict=True)]
+        for first in range(0, len(rounds), together)
+    ]
+    return [[[] for _ in range(processes)] for _ in range(micro_batches - len(dealt))] + dealt
+
+
+def _rows_of(numbers: Sequence[int], lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    rows = first_fit_decreasing([lengths[number] for number in numbers], max_length)
+    return [[numbers[place] for place in row] for row in rows]
+
+
+def _shortest_rows(numbers: Sequence[int], lengths: Sequence[int], max_length: int, num_rows: int) -> list[list[int]]:
+    """Rows for samples that fit in `num_rows` of `max_length`, as short as first fit finds (multifit)."""
+    rows = _rows_of(numbers, lengths, max_length)
+    low, high = max(lengths[number] for number in numbers), max_length
+    while low < high:
+        middle = (low + high) // 2
+        shorter = _rows_of(numbers, lengths, middle)
+        if len(shorter) > num_rows:
+            low = middle + 1
+        else:
+            rows, high = shorter, middle
+    return rows
+
+
 def pack(
     samples: Sequence[Sample],
     block_size: int,
@@ -483,6 +557,7 @@ __all__ = [
     "Sample",
     "check_responses",
     "check_sample",
+    "deal",
     "dense_mask",
     "fair",
     "first_fit_decreasing",

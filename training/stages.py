@@ -145,6 +145,7 @@ def check_inputs(run: Run, job: Conversion, block_size: int) -> None:
     data = run.data
     sharded = run.model.use_lora and shards_weights(run.args)
     require(not sharded, "`use_lora` merges whole weights: start it with accelerate/ddp.yaml, not FSDP or ZeRO-3")
+    require(not (run.args.fill_rows and data.streaming), "`fill_rows` needs measured chats: leave `streaming` out")
     with one_line():
         limits(run, block_size)
         open_chats(str(data.train_data), data.train_split, data.streaming, data.data_name)

@@ -3,7 +3,7 @@
 import itertools
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerState
 
 from ..attention_bard_vl import ATTENTION_NAME
@@ -20,7 +20,7 @@ from .checkpoints import COMPLETE, complete_checkpoints, mark_complete, writing
 from .data import PackedBatch, PackingCollator, SkippedChats
 from .losses import LinearLosses, linear_losses, position_weights
 from .noise import corrupt_rows, corruption_probabilities, replacement_ids
-from .packing import Layout, PackedRows, Sample, dense_mask, fair, flex_mask
+from .packing import Layout, PackedRows, Sample, deal, dense_mask, fair, flex_mask
 
 NUM_TIMES = 4  # metrics by quarters of t
 NOISES = ("masked", "replaced", "visible")  # what the noise did to a token
@@ -38,6 +38,8 @@ class NoisyRows:
         t: its time, 1 is clean.
         weights: of each position's loss; 0 where there is none.
         taught: where a teacher is followed; None without one.
+        slowest: columns of the largest micro-batch that any process has at the same time.
+        idle: whether nothing need be done, on any process.
     """
 
     rows: PackedBatch
@@ -47,6 +49,8 @@ class NoisyRows:
     t: torch.Tensor
     weights: torch.Tensor
     taught: torch.Tensor | None = None
+    slowest: int = 0
+    idle: bool = False
 
     def to(self, device: torch.device) -> "NoisyRows":
         """The same on a device."""
@@ -133,6 +137,49 @@ class EveryEpoch(Sampler[int]):
             generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
             left = self.num_samples - epoch * self.size
             yield from torch.randperm(self.size, generator=generator)[:left].tolist()
+
+
+class FullRows(Sampler[list[int]]):
+    """One process's micro-batches of a whole run, as `deal` lays out the samples of every step.
+
+    Args:
+        order: the samples of the run.
+        lengths: columns that each sample of the data takes.
+        max_length: columns of a row.
+        step_size: samples of a step, over all processes.
+        micro_batches, processes: of a step.
+        process: whose share.
+    """
+
+    def __init__(
+        self,
+        order: EveryEpoch,
+        lengths: Sequence[int],
+        max_length: int,
+        step_size: int,
+        micro_batches: int,
+        processes: int,
+        process: int,
+    ):
+        self.order, self.lengths, self.step_size, self.process = order, lengths, step_size, process
+        self.deal = partial(deal, max_length=max_length, processes=processes, micro_batches=micro_batches)
+        self.num_batches = len(order) // step_size * micro_batches
+
+    def __len__(self) -> int:
+        """Micro-batches in all."""
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Go through the numbers of each micro-batch's samples."""
+        for step in self.steps():
+            yield from (shares[self.process] for shares in step)
+
+    def steps(self) -> Iterator[list[list[list[int]]]]:
+        """Each step's samples by micro-batch and process."""
+        numbers = iter(self.order)
+        while chosen := list(itertools.islice(numbers, self.step_size)):
+            dealt = self.deal([self.lengths[number] for number in chosen])
+            yield [[[chosen[place] for place in share] for share in shares] for shares in dealt]
 
 
 class Repeated(torch.utils.data.IterableDataset):
@@ -233,9 +280,34 @@ class BlockDiffusionTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """transformers' data loader, whose batches stay on the CPU until the forward of each."""
+        if self.args.fill_rows:
+            return self.full_rows_loader()
         loader = super().get_train_dataloader()
         loader.device = None  # else accelerate holds all micro-batches of a step on the GPU
         return loader
+
+    def full_rows_loader(self) -> DataLoader:
+        """A loader of this process's share of full rows, which accelerate has nothing to share out of."""
+        args = self.args
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.full_rows(),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def full_rows(self) -> FullRows:
+        """How the samples of the run are dealt out."""
+        args, data = self.args, self.train_dataset
+        if not hasattr(data, "lengths"):
+            raise RecipeError("`fill_rows` needs measured chats, not a stream")
+        order = EveryEpoch(len(data), args.max_steps * args.global_batch_size, args.seed)
+        row_length = self.data_collator.encoder.limits.max_length
+        shape = args.global_batch_size, args.gradient_accumulation_steps, args.world_size, args.process_index
+        return FullRows(order, data.lengths, row_length, *shape)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -250,13 +322,24 @@ class BlockDiffusionTrainer(Trainer):
         micro_batches = list(itertools.islice(epoch_iterator, num_batches))
         batches, normaliser = [], 0.0
         repeats = self.repeats([rows.sample_ids for rows in micro_batches], num_batches)
-        for rows, repeat in zip(micro_batches, repeats, strict=False):
+        slowest = self.slowest(micro_batches, num_batches)
+        for number, (rows, repeat) in enumerate(zip(micro_batches, repeats, strict=False)):
             self.skipped.add(rows.broken)
             batch, part = self.corrupt(rows, self.args.seed, self.state.global_step, repeat)
+            batch.slowest = slowest[number]
+            # The last one takes part in what processes do at the end of a step; DeepSpeed counts them all.
+            batch.idle = not slowest[number] and number + 1 < len(micro_batches) and not self.is_deepspeed_enabled
             batches.append(batch)
             normaliser += part
         total = torch.tensor(normaliser, dtype=torch.float64)
         return batches, self.sum_over_processes(total).clamp(min=1.0)
+
+    def slowest(self, micro_batches: list[PackedBatch], num_batches: int) -> list[int]:
+        """Columns of the largest micro-batch that any process has, for each of a step; 0 if all are empty."""
+        own = torch.zeros(1, num_batches, dtype=torch.long)
+        for number, rows in enumerate(micro_batches):
+            own[0, number] = rows.sample.numel() if len(rows.sample_ids) else 0
+        return self.accelerator.gather(own.to(self.args.device)).amax(0).tolist()
 
     def repeats(self, sample_ids: list[torch.Tensor], num_batches: int) -> torch.Tensor:
         """How often each sample was drawn before in its step, in the order of the data over all processes.
@@ -266,15 +349,19 @@ class BlockDiffusionTrainer(Trainer):
             num_batches: micro-batches of a step, the same on all processes.
 
         Returns:
-            (num_batches, samples of a full micro-batch).
+            (num_batches, samples of a micro-batch at most).
         """
-        own = torch.full((num_batches, self.args.per_device_train_batch_size), -1)
+        args = self.args
+        own = torch.full(
+            (num_batches, args.global_batch_size if args.fill_rows else args.per_device_train_batch_size), -1
+        )
         for row, ids in zip(own, sample_ids, strict=False):
             row[: len(ids)] = ids
         # (processes, micro-batches, samples): the data loader deals out one micro-batch to each process in turn.
         gathered = self.accelerator.gather(own[None].to(self.args.device)).cpu().transpose(0, 1)
-        drawn = gathered.flatten()
-        earlier = (drawn[:, None] == drawn).tril(-1).sum(1)
+        drawn, is_one = gathered.flatten(), gathered.flatten() != -1
+        ids, earlier = drawn[is_one], torch.zeros_like(drawn)
+        earlier[is_one] = (ids[:, None] == ids).tril(-1).sum(1)
         return earlier.view_as(gathered)[:, self.args.process_index]
 
     def corrupt(
@@ -331,6 +418,12 @@ class BlockDiffusionTrainer(Trainer):
         loss = loss * (self.accelerator.num_processes / num_items_in_batch.item())
         return (loss, None) if return_outputs else loss
 
+    def training_step(self, model: nn.Module, inputs: NoisyRows, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch forward and backward, unless it is empty on all processes."""
+        if inputs.idle:
+            return torch.zeros((), device=self.args.device)
+        return super().training_step(model, inputs, *args, **kwargs)
+
     def loss_sum(self, model: nn.Module, batch: NoisyRows, tally: "LossTally") -> torch.Tensor:
         """Weighted sum of the losses of a micro-batch's positions, which are added to the tally."""
         rows, teacher = batch.rows, self.teacher
@@ -365,13 +458,17 @@ class BlockDiffusionTrainer(Trainer):
         inputs = model_inputs(rows, batch.input_ids, self.attention_mask(rows.layout()))
         return model(**inputs, objective=objective).loss
 
+    @property
+    def uses_flex_mask(self) -> bool:
+        """Whether the attention mask is FlexAttention's, as `mask_form` asks for."""
+        if self.args.mask_form != "auto":
+            return self.args.mask_form == "flex"
+        own = self.bare_model.config.text_config._attn_implementation == ATTENTION_NAME
+        return own and self.args.device.type == "cuda"
+
     def attention_mask(self, layout: Layout) -> Any:
         """The mask of a layout in the form that `mask_form` asks for."""
-        form = self.args.mask_form
-        if form == "auto":
-            own = self.bare_model.config.text_config._attn_implementation == ATTENTION_NAME
-            form = "flex" if own and layout.rank.device.type == "cuda" else "dense"
-        return flex_mask(layout) if form == "flex" else dense_mask(layout)[:, None]
+        return flex_mask(layout) if self.uses_flex_mask else dense_mask(layout)[:, None]
 
     # --- Optimizer ----------------------------------------------------------------------------------------------------
 
@@ -560,11 +657,11 @@ class LossTally:
     Attributes:
         by_noise: (3 kinds: masked, replaced, visible; `NUM_TIMES` parts of t; cross entropy, positions).
         totals: cross entropy, divergence, positions, packed tokens, row padding, samples, broken samples, positions
-            where a teacher is followed.
+            where a teacher is followed, packed tokens of the process that has most.
     """
 
     by_noise: torch.Tensor = field(default_factory=lambda: torch.zeros(3, NUM_TIMES, 2, dtype=torch.float64))
-    totals: torch.Tensor = field(default_factory=lambda: torch.zeros(8, dtype=torch.float64))
+    totals: torch.Tensor = field(default_factory=lambda: torch.zeros(9, dtype=torch.float64))
 
     def add(self, batch: NoisyRows, index: torch.Tensor, losses: LinearLosses) -> None:
         """Count the positions `index` (n,) of a micro-batch with their losses, without a wait for the device."""
@@ -575,7 +672,7 @@ class LossTally:
         sums = torch.stack([entropy, torch.ones_like(entropy)], dim=1)
         counted = torch.zeros(3 * NUM_TIMES, 2, dtype=torch.float64, device=sums.device).index_add_(0, slot, sums)
         divergence = torch.zeros_like(entropy) if losses.divergence is None else losses.divergence.double()
-        sizes = [len(index), rows.sample.numel(), 0, len(rows.sample_ids), len(rows.broken), 0]
+        sizes = [len(index), rows.sample.numel(), 0, len(rows.sample_ids), len(rows.broken), 0, batch.slowest]
         totals = [entropy.sum(), divergence.sum(), *(torch.tensor(size, dtype=torch.float64) for size in sizes)]
         totals[4] = (rows.sample < 0).sum()
         if batch.taught is not None:
@@ -589,12 +686,15 @@ class LossTally:
         for part in range(NUM_TIMES):
             parts[f"loss_t{part / NUM_TIMES:g}-{(part + 1) / NUM_TIMES:g}"] = self.by_noise[:, part].sum(0)
         found = {name: (total / count).item() for name, (total, count) in parts.items() if count > 0}
-        entropy, divergence, positions, tokens, padding, samples, broken, taught = self.totals.tolist()
+        entropy, divergence, positions, tokens, padding, samples, broken, taught, slowest = self.totals.tolist()
         if distils:
             found |= {"cross_entropy": entropy / max(positions, 1), "divergence": divergence / max(taught, 1)}
             found |= {"taught_share": taught / max(positions, 1)}
         counts = {"packed_tokens": tokens, "samples": samples, "broken_samples": broken}
-        return found | counts | {"padding_share": padding / max(tokens, 1)}
+        shares = {"padding_share": padding / max(tokens, 1)}
+        if slowest:
+            shares["busy_share"] = min(tokens / slowest, 1.0)
+        return found | counts | shares
 
 
 def keep_sums_in_float32(plugin: Any) -> None:
