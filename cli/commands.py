@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import chat, demo, models, run
+from . import chat, check, demo, models, run
 from .bench import bench
 from .convert import convert
 from .ending import INTERRUPTED, USAGE
@@ -45,6 +45,7 @@ DOCUMENTED = (
     (chat.chat, chat.EXAMPLES),
     (demo.demo, demo.EXAMPLES),
     (models.models, models.EXAMPLES),
+    (check.check, check.EXAMPLES),
 )
 for command, examples in DOCUMENTED:
     # Line breaks of the source are none of the help's.

@@ -4,7 +4,7 @@ import functools
 import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -189,13 +189,13 @@ def read_slot(text: str) -> tuple[str, Any]:
         raise Misuse(f"--slot {name}: {error}") from error
 
 
-def opens_session(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command every option of `OPTIONS`, for its argument `options` and in its place."""
-    shared = [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind) for name, kind in OPTIONS.items()]
+def opens_session(command: Callable[..., None], names: Iterable[str] = OPTIONS) -> Callable[..., None]:
+    """Give a command these options of `OPTIONS`, for its argument `options` and in its place."""
+    shared = [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=OPTIONS[name]) for name in names]
 
     @functools.wraps(command)
     def expanded(**given: Any) -> None:
-        command(options={name: given.pop(name) for name in OPTIONS}, **given)
+        command(options={**dict.fromkeys(OPTIONS), **{name: given.pop(name) for name in names}}, **given)
 
     signature = inspect.signature(command)
     own = signature.parameters.values()

@@ -487,6 +487,33 @@ def test_a_failure_ends_a_conversation_by_script(run: Any, lines: str, message: 
     assert message in err
 
 
+# check ---------------------------------------------------------------------------------------------------------------
+
+
+def test_check_counts_the_chats_that_training_would_use(run: Any, folder: Path) -> None:
+    answer = {"role": "assistant", "content": "Red shapes."}
+    chats = [[user(place, text="Shapes?"), answer] for place in ("photo.png", "other.png", "missing.png")]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    processor = BardVLProcessor.from_pretrained(folder / "bard")
+    options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True}
+    asked = [user(draw(size), text="Shapes?") for size in ((96, 64), (128, 64))]
+    prompts = [processor.apply_chat_template([each], **options) for each in asked]
+    blocks = -(-(len(processor.tokenizer("Red shapes.")["input_ids"]) + 1) // 8)
+    columns = sorted(len(prompt["input_ids"][0]) + 2 * 8 * blocks for prompt in prompts)
+    code, out, err = run("check chats.jsonl --model weightless --block-size 8 --json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["chats"], found["usable"], found["skipped"]) == (3, 2, {"missing image": 1})
+    assert found["columns"] == {"median": columns[1], "largest": columns[1], "in all": sum(columns)}
+    code, out, _ = run(f"check chats.jsonl --model weightless --block-size 8 --max-length {columns[0]}")
+    assert code == 0
+    assert out.startswith("3 chats, 1 can be trained on\n")
+    assert "skipped 1: too long for a row" in out
+    code, _, err = run("check chats.jsonl --model weightless --max-length 8")
+    assert code == 1
+    assert err.splitlines()[-1].startswith("error: none of the 3 chats can be used")
+
+
 # convert and bench ---------------------------------------------------------------------------------------------------
 
 

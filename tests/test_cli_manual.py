@@ -17,6 +17,7 @@ from fresh import ROOT, convert
 from PIL import Image
 from test_cli import environment, write_video
 from tiny import draw_frames, draw_scene, write_qwen3vl
+from training_cases import chats_file
 
 pytestmark = pytest.mark.process
 
@@ -42,6 +43,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate(("photo.jpg", "other.jpg")):
         draw_scene(folder / name, seed=number)
     write_video(folder / "clip.mp4", draw_frames(8))
+    shutil.copytree(chats_file().parent, folder, dirs_exist_ok=True)
     return folder
 
 
@@ -118,6 +120,6 @@ def test_no_command_is_of_another_kind() -> None:
 def test_every_command_is_in_the_manual(capsys: pytest.CaptureFixture) -> None:
     assert main(["--help"]) == 0
     commands = re.findall(r"^│ ([a-z]+) ", capsys.readouterr().out, flags=re.MULTILINE)
-    assert len(commands) == 6
+    assert len(commands) == 7
     for command in commands:
         assert f"| `{command}` |" in PAGES["command_line.md"]

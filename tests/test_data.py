@@ -261,6 +261,38 @@ def test_images_of_a_column_fill_the_placeholders_in_their_order(encoder: ChatEn
     assert_same(encoded(encoder, chat(*turns, images=column)), encoded(encoder, chat(*inline)))
 
 
+FIRST, SECOND = (user(image(PICTURES[0]), "What?"), assistant("Red.")), (user("Sure?"), assistant("Yes."))
+SAID = [("human", "<image>\nWhat?"), ("gpt", "Red."), ("human", "Sure?"), ("gpt", "Yes.")]
+OTHER_FORMS = {
+    "LLaVA": {"image": PICTURES[0], "conversations": [{"from": who, "value": what} for who, what in SAID]},
+    "FineVision": {
+        "images": [PICTURES[0]],
+        "texts": [{"user": "What?", "assistant": "Red."}, {"user": "Sure?", "assistant": "Yes."}],
+    },
+    "completion of messages": {"images": [PICTURES[0]], "prompt": [user("What?")], "completion": [FIRST[1], *SECOND]},
+    "weights": chat(FIRST[0], {**FIRST[1], "weight": 1}, *SECOND),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_every_form_of_a_chat_gives_the_same_sample(encoder: ChatEncoder, name: str) -> None:
+    expected = encoded(encoder, chat(*FIRST, *SECOND))
+    assert len(expected.responses) == 2
+    assert_same(encoded(encoder, OTHER_FORMS[name]), expected)
+    assert encoder.measure(OTHER_FORMS[name]) == encoder.measure(chat(*FIRST, *SECOND))
+
+
+def test_answers_of_weight_0_and_of_a_prompt_are_not_learnt(encoder: ChatEncoder) -> None:
+    whole = encoded(encoder, chat(*FIRST, *SECOND))
+    shown = {"images": [PICTURES[0]], "prompt": [user("What?"), FIRST[1], SECOND[0]], "completion": [SECOND[1]]}
+    for form in (chat(FIRST[0], {**FIRST[1], "weight": 0}, *SECOND), shown):
+        assert_same(encoded(encoder, form), replace(whole, responses=whole.responses[1:]))
+    before = encoded(encoder, chat(*FIRST, SECOND[0], {**SECOND[1], "weight": 0}))
+    assert_same(before, encoded(encoder, chat(*FIRST)))
+    plain = encoded(encoder, {"prompt": "What?", "completion": "Red."})
+    assert_same(plain, encoded(encoder, chat(user("What?"), assistant("Red."))))
+
+
 def test_what_follows_the_last_answer_is_left_out(encoder: ChatEncoder) -> None:
     whole = encoded(encoder, chat(user("a", image(PICTURES[0])), assistant("b"), user(image(PICTURES[1]), "c")))
     assert_same(whole, encoded(encoder, chat(user("a", image(PICTURES[0])), assistant("b"))))
@@ -280,6 +312,14 @@ BROKEN: dict[str, tuple[dict[str, Any], str, str]] = {
     "audio": (chat(user({"type": "audio", "audio": "x"}), assistant("b")), "malformed messages", "audio"),
     "text without text": (chat(user({"type": "text"}), assistant("b")), "malformed messages", "{'type': 'text'}"),
     "no answer": (chat(user("a")), "no assistant turn", "['user']"),
+    "no answer to learn": (chat(user("a"), {**assistant("b"), "weight": 0}), "no assistant turn", "have `weight` 0"),
+    "half a weight": (chat(user("a"), {**assistant("b"), "weight": 0.5}), "malformed messages", "0 or 1, got 0.5"),
+    "a role of ShareGPT": (
+        {"conversations": [{"from": "oracle", "value": "a"}]},
+        *("malformed messages", "got {'from': 'oracle'"),
+    ),
+    "half a text": ({"texts": [{"user": "a"}]}, "malformed messages", "`texts` must hold user and assistant"),
+    "no completion": ({"prompt": "a"}, "malformed messages", "got None"),
     "missing image": (chat(user(image("missing.png")), assistant("b")), "missing image", "missing.png"),
     "no image": (chat(user(image("notes.txt")), assistant("b")), "broken image", "notes.txt"),
     "no image in bytes": (chat(user(image(b"abc")), assistant("b")), "broken image", "abc"),

@@ -197,6 +197,7 @@ def test_groups_have_their_rates_floors_and_decay(tmp_path):
     optimizer = trainer.create_optimizer()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decays = {}
+    assert names[id(optimizer.param_groups[0]["params"][0])].startswith("model.language_model"), "its rate is logged"
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = names.pop(id(parameter))
@@ -458,6 +459,16 @@ def test_a_checkpoint_is_written_by_one_process_under_zero3(tmp_path, monkeypatc
     state = weights(bard_folder())
     write_checkpoint(MASK, dict(state), processor, Run(model, data, args), stage, tmp_path / "block-4")
     assert weights(tmp_path / "block-4").keys() == state.keys()
+
+
+def test_a_run_without_settings_tells_its_losses_and_what_to_type_next(tmp_path, capsys):
+    run = train(tmp_path / "run", max_steps=3, logging_steps=None, logging_first_step=None)
+    logged = [entry for entry in history(run / "block-4") if "loss" in entry]
+    assert [entry["step"] for entry in logged] == [1, 3]
+    told = capsys.readouterr().out.splitlines()
+    first, last = (entry["loss"] for entry in logged)
+    assert f"{run / 'block-4'}: loss {first:.4f} at step 1, {last:.4f} at step 3" in told
+    assert told[-1].strip() == f"try it: bard-vl run photo.jpg --model {run / 'block-4'}"
 
 
 def test_save_dtype(tmp_path):

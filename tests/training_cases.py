@@ -85,6 +85,7 @@ def settings(output: Path, **changes: Any) -> dict[str, Any]:
         "gradient_accumulation_steps": 2,
         "learning_rate": 0.003,
         "logging_steps": 1,
+        "logging_first_step": False,
         "save_steps": 2,
         "max_length": 256,
         "use_cpu": True,

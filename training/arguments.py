@@ -160,6 +160,10 @@ class BlockDiffusionArguments(TrainingArguments):
     lr_scheduler_type: str = option("cosine", "schedule of the learning rates, by transformers' names")
     remove_unused_columns: bool = option(False, "chats have no columns to remove", decides=False)
     save_total_limit: int | None = option(2, "checkpoints kept of a stage that is under way", decides=False)
+    logging_steps: float = option(
+        10, "steps between logged losses; those of the first and the last step are logged too", decides=False
+    )
+    logging_first_step: bool = option(True, "log the loss of the first step", decides=False)
     ddp_timeout: int = option(
         86_400, "seconds that processes wait for each other; the first one measures all chats", decides=False
     )

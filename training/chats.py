@@ -22,7 +22,7 @@ from ..inputs_bard_vl import VISUAL_INPUTS, grids_of, number_placeholders
 from ..media_bard_vl import Media, describe
 from ..modeling_bard_vl import BardVLModel
 from ..processing_bard_vl import stated_size
-from .messages import BrokenChat, decode_image, open_image, open_video, read_messages
+from .messages import BrokenChat, decode_image, is_trained, open_image, open_video, read_messages
 from .packing import Sample, packed_length, truncate
 
 
@@ -126,10 +126,11 @@ class ChatEncoder:
     """Turns chats into samples; it can be pickled for data loader workers.
 
     A chat is a mapping with `messages`: a list of {"role", "content"}, the content a string or a list of text, image
-    and video items in any form that `BardVLProcessor.apply_chat_template` takes. Pictures stand in their items, or in
-    columns `images` and `videos`, which fill the items without one (and "<image>", "<video>" in string contents) in
-    their order. A picture is a path, a URL, a data URI, a Pillow image, bytes, or the mapping of `datasets.Image`; a
-    video a path, a URL or a list of frames. `tools`, if there, goes to the template.
+    and video items in any form that `BardVLProcessor.apply_chat_template` takes; or it has another form that
+    `messages_of` knows. Pictures stand in their items, or in columns `images` and `videos`, which fill the items
+    without one (and "<image>", "<video>" in string contents) in their order. A picture is a path, a URL, a data URI, a
+    Pillow image, bytes, or the mapping of `datasets.Image`; a video a path, a URL or a list of frames. An assistant
+    turn of `weight` 0 is no answer to learn. `tools`, if there, goes to the template.
 
     Two kinds of chats cannot be trained on exactly and are left out by name. Templates that show an earlier turn
     another way once more follows (some drop its thoughts) have no prompt that all turns share: reason "template".
@@ -206,7 +207,7 @@ class ChatEncoder:
         Raises:
             BrokenChat: the pieces would not be what inference sees.
         """
-        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [n for n, message in enumerate(messages) if is_trained(message["role"], message.get("weight"))]
         whole = self._render(messages, **template)
         pieces: list[str] = []
         done = 0

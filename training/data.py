@@ -25,7 +25,7 @@ from pyarrow import ArrowException
 
 from .. import __version__
 from .chats import MEASURED_FEATURES, Broken, ChatEncoder, Measured
-from .messages import BrokenChat
+from .messages import FORMS, BrokenChat
 from .packing import PackedRows, Sample, pack
 
 logger = logging.getLogger(__name__)
@@ -100,8 +100,8 @@ def media_folder_of(source: str | os.PathLike[str]) -> Path | None:
 
 
 def check_columns(chats: Any, source: str) -> Any:
-    """The data set, unless it is known to have no column `messages`; then `ValueError`."""
-    if chats.column_names is not None and "messages" not in chats.column_names:
+    """The data set, unless it is known to have no column with chats; then `ValueError`."""
+    if chats.column_names is not None and not {*FORMS} & {*chats.column_names}:
         raise ValueError(f"{source} has no column `messages`, only {', '.join(chats.column_names)}")
     return chats
 

@@ -455,7 +455,17 @@ def finish(trainer: BlockDiffusionTrainer, run: Run, stage: Stage) -> None:
             partial.rename(stage.output)
         for checkpoint in stage.run_folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
+        print(farewell(trainer.state.log_history, stage), flush=True)
     trainer.accelerator.wait_for_everyone()
+
+
+def farewell(history: list[dict[str, float]], stage: Stage) -> str:
+    """What a finished stage says: its first and last logged loss, and what to type next."""
+    logged = [entry for entry in history if "loss" in entry]
+    losses = f": loss {logged[0]['loss']:.4f} at step {logged[0]['step']}" if logged else ""
+    if len(logged) > 1:
+        losses += f", {logged[-1]['loss']:.4f} at step {logged[-1]['step']}"
+    return f"{stage.output}{losses}\n  try it: bard-vl run photo.jpg --model {stage.output}"
 
 
 def write_checkpoint(

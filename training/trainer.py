@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from ..attention_bard_vl import ATTENTION_NAME
-from .arguments import BlockDiffusionArguments, DistillArguments, RecipeError
+from .arguments import PARAMETER_GROUPS, BlockDiffusionArguments, DistillArguments, RecipeError
 from .checkpoints import COMPLETE, complete_checkpoints, mark_complete, writing
 from .data import PackedBatch, PackingCollator, SkippedChats
 from .losses import LinearLosses, linear_losses, position_weights
@@ -199,6 +199,15 @@ class Repeated(torch.utils.data.IterableDataset):
                 return
 
 
+class LastLoss(TrainerCallback):
+    """Logs the loss up to the last step, wherever the count of steps between logs ends."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a log."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
 class BlockDiffusionTrainer(Trainer):
     """Trains one stage: one model at one block size (arXiv 2604.16514, equations of sections 3.1 to 3.3).
 
@@ -242,7 +251,7 @@ class BlockDiffusionTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=callbacks,
+            callbacks=[*([] if args.logging_strategy == "no" else [LastLoss()]), *(callbacks or [])],
         )
         # The loss is a sum over the whole batch's normaliser: no further division by accumulation steps.
         self.model_accepts_loss_kwargs = True
@@ -483,7 +492,10 @@ class BlockDiffusionTrainer(Trainer):
         return self.optimizer
 
     def optimizer_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Trainable parameters by group and by whether they decay; empty groups are left out."""
+        """Trainable parameters by group and by whether they decay; empty groups are left out.
+
+        The language model comes first, whose rate is the one that is logged.
+        """
         decaying = set(self.get_decay_parameter_names(model))
         groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
@@ -495,7 +507,7 @@ class BlockDiffusionTrainer(Trainer):
                 "lr": self.args.group_learning_rate(group),
                 "weight_decay": self.args.weight_decay if decays else 0.0,
             }
-            for (group, decays), parameters in groups.items()
+            for (group, decays), parameters in sorted(groups.items(), key=in_logs_order)
         ]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -713,6 +725,12 @@ def padding_blocks(rows: PackedRows, block_size: int) -> torch.Tensor:
     columns = torch.arange(rows.place.shape[1], device=rows.place.device)
     first = columns - (rows.place - rows.origin) % block_size
     return rows.is_response_padding.gather(1, first.clamp(min=0)) & rows.noisy
+
+
+def in_logs_order(group: tuple[tuple[str, bool], Any]) -> tuple[int, bool]:
+    """Sorts parameter groups: as `PARAMETER_GROUPS` has them, those that decay first."""
+    (name, decays), _ = group
+    return PARAMETER_GROUPS.index(name), not decays
 
 
 def group_of(name: str) -> str:
