@@ -30,12 +30,12 @@ from .structured_bard_vl import BlockForm
 
 @dataclass
 class DenoisingStep:
-    """One step of one row's block.
+    """One step of one row's block, or a block that its form dictated without a step.
 
     Attributes:
         block: index of the block in the response.
         ids: (block size,) CPU ids after the step, the mask id where undecided.
-        committed: (block size,) bool, decided at this step.
+        committed: (block size,) bool, decided at this step, or dictated before the block's first one.
         revised: (block size,) bool, decided before and changed, or masked again, at this step.
         confidence: (block size,) probability of the token that each position would have taken.
         chosen: (block size,) that token.
@@ -463,6 +463,9 @@ class Engine:
         place = slice(start, start + len(tokens))
         rows.ids[row, place] = torch.tensor(tokens, device=self.device)
         rows.confidences[row, place], rows.dictated[row, place] = 1.0, True
+        if self.hooks.keep_history:
+            blocks = (tokens + [form.eos] * (-len(tokens) % size))[: (num_whole + (ends and not is_first)) * size]
+            self._keep_dictated(row, offset // size, torch.tensor(blocks, dtype=torch.long).view(-1, size), is_first)
         if self.hooks.watch_blocks:
             for number in range(num_whole + (ends and not is_first)):
                 begin = start + number * size
@@ -479,6 +482,15 @@ class Engine:
             if not is_first:
                 progress.carrying[row] += num_whole
         return False
+
+    def _keep_dictated(self, row: int, block: int, ids: torch.Tensor, is_first: bool) -> None:
+        """Add dictated blocks (n, block size) to the history, those behind a prompt to that of each of its answers."""
+        copies = self.settings.num_return_sequences if is_first else 1
+        everywhere = torch.ones(ids.shape[1], dtype=torch.bool)
+        for number, own in enumerate(ids):
+            step = DenoisingStep(block + number, own, everywhere, ~everywhere, everywhere.float(), own)
+            for copy in range(copies):
+                self.history[row * copies + copy].append(step)
 
     def _process_logits(self, logits: torch.Tensor, first: int) -> torch.Tensor:
         """Run the caller's processors at every undecided position with the committed tokens left of it.
@@ -503,7 +515,11 @@ class Engine:
             parts = (decision.ids, decision.committed, decision.revised, confidence, decision.chosen)
             for row, *step in zip(self.progress.running, *(part.cpu() for part in parts), strict=True):
                 index = (self.progress.starts[row] - self.progress.lengths[row]) // self.settings.block_size
-                self.history[row].append(DenoisingStep(index, *step))
+                kept = DenoisingStep(index, *step)
+                if self.hooks.form is not None and index not in {other.block for other in self.history[row][-1:]}:
+                    place = slice(self.progress.starts[row], self.progress.starts[row] + len(kept.ids))
+                    kept.committed = kept.committed | self.rows.dictated[row, place].cpu()
+                self.history[row].append(kept)
 
     def _show_block(self, row: int, start: int, length: int, first: int) -> bool:
         """Show a finished block to the stopping criteria, prefix by prefix, and to the streamer; does it stop the row?

@@ -422,6 +422,23 @@ def test_what_is_dictated_takes_no_forwards(arguments: dict[str, Any]) -> None:
             assert torch.equal(again, answering.generate(longer, block_size=size, max_new_tokens=8))
 
 
+@pytest.mark.parametrize("copies", [1, 2])
+def test_the_history_tells_of_dictated_blocks(copies: int) -> None:
+    text = "There are three shapes: {c} in the picture and nothing else."
+    form = {"template": text, "slots": {"c": {"choices": ["one", "five"]}}}
+    prompt = prompts(1)
+    output = ask(prompt, form, block_size=4, output_history=True, num_return_sequences=copies, temperature=1.5, seed=3)
+    for row, steps in enumerate(output.history):
+        blocks = {step.block: step.ids for step in steps}
+        assert list(blocks) == list(range(len(blocks)))
+        told = torch.cat([*blocks.values()])
+        length = int((output.confidences[row] > 0).sum())
+        assert told[:length].tolist() == output.sequences[row, prompt.shape[1] :][:length].tolist()
+        committed = torch.stack([step.committed.long() for step in steps if step.block == 0]).sum(0)
+        assert committed.tolist() == [1] * 4
+        assert len(steps) - int(output.block_step_counts[row].sum()) == int((output.block_step_counts[row] == 0).sum())
+
+
 def test_an_answer_without_alternatives_takes_the_prompts_forward_alone() -> None:
     output = ask(prompts(2), {"choices": ["There are three shapes in the picture and nothing else."]}, block_size=4)
     assert sum(output.num_forwards.values()) == 1
