@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
 from .. import BardVLConfig, BardVLForConditionalGeneration, BardVLGenerationConfig, BardVLProcessor
+from ..forms_bard_vl import Form
 from ..generation_config_bard_vl import FIELDS, SAMPLING_FIELDS, resolve_block_size
 from ..media_bard_vl import PICTURE_SUFFIXES
 
@@ -52,7 +53,8 @@ class BardVL(lmms):
         max_num_frames, fps: frames of a video at most, and a second.
         system_prompt: text, or a file with it; none by default.
         settings: any setting of `generate`: `block_size`, `denoising_steps`, `confidence_threshold`, ... A task's own
-            (`max_new_tokens`, `temperature`, ...) and those of `--gen_kwargs` come on top.
+            (`max_new_tokens`, `temperature`, ...) and those of `--gen_kwargs` come on top. There `choices=A|B|C|D`
+            makes one of these texts the answer.
 
     Raises:
         ValueError: an argument is unknown or out of range, the checkpoint is no Bard-VL, or no block size is stated.
@@ -170,6 +172,10 @@ class BardVL(lmms):
         if stops:
             settings["stop_strings"] = stops
         BardVLGenerationConfig(**settings)
+        if (choices := task_settings.get("choices")) is not None:
+            texts = choices.split("|") if isinstance(choices, str) else choices
+            settings["structured"] = {"choices": [str(text) for text in texts]}
+            Form.read(settings["structured"])
         return settings
 
     def _answers(self, requests: list[Instance], settings: dict[str, Any]) -> list[GenerationResult]:

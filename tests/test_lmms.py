@@ -199,6 +199,13 @@ def test_what_any_task_says_is_a_setting_of_generate(model: Any) -> None:
             assert not {"temperature", "top_k", "top_p"} & set(settings)
 
 
+def test_choices_of_a_task_are_the_form_of_its_answers(model: Any) -> None:
+    for choices in ("A|B|C", ["A", "B", "C"]):
+        assert model._settings({"choices": choices})["structured"] == {"choices": ["A", "B", "C"]}
+    with pytest.raises(ValueError, match="choices"):
+        model._settings({"choices": "A||C"})
+
+
 def test_settings_of_a_task_come_on_top(model: Any) -> None:
     sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 5}
     assert sampling.items() <= model._settings(sampling).items()
