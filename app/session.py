@@ -5,6 +5,7 @@ import json
 import time
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,7 +144,8 @@ class Session:
     @property
     def title(self) -> str:
         """The checkpoint's name without what stands before it."""
-        return "Bard-VL, the small example" if self.name == str(EMBEDDED) else self.name.rstrip("/").rpartition("/")[2]
+        is_own = Path(self.name).resolve() == EMBEDDED
+        return "Bard-VL, the small example" if is_own else self.name.rstrip("/").rpartition("/")[2]
 
     @property
     def is_quantized(self) -> bool:
@@ -164,13 +166,21 @@ class Session:
             self._model = (model if "device_map" in options else model.to(self.device)).eval()
         return self._model
 
-    def encode(self, messages: list[dict[str, Any]]) -> Any:
-        """Model inputs of a conversation, whose pictures and videos are those of `media.read`."""
-        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    def encode(self, messages: list[dict[str, Any]], processor: Any = None) -> Any:
+        """Model inputs of a conversation, whose pictures and videos are those of `media.read`.
+
+        By the checkpoint's processor, or another one.
+        """
+        processor = processor or self.processor
+        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         items = [item for message in messages for item in message["content"]]
         images = [item["image"] for item in items if item["type"] == "image"]
         videos = [item["video"] for item in items if item["type"] == "video"]
-        return self.processor(text=[text], images=images or None, videos=videos or None, return_tensors="pt")
+        return processor(text=[text], images=images or None, videos=videos or None, return_tensors="pt")
+
+    def longest(self, inputs: Any) -> int:
+        """The longest response to a prompt, in tokens."""
+        return read_prompt(self.shape, inputs, self.settings)[1].max_new_tokens
 
     def estimate(self, inputs: Any, **settings: Any) -> MemoryEstimate:
         """What answering takes, without the weights being read; `settings` are those of one answer."""

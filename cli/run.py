@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from bard_vl import MemoryEstimate
+    from bard_vl.app.comparison import Compared
     from bard_vl.app.session import Answer, Session
 
 OUTPUT = "Output"
@@ -64,6 +66,15 @@ def run(
         typer.Option(
             help="With --dry-run: whether it fits another machine, of so much free memory, such as 24GB.",
             metavar="SIZE",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask a decoder of one token per forward too: a Qwen3-VL, or a Bard-VL checkpoint at blocks of 1. "
+            "With --gif both race.",
+            metavar="PARENT",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
@@ -115,17 +126,21 @@ def run(
     streamer = None if as_json or template is not None else DraftStreamer(session.processor)
     answer = session.ask(messages, inputs, streamer=streamer, output_history=shown, structured=form)
     value = {} if form is None else {"value": form.parse(answer.text)}
+    compared = ask_other(compare, session, messages)
     if as_json:
         told = {"model": session.name, "prompt": question, **answer.as_dict(), **value}
+        told |= {} if compared is None else {"compared": compared.as_dict()}
         print(json.dumps(told, ensure_ascii=False, indent=2))
     elif template is not None:
         print(json.dumps(value["value"], ensure_ascii=False))
     if not (as_json or quiet):
         print(answer.summary(), file=sys.stderr)
+        if compared is not None:
+            print(f"{compared.text}\n{compared.summary()}", file=sys.stderr)
     if draw is not None:
         draw_answer(answer.text, content, draw)
     if shown:
-        write_pictures(session, answer, question, content, html, gif, png)
+        write_pictures(session, answer, compared, question, content, html, gif, png)
 
 
 EXAMPLES = """\
@@ -238,9 +253,19 @@ def print_estimate(estimate: "MemoryEstimate", session: "Session", refused: str 
         print(refused)
 
 
+def ask_other(name: str | None, session: "Session", messages: list[dict[str, Any]]) -> "Compared | None":
+    """The answer of the decoder to compare with; None if none is asked for."""
+    if name is None:
+        return None
+    from bard_vl.app.comparison import ask_parent
+
+    return ask_parent(name, session, messages)
+
+
 def write_pictures(
     session: "Session",
     answer: "Answer",
+    compared: "Compared | None",
     question: str,
     content: list[dict[str, Any]],
     html: Path | None,
@@ -254,6 +279,12 @@ def write_pictures(
     images = [item["image"] for item in content if item["type"] == "image"]
     images += [to_pil_image(item["video"][0][0]) for item in content if item["type"] == "video"]
     recording = Recording.of(answer.output, session.processor, images=images, prompt=question, title=session.title)
+    if gif is not None and compared is not None:
+        from bard_vl.viewer.race import token_by_token, write_race
+
+        beside = replace(recording, title=f"{recording.title}, blocks of {recording.block_size}")
+        write_race(token_by_token(compared.tokens, compared.name), beside, gif)
+        gif = None
     for path, write in ((html, write_html), (gif, write_gif), (png, write_png)):
         if path is not None:
             write(recording, path)

@@ -68,8 +68,6 @@ def test_commands_run(line: str, checkout: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "path", list(sys.path))
     if line == "bard-vl demo":
         return serve_and_interrupt(checkout)
-    if "convert" in line:
-        shutil.rmtree(checkout / "Bard-VL-4B")
     code, output = execute(line, monkeypatch)
     assert code == 0, capsys.readouterr().err
     assert output.strip() or line == "bard-vl chat photo.jpg"  # whose input is empty here
@@ -100,10 +98,13 @@ def test_snippets_run(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_pictures_shown_are_those_of_the_command(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkout)
-    (line,) = [line for line in COMMANDS if "docs/images" in line]
-    assert execute(line, monkeypatch)[0] == 0
-    for name in ("answer.gif", "answer.png"):
-        assert f"](images/{name})" in PAGES["viewer.md"]
+    names = []
+    for line in (line for line in COMMANDS if "docs/images" in line):
+        assert execute(line, monkeypatch)[0] == 0
+        names += re.findall(r"docs/images/(\S+)", line)
+    assert sorted(names) == ["answer.gif", "answer.png", "race.gif"]
+    for name in names:
+        assert f"](images/{name})" in "".join(PAGES.values())
         shown, made = ROOT / "docs" / "images" / name, checkout / "docs" / "images" / name
         assert shown.stat().st_size < 300_000
         with Image.open(shown) as committed, Image.open(made) as written:

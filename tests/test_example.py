@@ -1,5 +1,6 @@
 """examples/describe.py: mistakes end it with one line before the weights are loaded; drafts leave nothing behind."""
 
+import ast
 import fcntl
 import importlib.util
 import json
@@ -280,3 +281,27 @@ def test_a_draft_shows_what_is_open(describe: ModuleType, terminal: Any) -> None
         streamer.put_draft(value=torch.tensor([[ord("a"), 0, 0, ord("b")]]))
 
     assert Screen(20).write(terminal(20, draw)).lines()[0] == "a▒▒b"
+
+
+# The notebook --------------------------------------------------------------------------------------------------------
+
+
+def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(ROOT / "examples")
+    notebook = json.loads((ROOT / "examples" / "first_steps.ipynb").read_text("utf-8"))
+    assert len(notebook["cells"]) == 10
+    names: dict[str, Any] = {}
+    for number, cell in enumerate(notebook["cells"]):
+        assert not cell.get("outputs"), "kept without outputs"
+        if cell["cell_type"] == "code":
+            *lines, last = ast.parse("".join(cell["source"])).body
+            exec(compile(ast.Module(lines, []), f"cell {number}", "exec"), names)
+            is_shown = isinstance(last, ast.Expr)
+            last = ast.Expression(last.value) if is_shown else ast.Module([last], [])
+            shown = eval(compile(last, f"cell {number}", "eval" if is_shown else "exec"), names)
+            if number == 5:
+                assert "<iframe" in shown._repr_html_()
+                assert "There are three shapes" in shown._repr_html_()
+    written = capsys.readouterr().out
+    assert written.startswith("There are three shapes")
+    assert written.count("forwards True") == 3

@@ -17,6 +17,10 @@ pytestmark = pytest.mark.process
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+GENERATION, CONVERTING = (
+    (REPOSITORY / "docs" / name).read_text("utf-8") for name in ("generation.md", "converting.md")
+)
+MANUAL = "\n".join([README, GENERATION, CONVERTING])  # their snippets follow each other
 CI = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")
 PUBLISHED = "fudan-generative-ai/Bard-VL-B16-Mask-4B-Distil-Instruct"
 TRAINED = "fudan-generative-ai/Bard-VL-B4-Mask-2B-Instruct"  # where the recipe of the manual starts
@@ -44,7 +48,7 @@ huggingface_hub.HfApi.create_repo = create_repo
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", MANUAL, flags=re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[str]:
@@ -120,8 +124,24 @@ def test_every_command_is_run_here_or_by_ci() -> None:
         assert known, f"no test runs: {command}"
         if command.startswith("pip install") and "[" in command:  # CI installs the tests' extra, which has the others
             assert f"{command[command.index('[') + 1 : command.index(']')]}" in extras_of_tests()
-    languages = set(re.findall(r"^```(\w+)", README, flags=re.MULTILINE))
-    assert languages == {"bash", "python", "bibtex"}
+    languages = set(re.findall(r"^```(\w+)", MANUAL, flags=re.MULTILINE))
+    assert languages == {"bash", "python"}
+    assert "@article{" in (REPOSITORY / "CITATION.bib").read_text(encoding="utf-8")
+
+
+def test_the_readme_is_short_and_leads_somewhere() -> None:
+    assert len(README.splitlines()) <= 130
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
+        assert (REPOSITORY / target).exists(), target
+
+
+def test_the_table_of_checkpoints_is_the_codes() -> None:
+    from bard_vl.app.checkpoints import PUBLISHED, WEIGHTS
+
+    for each in PUBLISHED:
+        sizes = " | ".join(f"{gigabytes} GB" for gigabytes in WEIGHTS[each.size].values())
+        link = f"[{each.name.rpartition('/')[2]}](https://huggingface.co/{each.name})"
+        assert f"| {link} | {each.block_size} | {each.threshold or '-'} | {sizes} |" in README
 
 
 def extras_of_tests() -> set[str]:
@@ -135,8 +155,9 @@ def extras_of_tests() -> set[str]:
 def test_tables_name_every_setting_and_every_file() -> None:
     from bard_vl.generation_config_bard_vl import settings_table
 
-    assert f"\n\n{settings_table()}\n\n" in README
-    rows = re.findall(r"^\| (`.*?`) \|", README, flags=re.MULTILINE)
+    table = settings_table().replace("](docs/", "](")  # as the page, which is in that folder, links
+    assert f"\n\n{table}\n\n" in GENERATION
+    rows = re.findall(r"^\| (`.*?`) \|", CONVERTING, flags=re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
     assert named >= {path.name for path in REPOSITORY.glob("*_bard*.py")}
 
@@ -157,8 +178,13 @@ import bard_vl
 
 
 def test_converted_folders_are_what_the_manual_says(checkout: Path) -> None:
-    assert json.loads((checkout / "Bard-VL-4B" / "config.json").read_text())["block_size"] == 4
-    assert json.loads((checkout / "Bard-VL-B16" / "config.json").read_text())["block_size"] == 16
+    ready, seed = (
+        json.loads((checkout / name / "config.json").read_text()) for name in ("Bard-VL-4B", "Bard-VL-4B-seed")
+    )
+    assert (ready["block_size"], seed["block_size"]) == (16, 4)
+    assert ("trained" in ready, seed["trained"]) == (False, False)
+    settings = json.loads((checkout / "Bard-VL-4B" / "generation_config.json").read_text())
+    assert settings["confidence_threshold"] == 0.5, "as the authors recommend"
 
 
 def test_example_describes_its_own_picture(checkout: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from ..app.session import Session
 from ..generation_config_bard_vl import DEFAULTS
 from ..remasking_bard_vl import REMASKING_RULES
-from .page import html_of
+from .page import frame_of
 from .recording import Recording
 
 CSS = """
@@ -20,7 +20,7 @@ CSS = """
 .answer .draft { color: var(--body-text-color-subdued); }
 .answer .took { display: block; margin-top: 0.8rem; font-size: 0.9rem; opacity: 0.7; }
 .answer .error { color: var(--error-text-color); }
-.player iframe { width: 100%; height: 660px; border: 1px solid var(--border-color-primary); border-radius: 12px; }
+.player iframe { border-radius: 12px; }
 """
 
 
@@ -209,8 +209,7 @@ def answer_in_steps(
         yield framed("", error=" ".join(str(result).split())), ""
         return
     recording = Recording.of(result.output, session.processor, images=images, prompt=prompt, title=session.title)
-    frame = f'<iframe title="Player of the steps" sandbox="allow-scripts" srcdoc="{html.escape(html_of(recording))}">'
-    yield framed(result.text, took=result.summary()), f"{frame}</iframe>"
+    yield framed(result.text, took=result.summary()), frame_of(recording)
 
 
 def framed(text: str, draft: str = "", took: str = "", error: str = "") -> str:

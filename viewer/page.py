@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import html
 import io
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,13 @@ def write_html(recording: Recording, path: str | Path) -> None:
 def html_of(recording: Recording) -> str:
     """The page: plays the steps of each block beside the pictures; see docs/viewer.md for its keys."""
     return template().render(recording=recording, data=as_json(recording), images=map(data_uri, recording.images))
+
+
+def frame_of(recording: Recording, height: int = 660) -> str:
+    """The page as an `<iframe>` of a height in pixels, for notebooks and other pages."""
+    style = f"width:100%;height:{height}px;border:0"
+    page = html.escape(html_of(recording))
+    return f'<iframe title="Player of the steps" sandbox="allow-scripts" style="{style}" srcdoc="{page}"></iframe>'
 
 
 def as_json(recording: Recording) -> dict[str, Any]:

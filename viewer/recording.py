@@ -93,6 +93,12 @@ class Recording:
             **beside,
         )
 
+    def _repr_html_(self) -> str:
+        """The player, as notebooks show it."""
+        from .page import frame_of
+
+        return frame_of(self)
+
     def last_steps(self) -> dict[int, int]:
         """Index of each block's last step so far, by block, in the order of the blocks."""
         return {step.block: index for index, step in enumerate(self.steps)}
