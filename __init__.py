@@ -23,7 +23,7 @@ from .processing_bard_vl import BardVLProcessor
 
 register(BardVLConfig, BardVLForConditionalGeneration, BardVLProcessor)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "BardVLCache",
     "BardVLConfig",

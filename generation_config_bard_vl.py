@@ -172,7 +172,7 @@ SETTINGS = {
         Setting("repetition_penalty", number(0.0, math.inf, open_below=True), "none",
                 "as in transformers; counts the prompt and the committed tokens left of a position"),
         Setting("no_repeat_ngram_size", integer(0), "none",
-                "no sequence of so many tokens comes out twice, however many tokens commit together"),
+                "no sequence of this number of tokens comes out twice, however many tokens commit together"),
         Setting("bad_words_ids", list_of(is_word, "non-empty lists of token ids"), "none",
                 "sequences that never come out, however many tokens commit together"),
         Setting("suppress_tokens", list_of(is_id, "token ids"), "none",
@@ -204,7 +204,7 @@ SETTINGS = {
                 "there is no other choice"),
         Setting("prefill_chunk_size", integer(1), "whole prompts",
                 "tokens of a prompt encoded together, cut to whole blocks; bounds the memory of long prompts, costs"
-                " a forward a chunk"),
+                " a forward per chunk"),
         Setting("cache_implementation", choice("dynamic", "static"), "by the device",
                 "`static`: compiled layers, and on a GPU recorded steps; `dynamic`: eager ones; by default the former"
                 " on a GPU, the latter elsewhere", owner="server"),

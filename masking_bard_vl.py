@@ -82,7 +82,7 @@ def to_attention_mask(visible: torch.Tensor, implementation: str, dtype: torch.d
 
 
 def check_attention_implementation(implementation: str | None) -> None:
-    """Refuse by name what would silently attend causally or ignore a 4-D mask."""
+    """Raise `ValueError` for attention implementations that would ignore our mask."""
     if implementation not in (ATTENTION_NAME, "sdpa", "eager"):
         raise ValueError(
             f"Bard-VL's text layers support the attention implementations '{ATTENTION_NAME}' (default), 'sdpa' and "

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditionalGeneration, Qwen3VLModel
 
-# The loader of transformers 4.57 copies only what this file imports itself: the helpers of helpers are named here too.
+# transformers 4.57 copies only direct imports of this file to its module cache: indirect ones are imported here too.
 from .attention_bard_vl import ATTENTION_NAME
 from .cache_bard_vl import BardVLCache
 from .compat_bard_vl import (
@@ -341,7 +341,7 @@ class BardVLForConditionalGeneration(BardVLGenerationMixin, PortableModel, Qwen3
                 mean over the other labels, or their sum over `num_items_in_batch`.
             block_size: tokens per block, counted from the first real token; defaults to the config's.
             block_ids: (batch, keys) block of every cached and new token; a token sees blocks up to its own.
-            logits_to_keep: the last so many positions (0 for all), or a 1-D tensor of the positions wanted.
+            logits_to_keep: number of last positions (0 for all), or a 1-D tensor of the positions wanted.
             num_items_in_batch: labels in the whole batch over all accumulation steps and processes.
             visual_index: (batch, length) row of the visual features (of all images, then of all videos) that a token
                 shows, -1 for none, where placeholders do not say it: several tokens may show one feature, in any order,
@@ -383,7 +383,7 @@ class BardVLForConditionalGeneration(BardVLGenerationMixin, PortableModel, Qwen3
 
 
 def positions_kept(logits_to_keep: Any) -> torch.Tensor | slice:
-    """The index of the positions whose logits are wanted: the last so many, 0 or None for all, or those listed."""
+    """The index of the positions whose logits are wanted: a number of last ones (0 or None: all), or a list."""
     if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim:
         return logits_to_keep
     stated = python_value(logits_to_keep)

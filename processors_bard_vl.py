@@ -73,7 +73,7 @@ class TokenProcessors:
         sequences: biased phrases of several tokens, completed by their last.
         sequence_biases, sequence_lengths: (sequences,) of each.
         sequence_reach: how many tokens to its left the longest of them looks.
-        ngram_size: n-grams of so many tokens appear once; 0 for no limit.
+        ngram_size: tokens of the n-grams that appear only once; 0 for no limit.
         radius: how many tokens away the farthest of them looks.
         num_free: tokens of the vocabulary that neither a ban nor a banned phrase names.
         overwrite_threshold: probability above which a committed token is replaced, None where it stays.

@@ -112,13 +112,11 @@ OPTIONS: dict[str, Any] = {
         int | None,
         typer.Option(
             min=1,
-            help="Shrink a picture, or a video in all its frames, to so many pixels. Default: the checkpoint's.",
+            help="Most pixels of a picture, or of a video in all its frames. Default: the checkpoint's.",
             rich_help_panel=MEDIA,
         ),
     ],
-    "min_pixels": Annotated[
-        int | None, typer.Option(min=1, help="Enlarge them to so many pixels.", rich_help_panel=MEDIA)
-    ],
+    "min_pixels": Annotated[int | None, typer.Option(min=1, help="Least pixels of the same.", rich_help_panel=MEDIA)],
 }
 
 READY = {"boxes": "bbox_2d", "points": "point_2d"}  # schemas that have a name

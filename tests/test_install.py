@@ -1,8 +1,11 @@
 """What installs: pins within the stated bounds, the manual's pip lines as make targets, one range of transformers."""
 
 import re
+import runpy
 import subprocess
+from pathlib import Path
 
+import bard_vl
 import fresh
 import pytest
 from bard_vl import compat_bard_vl
@@ -63,7 +66,22 @@ def test_make_runs_the_manuals_lines(target: str) -> None:
 MARKS = {"describe": "python examples/describe.py", "test": "\npytest tests\n"}
 
 
-def test_the_version_is_the_packages() -> None:
-    import bard_vl
+def test_the_page_of_a_package_index_has_what_it_can_show() -> None:
+    page = runpy.run_path(str(fresh.ROOT / "setup.py"))["page"]()
+    assert page.lstrip().startswith("# Bard-VL")
+    assert re.findall(r"\]\((?!https?:)", page) == []
+    assert "[paper](https://arxiv.org/abs/2604.16514)" in page
+    assert "docs/generation.md" in page
 
+
+def test_the_small_checkpoint_and_the_recipes_are_in_the_wheel() -> None:
+    from bard_vl.app.checkpoints import EMBEDDED
+
+    files = PROJECT.partition("[tool.setuptools.package-data]")[2]
+    for pattern in ("examples/checkpoint/*", "examples/images/*", "recipes/*.yaml", "recipes/accelerate/*.yaml"):
+        assert f'"{pattern}"' in files
+    assert Path(bard_vl.__file__).resolve().parent / "examples" / "checkpoint" == EMBEDDED
+
+
+def test_the_version_is_the_packages() -> None:
     assert f'\nversion = "{bard_vl.__version__}"\n' in PROJECT

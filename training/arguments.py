@@ -95,7 +95,7 @@ class ModelArguments:
     )
 
     def check(self) -> None:
-        """Raise `RecipeError` for what cannot be meant."""
+        """Raise `RecipeError` for invalid settings."""
         require(
             self.model_name_or_path is not None, "`model_name_or_path` is missing: name the checkpoint to start from"
         )
@@ -137,14 +137,14 @@ class DataArguments:
     max_pixels: int | None = option(None, "largest area that an image is scaled to (unset: the processor's)")
     min_short_side: int | None = option(None, "chats with an image of a shorter side are left out, in pixels")
     max_aspect_ratio: float | None = option(None, "chats with an image of a greater aspect ratio are left out")
-    pad_to_multiple_of: int = option(1, "rows are padded to a multiple of so many columns")
+    pad_to_multiple_of: int = option(1, "rows are padded to a multiple of this number of columns")
     measuring_processes: int | None = option(
         None, "processes that measure chats before training (unset: one)", decides=False
     )
-    max_eval_samples: int = option(256, "at most so many held-out chats are used", decides=False)
+    max_eval_samples: int = option(256, "number of held-out chats used at most", decides=False)
 
     def check(self) -> None:
-        """Raise `RecipeError` for what cannot be meant."""
+        """Raise `RecipeError` for invalid settings."""
         require(self.train_data is not None, "`train_data` is missing: name the chats to train on")
         low, high = self.min_pixels, self.max_pixels
         require(low is None or high is None or low <= high, f"`min_pixels` {low} is above `max_pixels` {high}")
@@ -228,7 +228,7 @@ class BlockDiffusionArguments(TrainingArguments):
         super().__post_init__()
 
     def check(self) -> None:
-        """Raise `RecipeError` for what cannot be meant."""
+        """Raise `RecipeError` for invalid settings."""
         for name, reason in UNUSED.items():
             require(not getattr(self, name, None), f"`{name}` is not supported: {reason}")
         for name in ("eval_strategy", "save_strategy", "logging_strategy"):
@@ -313,7 +313,7 @@ class MergeArguments:
     )
 
     def check(self) -> None:
-        """Raise `RecipeError` for what cannot be meant."""
+        """Raise `RecipeError` for invalid settings."""
         check_block_sizes(self.block_sizes)
         if self.steps_per_stage is not None:
             sizes = self.block_sizes or [0]
@@ -345,10 +345,10 @@ class DistillArguments:
     )
     kd_direction: Literal["forward", "reverse"] = option("forward", "KL(teacher || student), or the reverse")
     kd_temperature: float = option(1.0, "temperature of both distributions; the divergence is multiplied by its square")
-    kd_top_k: int | None = option(None, "compare on the teacher's likeliest so many tokens (unset: all)")
+    kd_top_k: int | None = option(None, "number of the teacher's likeliest tokens to compare on (unset: all)")
 
     def check(self) -> None:
-        """Raise `RecipeError` for what cannot be meant."""
+        """Raise `RecipeError` for invalid settings."""
         check_block_sizes(self.block_sizes)
         require(self.kd_weight > 0, f"`kd_weight` must be above 0, got {self.kd_weight}")
         require(self.ce_weight >= 0, f"`ce_weight` must be at least 0, got {self.ce_weight}")

@@ -132,8 +132,8 @@ class ChatEncoder:
     Pillow image, bytes, or the mapping of `datasets.Image`; a video a path, a URL or a list of frames. An assistant
     turn of `weight` 0 is no answer to learn. `tools`, if there, goes to the template.
 
-    Two kinds of chats cannot be trained on exactly and are left out by name. Templates that show an earlier turn
-    another way once more follows (some drop its thoughts) have no prompt that all turns share: reason "template".
+    Two kinds of chats cannot be trained on exactly and are left out by name. Templates that render earlier
+    turns differently once later ones exist (some drop the reasoning) leave no common prompt: reason "template".
     Tokenizers may merge the end of a prompt with the first characters of a response, here a line break: what inference
     sees of that turn in the prompt of a later one is then not what the turn was trained on: reason "merged tokens".
 

@@ -282,7 +282,7 @@ class PackingCollator:
         encoder: its limits give block size and row length.
         needs_vision: whether every batch must run the vision tower: it is trained, or its weights, even frozen, are
             sharded and gathered by all processes together.
-        pad_to_multiple_of: rows are padded to a multiple of so many columns.
+        pad_to_multiple_of: rows are padded to a multiple of this number of columns.
     """
 
     encoder: ChatEncoder
