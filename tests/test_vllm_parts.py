@@ -171,6 +171,6 @@ def test_another_version_of_vllm_is_refused_by_name() -> None:
     config = model_config().hf_config
     assert is_tested("0.32.7+cpu")
     assert canvas_length("0.32.0")(config) == 4
-    for other in ("0.31.2", "0.33.0"):
+    for other in ("0.31.2", "0.33.0", "dev"):
         with pytest.raises(ValueError, match=f"by vLLM 0.32, this is vLLM {other}"):
             canvas_length(other)(config)
