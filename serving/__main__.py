@@ -85,7 +85,8 @@ def model_with(settings: BardVLGenerationConfig) -> type[BardVLForConditionalGen
 
     class Served(BardVLForConditionalGeneration):
         @classmethod
-        def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
+        def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+            name = pretrained_model_name_or_path
             where = {"revision": kwargs["revision"]} if kwargs.get("revision") else {}
             completed, notices = complete_settings(str(name), read_config(str(name), **where), settings, **where)
             for notice in notices:

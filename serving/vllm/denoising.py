@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import groupby
+from typing import cast
 
 import numpy as np
 import torch
@@ -81,8 +82,8 @@ class Blocks:
             if self.settings[slot].samples:
                 chosen[place] = self._draw(slot, logits[place])
         measure = rule.measure(logits, probability_of(logits, chosen))
-        quota = self.quotas[self.num_steps[own], self.step[own]]
-        commit = rule.commit(measure, held == self.mask_token_id, quota, self.bound[own])
+        quota, bound = self.quotas[self.num_steps[own], self.step[own]], cast(float, self.bound[own])  # one a row
+        commit = rule.commit(measure, held == self.mask_token_id, quota, bound)
         return torch.where(commit, chosen, held)
 
     def _draw(self, slot: int, logits: torch.Tensor) -> torch.Tensor:
