@@ -391,7 +391,11 @@ def test_other_settings_do_not_go_on_with_a_run(tmp_path, capsys):
         ({"learning_rate": 0.1}, "begun with `learning_rate` 0.003, now it is 0.1"),
         ({"train_data": "more"}, "begun with `train_data`"),
         ({"data_seed": 3}, "begun with `data_seed` None, now it is 3"),
-        ({"eval_data": "more", "measuring_processes": 2, "logging_steps": 7, "loss_chunk_size": 3}, None),
+        pytest.param(
+            {"eval_data": "more", "measuring_processes": 2, "logging_steps": 7, "loss_chunk_size": 3},
+            None,
+            marks=pytest.mark.process,
+        ),
     ],
 )
 def test_settings_that_decide_are_those_it_was_begun_with(tmp_path, capsys, changes, message, is_finished):
