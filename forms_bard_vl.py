@@ -17,7 +17,7 @@ from .generation_config_bard_vl import check_texts
 try:
     import outlines_core
 except ImportError:
-    outlines_core = None
+    outlines_core = None  # type: ignore[assignment]
 
 KINDS = ("choices", "regex", "json_schema", "template")
 OTHER_NAMES = {"choice": "choices", "json": "json_schema"}  # vLLM's

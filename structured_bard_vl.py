@@ -61,17 +61,18 @@ class Groups:
         self.levels: list[torch.Tensor] = []
         items = np.argsort(group_of, kind="stable")
         groups, num_items = np.asarray(group_of)[items], len(group_of)
+        most = num_items if width is None else width
         while True:
             counts = np.bincount(groups, minlength=num_groups)
             starts = counts.cumsum() - counts
             place = np.arange(len(groups)) - starts[groups]
-            is_last = width is None or counts.max(initial=0) <= width
+            is_last = bool(counts.max(initial=0) <= most)
             if is_last:
                 lists, line, column = num_groups, groups, place
             else:
-                parts = -(-counts // width)
-                lists, column = parts.sum(), place % width
-                line = (parts.cumsum() - parts)[groups] + place // width
+                parts = -(-counts // most)
+                lists, column = int(parts.sum()), place % most
+                line = (parts.cumsum() - parts)[groups] + place // most
             index = np.full((lists, max(1, column.max(initial=0) + 1)), num_items)
             index[line, column] = items
             self.levels.append(torch.from_numpy(index).to(device))
