@@ -367,7 +367,8 @@ def deal(lengths: Sequence[int], max_length: int, processes: int, micro_batches:
     Returns:
         For each micro-batch, for each process, the numbers of its samples.
     """
-    left, rounds = list(range(len(lengths))), []
+    left = list(range(len(lengths)))
+    rounds: list[list[list[int]]] = []
     while left:
         rows = _rows_of(left, lengths, max_length)
         if len(rows) <= processes:

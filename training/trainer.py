@@ -298,8 +298,9 @@ class BlockDiffusionTrainer(Trainer):
     def full_rows_loader(self) -> DataLoader:
         """A loader of this process's share of full rows, which accelerate has nothing to share out of."""
         args = self.args
+        dataset: Any = self.train_dataset
         return DataLoader(
-            self.train_dataset,
+            dataset,
             batch_sampler=self.full_rows(),
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
@@ -310,11 +311,13 @@ class BlockDiffusionTrainer(Trainer):
 
     def full_rows(self) -> FullRows:
         """How the samples of the run are dealt out."""
-        args, data = self.args, self.train_dataset
+        args = self.args
+        data: Any = self.train_dataset
+        collator: Any = self.data_collator
         if not hasattr(data, "lengths"):
             raise RecipeError("`fill_rows` needs measured chats, not a stream")
         order = EveryEpoch(len(data), args.max_steps * args.global_batch_size, args.seed)
-        row_length = self.data_collator.encoder.limits.max_length
+        row_length = collator.encoder.limits.max_length
         shape = args.global_batch_size, args.gradient_accumulation_steps, args.world_size, args.process_index
         return FullRows(order, data.lengths, row_length, *shape)
 
@@ -427,7 +430,7 @@ class BlockDiffusionTrainer(Trainer):
         loss = loss * (self.accelerator.num_processes / num_items_in_batch.item())
         return (loss, None) if return_outputs else loss
 
-    def training_step(self, model: nn.Module, inputs: NoisyRows, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch forward and backward, unless it is empty on all processes."""
         if inputs.idle:
             return torch.zeros((), device=self.args.device)
