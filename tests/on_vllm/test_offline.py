@@ -15,6 +15,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler
 
+pytestmark = pytest.mark.process  # vLLM asks what CPU it runs on
+
 PAGE, BUDGET, ROOM = 32, 96, 256
 # Around blocks of 4, pages of 32 and steps of 96; the last ones take several steps.
 LENGTHS = [1, 2, 3, 4, 5, 7, 8, 12, 31, 32, 33, 61, 64, 96, 97, 131, 165, 190]

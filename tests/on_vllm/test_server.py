@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import serving as benchmark
 
+pytestmark = pytest.mark.process
+
 SETTINGS = {"confidence_threshold": 0.02, "max_new_tokens": 40, "block_size": 16}
 
 
