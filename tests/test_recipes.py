@@ -99,6 +99,26 @@ def test_published_checkpoints_keep_their_noise(name):
     assert model.use_lora or args.group_learning_rate("vision") == 2e-6
 
 
+def test_recipes_of_the_package_go_by_name(tmp_path):
+    flags = ["--train_data", "chats.jsonl", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    by_name = parse_recipe(merge_blocks.RECIPE, ["--recipe", "lora", *flags])
+    by_path = parse_recipe(merge_blocks.RECIPE, [str(RECIPES / "lora.yaml"), *flags])
+    assert by_name[0] == by_path[0]
+    assert by_name[0].use_lora
+    with pytest.raises(RecipeError, match=r"`--recipe` must be one of distill_2b, .*, lora, .* got 'lore'"):
+        parse_recipe(merge_blocks.RECIPE, ["--recipe", "lore", *flags])
+
+
+def test_a_warm_up_without_an_end_is_told_before_weights_are_read(tmp_path, monkeypatch):
+    flags = {**TINY, "model_name_or_path": str(bard_folder()), "output_dir": tmp_path / "run", "use_lora": "false"}
+    flags |= {"max_steps": "-1", "num_train_epochs": "1", "warmup_steps": "500"}
+    model, data, args, special = parse(merge_blocks, "lora.yaml", **flags)
+    run = Run(model, data, args)
+    monkeypatch.setattr("bard_vl.training.stages.load_student", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(RecipeError, match="`warmup_steps` 500 leaves none of the "):
+        build_trainer(run, merge_blocks.plan(run, special)[0], args)
+
+
 def test_flags_override_the_recipe(tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", settings(tmp_path / "run", block_sizes=[4, 8], freeze=["vision"]))
     flags = ["--learning_rate", "1e-4", "--block_sizes", "8", "16", "32", "--use_lora", "true", "--max-steps", "7"]

@@ -31,6 +31,9 @@ UNUSED = {
 }
 
 
+RECIPES = Path(__file__).resolve().parent / "recipes"  # of the package
+
+
 class RecipeError(ValueError):
     """A recipe, or what it names, cannot be run as it stands; nothing was computed or written."""
 
@@ -393,12 +396,17 @@ class RecipeParser(HfArgumentParser):
 def parse_recipe(kinds: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:
     """Read `[recipe.yaml] [--key value ...]` into one object of each dataclass in `kinds`, and check them.
 
+    `--recipe lora` in its place names one of the package's own.
+
     Raises:
         RecipeError: the file cannot be read, a key is unknown, or a value is of another type or out of range.
     """
     parser = RecipeParser(list(kinds), allow_abbrev=False)
     names = [field.name for kind in kinds for field in dataclasses.fields(kind) if field.init]
     flags = list(arguments)
+    if flags[:1] == ["--recipe"]:
+        require(len(flags) > 1, "`--recipe` needs a name")
+        flags[:2] = [str(own_recipe(flags[1]))]
     recipe = read_recipe(Path(flags.pop(0))) if flags and not flags[0].startswith("-") else {}
     for key in recipe:
         close = difflib.get_close_matches(key, names, 1)
@@ -421,6 +429,13 @@ def parse_recipe(kinds: Sequence[type], arguments: Sequence[str]) -> tuple[Any, 
         needs = "`eval_strategy`" if evaluates else "`decode_samples`" if known.get("decode_samples") else None
         require(needs is None, f"{needs} is set, but `eval_data` is missing: name held-out chats")
     return tuple(parsed)
+
+
+def own_recipe(name: str) -> Path:
+    """The file of a recipe of the package, by its name; `RecipeError` lists them if there is none."""
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    require(name in names, f"`--recipe` must be one of {', '.join(names)}, got {name!r}")
+    return RECIPES / f"{name}.yaml"
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

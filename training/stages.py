@@ -243,14 +243,14 @@ def build_trainer(run: Run, stage: Stage, args: BlockDiffusionArguments) -> Bloc
     """The trainer of a stage, with `max_steps` set."""
     with reading(stage.source):
         processor = BardVLProcessor.from_pretrained(stage.source)
-    set_seed(args.seed)  # new adapters are random
-    model = load_student(run, stage)
-    config = model.get_base_model().config if run.model.use_lora else model.config
+        config = student_config(run, stage)
     with one_line():
         train, held_out, encoder = load_data(run, stage, processor, config, args)
-    trains_vision = any(p.requires_grad for name, p in model.named_parameters() if group_of(name) != "language")
     args.max_steps = args.steps(None if run.data.streaming else len(train)) if stage.steps is None else stage.steps
-    args.check_warmup()
+    args.check_warmup()  # before minutes are spent on the weights
+    set_seed(args.seed)  # new adapters are random
+    model = load_student(run, stage)
+    trains_vision = any(p.requires_grad for name, p in model.named_parameters() if group_of(name) != "language")
     return BlockDiffusionTrainer(
         model=model,
         args=args,
@@ -289,13 +289,20 @@ def load_data(
     return train, held_out, encoder(data.train_data)
 
 
+def student_config(run: Run, stage: Stage) -> BardVLConfig:
+    """The config of the model to train: its source's, at the stage's block size."""
+    config = BardVLConfig.from_pretrained(stage.source)
+    config.block_size = stage.block_size
+    config.trained = None  # from here on it is no seed
+    if run.model.mask_token_id is not None:
+        config.mask_token_id = run.model.mask_token_id
+    return config
+
+
 def load_student(run: Run, stage: Stage) -> Any:
     """The model to train: at the stage's block size, frozen and adapted as the recipe says."""
-    model = load(stage.source, DTYPES[run.model.dtype], run.model.attn_implementation)
-    model.config.block_size = stage.block_size
-    model.config.trained = None  # from here on it is no seed
-    if run.model.mask_token_id is not None:
-        model.config.mask_token_id = run.model.mask_token_id
+    settings = {"config": student_config(run, stage)}
+    model = load(stage.source, DTYPES[run.model.dtype], run.model.attn_implementation, **settings)
     if run.model.use_lora:
         model = with_adapters(model, run.model)
     for name, parameter in model.named_parameters():
