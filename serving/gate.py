@@ -24,8 +24,11 @@ from ..app.chats import check_chat, is_text
 from ..app.devices import free_memory
 from ..app.errors import one_line
 from ..app.memory import check_fits, read_prompt
+from ..forms_bard_vl import Form
 from ..generation_config_bard_vl import SETTINGS, check_seed
-from ..hooks_bard_vl import check_banned_tokens
+from ..hooks_bard_vl import build_form, check_alone, check_banned_tokens
+from ..processors_bard_vl import build_processors
+from .forms import WANTED, Wanted
 
 logger = logging.get_logger(__name__)
 
@@ -135,7 +138,12 @@ class CheckedHandler:
         """The handler's answer, or what is wrong with the request."""
         try:
             check_fields(body)
-            return await self.handler.handle_request(body, request_id)
+            wanted = Wanted.of(body)
+            token = WANTED.set(wanted)
+            try:
+                return wanted.with_calls(await self.handler.handle_request(body, request_id))
+            finally:
+                WANTED.reset(token)
         except FAULTS as error:
             logger.info("refused request %s", request_id, exc_info=error)
             is_named = isinstance(error, ValueError | TemplateError) or not isinstance(error, FAULTS[1:4])
@@ -151,7 +159,11 @@ class CheckedGeneration:
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **others: Any) -> Any:
         """Start a stream; `ValueError` if the request is wrong."""
         check_call(model, inputs, gen_config, self.limits)
-        return self.manager.generate_streaming(model, processor, inputs, gen_config, **others)
+        wanted = WANTED.get()
+        check_form(wanted.form, model, processor, inputs, gen_config)
+        if (parser := wanted.stream_parser(processor, inputs)) is not None:
+            others["response_parser"] = parser
+        return self.manager.generate_streaming(model, processor, formed(inputs, wanted), gen_config, **others)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.manager, name)
@@ -162,6 +174,7 @@ class CheckedGeneration:
         """Generate to the end; `ValueError` if the request is wrong, `RuntimeError` if anything else is."""
         bound(model, inputs, gen_config, self.limits)
         try:
+            inputs = formed(inputs, WANTED.get())
             return await self.manager.generate_non_streaming(model, processor, inputs, gen_config, **others)
         except ValueError:
             raise
@@ -211,6 +224,21 @@ def check_cost(settings: Any, block_size: int | None) -> None:
             f"`stop` may hold {MAX_STOPS} texts of {MAX_STOP} characters at this server, got {len(stops)} of "
             f"{max(map(len, stops))} at most"
         )
+
+
+def check_form(form: Form | None, model: Any, processor: Any, inputs: Any, config: Any) -> None:
+    """Raise `ValueError` if `generate` would refuse a form."""
+    call = model.read_call(inputs, config, {}, warn=False)
+    vocab_size, device = model.config.get_text_config().vocab_size, inputs["input_ids"].device
+    check_alone(
+        build_form(form, processor, call.settings, call.limits, vocab_size, device),
+        build_processors(call.config, call.settings, vocab_size, device),
+    )
+
+
+def formed(inputs: Any, wanted: Wanted) -> Any:
+    """The inputs of `generate` with the form beside them."""
+    return inputs if wanted.form is None else {**inputs, "structured": wanted.form}
 
 
 def check_fields(body: dict[str, Any]) -> None:

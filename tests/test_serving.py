@@ -593,6 +593,66 @@ def test_responses_and_completions_answer(ours: Server) -> None:
     assert ours.client.completions.create(model=ours.name, prompt="The image shows", max_tokens=5).choices[0].text
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}, "count": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["colour", "count"],
+}
+CALLED = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+TOOLS = [  # short, for this server's limit
+    {"type": "function", "function": {"name": "a", "parameters": CALLED}},
+    {"type": "function", "function": {"name": "b"}},
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_have_the_form_that_a_request_asks_for(ours: Server, stream: bool) -> None:
+    def ask(**options: Any) -> Any:
+        answer = ours.ask(CHATS["text"], stream=stream, settings={"max_new_tokens": 40, "temperature": 1.5}, **options)
+        if not stream:
+            return answer.choices[0].message, answer.choices[0].finish_reason
+        parts = [part.choices[0] for part in answer]
+        calls = [call for part in parts for call in part.delta.tool_calls or []]
+        told = type("Told", (), {"tool_calls": calls, "content": "".join(part.delta.content or "" for part in parts)})
+        return told, parts[-1].finish_reason
+
+    for wanted in ({"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}):
+        told, _ = ask(response_format=wanted)
+        value = json.loads(told.content)
+        assert isinstance(value, dict)
+        if wanted["type"] == "json_schema":
+            assert value["colour"] in ("red", "blue")
+            assert value["count"] in range(10)
+    for choice, names in (("required", {"a", "b"}), ({"type": "function", "function": {"name": "a"}}, {"a"})):
+        told, reason = ask(tools=TOOLS, tool_choice=choice)
+        (call,) = told.tool_calls
+        assert call.function.name in names
+        assert json.loads(call.function.arguments).keys() == ({"a"} if call.function.name == "a" else set())
+        assert reason == "tool_calls"
+        assert not told.content
+    for options, named in (
+        ({"response_format": {"type": "xml"}}, "'xml'"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "colour"}}}}, "colour"),
+        ({"tools": TOOLS, "tool_choice": {"function": {"name": "sing"}}}, "'sing'"),
+        ({"tool_choice": "required"}, "no `tools`"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {"type": "string", "maxLength": 999}},
+                }
+            },
+            "999",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}, "max_tokens": 3},
+            "tokens at least",
+        ),
+    ):
+        with pytest.raises(openai.BadRequestError, match=named):
+            ask(**options)
+
+
 def test_a_body_says_how_large_it_is_and_is_not_too_large(ours: Server) -> None:
     for header, told in (("Content-Length: 99999999", "413"), ("Transfer-Encoding: chunked", "411")):
         with socket.create_connection(("127.0.0.1", int(ours.url.rpartition(":")[2])), timeout=30) as connection:
