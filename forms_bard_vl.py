@@ -61,7 +61,8 @@ class Form:
             return given
         if not isinstance(given, dict):
             raise ValueError(f"`structured` must be a mapping with one of {', '.join(KINDS)}, got {given!r:.80}")
-        named = {OTHER_NAMES.get(name, name): value for name, value in given.items() if value is not None}
+        stated: dict[Any, Any] = {name: value for name, value in given.items() if value is not None}
+        named = {OTHER_NAMES[name] if name in OTHER_NAMES else name: value for name, value in stated.items()}
         slots = named.pop("slots", None)
         if len(named) != 1 or not named.keys() <= {*KINDS}:
             raise ValueError(f"`structured` must have one of {', '.join(KINDS)}, got {', '.join(map(repr, given))}")
@@ -219,7 +220,7 @@ def _prepared(schema: Any, ranges: list[str]) -> Any:
     if unknown:
         raise ValueError(f"`json_schema`: `{unknown[0]}` cannot be kept to")
     if schema.keys() & {"minimum", "maximum"}:
-        bounds = [schema.get("minimum"), schema.get("maximum")]
+        bounds: list[Any] = [schema.get("minimum"), schema.get("maximum")]
         if schema.get("type") != "integer" or not all(type(bound) is int for bound in bounds) or bounds[0] > bounds[1]:
             raise ValueError(f"`json_schema`: bounds need `type` integer, and integers on both sides, got {schema}")
         ranges.append(range_expression(*bounds))

@@ -83,6 +83,7 @@ def take_over(config: BardVLGenerationConfig, processors: list[Callable]) -> Log
     words, suppressed = list(config.bad_words_ids or []), list(config.suppress_tokens or [])
     biases = {tuple(ids): bias for ids, bias in config.sequence_bias or []}
     sizes = [config.no_repeat_ngram_size] if config.no_repeat_ngram_size else []
+    processor: Any
     for processor in processors:
         if type(processor) is NoRepeatNGramLogitsProcessor:
             sizes.append(processor.ngram_size)  # what repeats none of the shorter repeats none of the longer

@@ -375,10 +375,11 @@ def visual_tensor(name: str, value: Any) -> torch.Tensor:
 def check_tensors(**named: Any) -> None:
     """Raise `ValueError` for an argument that is neither None nor a tensor; ids and labels must be integers."""
     for name, value in named.items():
-        if value is not None and not isinstance(value, torch.Tensor):
+        if value is None:
+            continue
+        if not isinstance(value, torch.Tensor):
             raise ValueError(f"`{name}` must be a tensor, got {type(value).__name__}")
-        is_ids = name in ("input_ids", "labels") and value is not None
-        if is_ids and (value.dtype not in INTEGERS or value.ndim != 2):
+        if name in ("input_ids", "labels") and (value.dtype not in INTEGERS or value.ndim != 2):
             raise ValueError(
                 f"`{name}` must be an integer tensor (batch, length), got {tuple(value.shape)} of {value.dtype}"
             )

@@ -149,7 +149,9 @@ def complete_settings(
     if config.block_size is None and settings.block_size is None:
         implied["block_size"] = by_name
     size = settings.block_size or trained
-    recommended = PUBLISHED_THRESHOLDS.get(size) if is_published(name) and size == trained else None
+    recommended = (
+        PUBLISHED_THRESHOLDS.get(size) if size is not None and is_published(name) and size == trained else None
+    )
     if recommended is not None and settings.confidence_threshold is None:
         stored = stored_settings(name, **where)
         if stored is None or stored.confidence_threshold is None:

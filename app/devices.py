@@ -1,5 +1,6 @@
 """Which device runs a model by default, and how much memory it has left."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -13,7 +14,11 @@ ORDER = ("cuda", "mps", "xpu")  # tried in this order; the CPU is last
 
 def available_devices() -> list[str]:
     """The kinds of device of this machine, the default first; `cpu` is always the last."""
-    is_there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "xpu": torch.xpu.is_available}
+    is_there: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+        "xpu": torch.xpu.is_available,
+    }
     return [kind for kind in ORDER if is_there[kind]()] + ["cpu"]
 
 

@@ -140,7 +140,7 @@ def cost(repetitions: int) -> list[dict[str, Any]]:
     spelling, found = Spelling(tokenizer, vocab_size, eos), []
     forms = {
         "two open strings": object_of({"a": {"type": "string"}, "b": {"type": "string"}}),
-        "boxes": {"json_schema": {**BOXES, "items": {**BOXES["items"]}}},
+        "boxes": {"json_schema": {**BOXES, "items": BOXES["items"]}},
         "a string of 20": object_of({"a": {"type": "string", "maxLength": 20}}),
         "choices": FORMS["choices"],
     }

@@ -64,7 +64,7 @@ def read_messages(example: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dic
     return kept[: trained[-1] + 1], {kind: given[: types.count(kind)] for kind, given in sources.items()}
 
 
-def is_trained(role: str, weight: float | None) -> bool:
+def is_trained(role: Any, weight: float | None) -> bool:
     """Whether a message is an answer to learn."""
     return role == "assistant" and weight != 0
 
@@ -120,8 +120,11 @@ def showing(example: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[
     for kind in ("video", "image"):
         count = len(column_of(example, f"{kind}s"))
         items = [item for message in messages for item in contents_of(message)]
-        texts, others = ([item for item in items if isinstance(item, form)] for form in (str, Mapping))
-        shown = any(PLACEHOLDERS[kind] in text for text in texts) or any(item.get("type") == kind for item in others)
+        shown = any(
+            PLACEHOLDERS[kind] in item if isinstance(item, str) else item.get("type") == kind
+            for item in items
+            if isinstance(item, str | Mapping)
+        )
         if count and first is not None and not shown:
             first["content"] = [{"type": kind}] * count + contents_of(first)
     return messages

@@ -55,7 +55,9 @@ class NoisyRows:
     def to(self, device: torch.device) -> "NoisyRows":
         """The same on a device."""
         rows: Any = self.rows.to(device)
-        others = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        others: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
         return replace(self, rows=rows, **others)
 
 
