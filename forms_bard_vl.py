@@ -62,7 +62,7 @@ class Form:
         if not isinstance(given, dict):
             raise ValueError(f"`structured` must be a mapping with one of {', '.join(KINDS)}, got {given!r:.80}")
         stated: dict[Any, Any] = {name: value for name, value in given.items() if value is not None}
-        named = {OTHER_NAMES[name] if name in OTHER_NAMES else name: value for name, value in stated.items()}
+        named = {str(OTHER_NAMES.get(name, name)): value for name, value in stated.items()}
         slots = named.pop("slots", None)
         if len(named) != 1 or not named.keys() <= {*KINDS}:
             raise ValueError(f"`structured` must have one of {', '.join(KINDS)}, got {', '.join(map(repr, given))}")
