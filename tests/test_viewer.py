@@ -275,6 +275,30 @@ def test_colours_tell_confidence_and_marks_tell_changes(page: Any) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.process
+def test_confidence_is_told_without_hue_and_nothing_moves(page: Any, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme)
+    boxes = (
+        "boxes => boxes.map((box) => { const { x, y, width } = box.getBoundingClientRect(); return [x, y, width]; })"
+    )
+    places = []
+    for key in ("Home", "ArrowRight", "ArrowRight", "End"):
+        page.keyboard.press(key)
+        places.append(page.locator("#answer .token").evaluate_all(boxes))
+    assert all(place == pytest.approx(places[0][n], abs=0.3) for each in places for n, place in enumerate(each))
+    bar = page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--bar').trim()")
+    assert all(contrast(ImageColor.getrgb(bar), colour(page, token)) >= 3 for token in range(5))
+    sure = "boxes => boxes.map((box) => box.style.getPropertyValue('--sure'))"
+    shares = page.locator("#answer .token").evaluate_all(sure)
+    assert [float(share) for share in shares[:3]] == [0.99, 0.9, 0.5]
+    page.keyboard.press(".")
+    page.keyboard.press(".")
+    assert page.locator("#detail").text_content() == "Token 2: step 3, 90 % sure"
+    page.locator("#answer .token").nth(2).click()
+    assert page.locator("#detail").text_content() == "Token 3: step 3, 50 % sure"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.process
 def test_text_is_readable_in_light_and_dark(page: Any, scheme: str) -> None:
     page.emulate_media(color_scheme=scheme)
     page.keyboard.press("End")
