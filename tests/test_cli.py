@@ -78,6 +78,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
     def run(line: str, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()  # what the test itself has printed
         code = main(line.split())
         captured = capsys.readouterr()
         return code, captured.out, captured.err
