@@ -100,9 +100,8 @@ class TokenProcessors:
         """Whether a choice depends on the tokens chosen beside it."""
         return bool(self.ngram_size or len(self.phrases) or len(self.sequences))
 
-    def process(self, logits: torch.Tensor, ids: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        """The logits (rows, block, vocabulary) as scores, where no choice looks beside itself; see `choose`."""
-        columns = start[:, None] + torch.arange(logits.shape[1], device=ids.device)
+    def process(self, logits: torch.Tensor, ids: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Scores of logits (rows, block, vocabulary) at columns (rows, block), if no choice looks beside itself."""
         logits = logits.float()
         return self._process(logits, self._seen(ids, columns, logits.shape[-1]), self.bias, None)
 
@@ -131,7 +130,7 @@ class TokenProcessors:
         """
         columns = start[:, None] + torch.arange(logits.shape[1], device=ids.device)
         if not self.looks_beside:
-            scores = self.process(logits, ids, start)
+            scores = self.process(logits, ids, columns)
             return chooser.choose(scores if then is None else then(scores, 0), ids.gather(1, columns), generator)
         logits, seen = logits.float(), self._seen(ids, columns, logits.shape[-1])
         return self._choose_left_to_right(logits, seen, ids, columns, chooser, generator, then)

@@ -162,9 +162,8 @@ class Denoiser:
         With a form, the best completion within it by what the processors leave of the logits.
         """
         if form is not None:
-            scores = (
-                logits.float() if processors is None else processors.process(logits, rows.ids[owner], rows.start[owner])
-            )
+            _, columns = rows.cells(owner, self.size)
+            scores = logits.float() if processors is None else processors.process(logits, rows.ids[owner], columns)
             scores = scores if then is None else then(scores, 0)
             threshold = self.settings.revision_threshold if self.settings.revision == "overwrite" else None
             held, place = rows.ids[rows.cells(owner, self.size)], self.place(rows, owner)
