@@ -147,7 +147,7 @@ def test_every_command_of_the_manual_is_run() -> None:
 
 
 def test_a_seed_is_warned_of(folder: Path, ours: Server) -> None:
-    log = (folder.parent / "home without trust" / "log").read_text()
+    log = (folder.parent / "own" / "log").read_text()
     assert f"{folder} is a seed: until it is trained for block diffusion it writes nonsense" in log
 
 
@@ -363,17 +363,18 @@ def test_snippet_of_the_manual_streams(server: Server, tmp_path: Path, capsys: p
 
 
 def test_a_checkpoint_without_code_or_block_size_is_served_by_the_package(folder: Path) -> None:
-    published = make_published(folder.parent / "qwen", folder.parent / "published")
+    published = make_published(folder.parent / "qwen", folder.parent / PUBLISHED.rpartition("/")[2])
     config = json.loads((published / "config.json").read_text())
     (published / "config.json").write_text(json.dumps({**config, "mask_token_id": 447}))
-    command = printed(f"python -m bard_vl.serving {PUBLISHED}", published).replace("0.5", "0.02")
+    command = printed(f"python -m bard_vl.serving {PUBLISHED}", published)
+    by_name = {"block_size": 16, "confidence_threshold": 0.5}
     with serving(command, folder.parent / "home of the package") as url:
         server = Server(published, url)
         plain = server.client.chat.completions.create(model=server.name, messages=CHATS["image"], max_tokens=21)
-        assert plain.choices[0].message.content == server.expected(CHATS["image"], block_size=16)[0]
+        assert plain.choices[0].message.content == server.expected(CHATS["image"], **by_name)[0]
         for own in ({"block_size": 4}, {"block_size": 8, "confidence_threshold": 0.9}):
             answer = server.ask(CHATS["image"], settings={"max_new_tokens": 21, **own})
-            assert answer.choices[0].message.content == server.expected(CHATS["image"], **own)[0]
+            assert answer.choices[0].message.content == server.expected(CHATS["image"], **(by_name | own))[0]
 
 
 @pytest.fixture(scope="module")
