@@ -9,10 +9,10 @@ single="--prompt-length 1024 --new-tokens 256"
 before=()
 if [ -n "${BEFORE:-}" ]; then before=(--before "$BEFORE"); fi # a checkout of an earlier commit, to compare with
 
-$decoding $single --steps 4 2 --repetitions 3 --only plain engine qwen --compile "${before[@]}" \
+$decoding $single --steps 4 2 --repetitions 3 --only plain engine qwen "${before[@]}" \
     --json $results/cpu-100m.json --plot $results/cpu-100m.png
 $decoding $single --steps 4 --repetitions 3 --only plain ladder engine --compile --json $results/cpu-100m-ladder.json
-$decoding --batch 8 --ragged 64 256 --new-tokens 128 --steps 4 --repetitions 5 --only engine --compile "${before[@]}" \
+$decoding --batch 8 --ragged 64 256 --new-tokens 128 --steps 4 --repetitions 3 --only engine "${before[@]}" \
     --json $results/cpu-100m-batch8.json
 
 # Counts, which hold on any machine, of the small trained checkpoint.
