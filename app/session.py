@@ -3,6 +3,7 @@
 import copy
 import json
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -257,11 +258,15 @@ class Session:
         return form
 
     @property
+    def decoding(self) -> DecodingSettings:
+        """The settings as `generate` resolves them, before a prompt is known."""
+        return DecodingSettings.resolve(self.shape.merge_settings(self.settings, {}), self.config, 0)
+
+    @property
     def spelling(self) -> Spelling:
         """How the checkpoint's tokenizer spells forms."""
-        settings = DecodingSettings.resolve(self.shape.merge_settings(self.settings, {}), self.config, 0)
         vocab_size = self.config.get_text_config().vocab_size
-        return spelling_of(self.processor.tokenizer, vocab_size, settings.eos_token_ids[0])
+        return spelling_of(self.processor.tokenizer, vocab_size, self.decoding.eos_token_ids[0])
 
     def ask(self, messages: list[dict[str, Any]], inputs: Any = None, **arguments: Any) -> Answer:
         """Answer a conversation; `inputs` spares encoding it again, other arguments are those of `generate`.
@@ -286,8 +291,6 @@ class Session:
         seconds = time.perf_counter() - start
         response = output.sequences[0, length:].tolist()
         _, settings = read_prompt(model, inputs, self.settings, **named)
-        is_longest = len(response) == settings.max_new_tokens
-        reason = "eos" if response[-1] in settings.eos_token_ids else "length" if is_longest else "stop"
         visual = torch.isin(
             inputs["input_ids"].cpu(), torch.tensor([self.config.image_token_id, self.config.video_token_id])
         )
@@ -297,8 +300,15 @@ class Session:
             prompt_length=length,
             visual_tokens=int(visual.sum()),
             seconds=seconds,
-            finish_reason=reason,
+            finish_reason=finish_reason(response, settings.max_new_tokens, settings.eos_token_ids),
         )
+
+
+def finish_reason(response: list[int], limit: int, eos_token_ids: Collection[int]) -> str:
+    """Why a response of at most `limit` tokens ended: `eos`, `length`, or `stop` for a stop string or a time limit."""
+    if response[-1] in eos_token_ids:
+        return "eos"
+    return "length" if len(response) == limit else "stop"
 
 
 def out_of_memory(device: torch.device, estimate: MemoryEstimate) -> str:

@@ -9,14 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
-from . import chat, check, demo, models, run
+from . import batch, chat, check, demo, models, run
 from .bench import bench
 from .convert import convert
 from .ending import INTERRUPTED, USAGE
 
 EPILOG = (
-    "[bold]Exit codes[/bold]: 0 done, 1 failure, 2 an invalid command line, 130 interrupted. The last line on standard "
-    "error then says why, behind `error: `. BARD_VL_TRACEBACK=1 puts the traceback above it."
+    "[bold]Exit codes[/bold]: 0 done, 1 failure, 2 an invalid command line, 3 a batch with errors among its answers, "
+    "130 interrupted. Except for 0 and 3, the last line on standard error then says why, behind `error: `. "
+    "BARD_VL_TRACEBACK=1 puts the traceback above it."
 )
 
 app = typer.Typer(
@@ -43,6 +44,7 @@ RAW = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_na
 DOCUMENTED = (
     (run.run, run.EXAMPLES),
     (chat.chat, chat.EXAMPLES),
+    (batch.batch, batch.EXAMPLES),
     (demo.demo, demo.EXAMPLES),
     (models.models, models.EXAMPLES),
     (check.check, check.EXAMPLES),

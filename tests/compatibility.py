@@ -266,13 +266,12 @@ def command_line_video(room: Path) -> None:
     bard_vl_run(room, "clip.mp4")
 
 
-@feature("`accelerate launch examples/batch_inference.py`")
-def batch_inference(room: Path) -> None:
+@feature("`bard-vl batch`, on Ray Data")
+def batches(room: Path) -> None:
     folder = work(room)
     (folder / "in.jsonl").write_text(json.dumps({"prompt": "What?", "images": [str(room / "photo.jpg")]}) + "\n")
-    script = [fresh.ROOT / "examples" / "batch_inference.py", "--model", room / "bard", "--max-new-tokens", "8"]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
-    execute(*launch, *script, "--input", folder / "in.jsonl", "--output", folder / "out.jsonl")
+    options = ["--model", room / "bard", "--max-new-tokens", "8"]
+    execute("-m", "bard_vl_cli", "batch", folder / "in.jsonl", folder / "out.jsonl", *options)
     assert json.loads((folder / "out.jsonl").read_text())["tokens"] <= 8
 
 

@@ -130,7 +130,7 @@ def test_free_memory_of_an_apple_gpu_is_within_the_machines(monkeypatch: pytest.
 
 
 POSIX = {"fcntl", "resource", "pwd", "grp", "termios", "readline", "pty"}
-PROGRAMS = {"evaluation/small_study.py", "examples/batch_inference.py"}  # which lock files
+PROGRAMS = {"evaluation/small_study.py"}  # which locks files
 
 
 def test_what_only_posix_has_is_imported_by_the_programs_that_need_it() -> None:

@@ -417,12 +417,12 @@ def test_a_damaged_checkpoint_is_named(run: Any, folder: Path, tmp_path: Path, f
     assert file != "model.safetensors" or f"{damaged / file} cannot be read: " in err
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "demo", "convert", "bench"])
+@pytest.mark.parametrize("command", ["run", "chat", "batch", "demo", "convert", "bench"])
 def test_help_teaches(run: Any, command: str) -> None:
     code, out, err = run(f"{command} --help")
     assert (code, err) == (0, "")
     assert f"bard-vl {command}" in out
-    if command in ("run", "chat", "demo"):
+    if command in ("run", "chat", "batch", "demo"):
         assert re.search(rf"Examples? *\n.*bard-vl {command} ", out, flags=re.DOTALL)
     else:
         assert {"convert": "--mask-row", "bench": "--compile"}[command] in out
@@ -625,7 +625,7 @@ def test_an_interrupt_while_the_program_starts_is_one_line(folder: Path, library
     assert (process.returncode, out, err.splitlines()[-1]) == (130, "", "error: interrupted")
 
 
-@pytest.mark.parametrize("line", ["--help", "run --help", "--version", "run --nonsense", "run", "chat --seed x"])
+@pytest.mark.parametrize("line", ["--help", "batch --help", "--version", "run --nonsense", "run", "chat --seed x"])
 @pytest.mark.process
 def test_help_and_mistyped_options_do_not_wait_for_torch(folder: Path, line: str) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -121,6 +121,6 @@ def test_no_command_is_of_another_kind() -> None:
 def test_every_command_is_in_the_manual(capsys: pytest.CaptureFixture) -> None:
     assert main(["--help"]) == 0
     commands = re.findall(r"^│ ([a-z]+) ", capsys.readouterr().out, flags=re.MULTILINE)
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         assert f"| `{command}` |" in PAGES["command_line.md"]

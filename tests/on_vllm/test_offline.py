@@ -301,6 +301,7 @@ def test_rules_and_steps_of_each_request(llm: LLM, oracle: Oracle) -> None:
         {"remasking_strategy": "margin", "confidence_threshold": 0.01},
         {"remasking_strategy": "entropy_bounded", "entropy_bound": 6.0},
         {"remasking_strategy": "factor", "factor": 3.0},
+        {"remasking_strategy": "frechet", "denoising_steps": 3},
     ]
     prompts = random_prompts([10 + n for n in range(len(wanted))], seed=5)
     before = count(llm, "diffusion_num_denoising_steps")
