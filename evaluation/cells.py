@@ -27,6 +27,7 @@ class Stage:
         kd_positions: where the teacher is followed.
         noise: mask, uniform or mixed.
         visible_weight: in the loss, of tokens that the noise left alone.
+        draft_share: of the masks, whose place the model's own drafts take.
         loss_form: of the loss; the committed results were made with "corrupted_mean".
         padding_weight: of the padding behind an answer, None for the form's own.
         complementary_masks: two noisy copies of each answer, the second of which masks what the first shows.
@@ -47,6 +48,7 @@ class Stage:
     rate: float = 1.0
     large: bool = False
     visible_weight: float = 0.0
+    draft_share: float = 0.0
     loss_form: Literal["sample_mean", "corrupted_mean", "inverse_time"] = "corrupted_mean"
     padding_weight: float | None = None
 
@@ -125,6 +127,7 @@ CELLS = (
     Cell("mixed-noise-8", merging(8, noise="mixed"), REVISIONS),
     Cell("uniform-noise-8", merging(8, noise="uniform"), REVISIONS),
     Cell("mixed-noise-visible-8", merging(8, noise="mixed", visible_weight=1.0), REVISIONS),
+    Cell("draft-noise-visible-8", merging(8, draft_share=0.5, visible_weight=1.0), REVISIONS),
     Cell("swd+ce-32", (*merging(32), Stage(32, teacher="anchor", ce_weight=1.0, rate=FINISHING_RATE))),
     *ways(8),
     Cell("warm-4", (*merging(4), Stage(4, rate=FINISHING_RATE))),

@@ -80,6 +80,7 @@ def train_stage(
         noise=stage.noise,
         complementary_masks=stage.complementary_masks,
         visible_weight=stage.visible_weight,
+        draft_share=stage.draft_share,
         loss_form=stage.loss_form,
         padding_weight=stage.padding_weight,
         time_sampling="stratified",

@@ -95,6 +95,17 @@ def test_shares_at_a_time(kind: str, t: float) -> None:
     torch.testing.assert_close(torch.stack(probabilities), torch.tensor([masked, replaced]), atol=1e-6, rtol=0)
 
 
+def test_drafts_take_a_share_of_the_masks_and_leave_the_rest_of_the_noise() -> None:
+    rows = packed([conversation(number, [(3, 60)]) for number in range(20, 60)], noisy_copies=2)
+    alone, half, whole = (corrupted(rows, draft_share=share) for share in (0.0, 0.5, 1.0))
+    for other in (half, whole):
+        assert all(map(torch.equal, alone[:4], other[:4]))
+    assert not alone.drafted.any()
+    assert_share(half.drafted[alone.masked], 0.5)
+    assert not half.drafted[~alone.masked].any()
+    assert torch.equal(whole.drafted, whole.masked)
+
+
 @pytest.mark.parametrize(
     ("kind", "masked", "replaced"),
     [("mask", 0.5, 0.0), ("uniform", 0.0, 0.5), ("mixed", 1 - 2 / math.pi, 4 / math.pi - 1)],

@@ -166,6 +166,28 @@ def test_complementary_masks_make_two_answers_of_each_sample(tmp_path):
     assert torch.equal(masked[0], ~masked[1])
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_drafts_are_what_the_model_itself_puts_in_place_of_masks(tmp_path, share):
+    plain = trainer_for(tmp_path)
+    trainer = trainer_for(tmp_path, draft_share=share)
+    rows = trainer.data_collator([trainer.train_dataset[number] for number in range(4)])
+    ((before, normaliser), (marked, same)) = (each.corrupt(rows, 0, 0) for each in (plain, trainer))
+    assert torch.equal(before.input_ids, marked.input_ids)
+    assert normaliser == same
+    shown = trainer.with_drafts(trainer.model, marked)
+    logits = trainer.model(**model_inputs(rows, before.input_ids, dense_mask(rows.layout())[:, None])).logits
+    logits[..., MASK] = -torch.inf
+    expected = torch.where(marked.drafted, logits.argmax(-1), before.input_ids)
+    assert torch.equal(shown.input_ids, expected)
+    assert torch.equal(shown.masked, before.masked & ~marked.drafted)
+    assert torch.equal(shown.masked | shown.replaced, before.masked | before.replaced)
+    assert torch.equal(shown.weights, before.weights)
+    assert bool(shown.masked.any()) == (share < 1)
+    loss = trainer.compute_loss(trainer.model, marked, num_items_in_batch=torch.tensor(normaliser))
+    again = trainer.loss_sum(trainer.model, shown, trainer.tally) / normaliser
+    torch.testing.assert_close(loss, again)
+
+
 def test_a_sample_drawn_again_in_a_step_has_other_noise(tmp_path):
     trainer = trainer_for(tmp_path)
     rows = trainer.data_collator([trainer.train_dataset[number] for number in (5, 5)])

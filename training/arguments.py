@@ -180,6 +180,11 @@ class BlockDiffusionArguments(TrainingArguments):
         "two noisy copies of each response in a row that holds prompt and clean response once: the second masks what "
         "the first shows",
     )
+    draft_share: float = option(
+        0.0,
+        "share of the masks whose place the model's own predictions take before it learns, by one forward more: the "
+        "errors that decoding in parallel shows, for `revision`",
+    )
     replace_with_special_tokens: bool = option(False, "uniform noise may draw special tokens too, never the mask")
     loss_form: Literal["sample_mean", "corrupted_mean", "inverse_time"] = option(
         "sample_mean",
@@ -252,6 +257,7 @@ class BlockDiffusionArguments(TrainingArguments):
             self.min_learning_rate is None or self.scheduler == "cosine",
             f"`min_learning_rate` is the floor of `lr_scheduler_type: cosine`, got {self.scheduler!r}",
         )
+        require(0 <= self.draft_share <= 1, f"`draft_share` must lie between 0 and 1, got {self.draft_share}")
         self.check_warmup()
         require(self.n_gpu <= 1, f"{self.n_gpu} GPUs in one process: start with `accelerate launch`, a process per GPU")
         require(

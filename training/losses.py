@@ -6,6 +6,7 @@ processes, so packed samples give exactly the loss and the gradients of separate
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -289,6 +290,17 @@ def _project(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     return head(hidden) if isinstance(head, nn.Module) else F.linear(hidden, head)
 
 
+@torch.no_grad()
+def likeliest(hidden: torch.Tensor, head: Head, excluded: int, chunk_size: int = 1024) -> torch.Tensor:
+    """The token that each position (n, hidden size) predicts, (n,) long, but for one `excluded` id."""
+    found = []
+    for part in hidden.split(chunk_size):
+        logits = _project(part, head)
+        logits[:, excluded] = -math.inf
+        found.append(logits.argmax(-1))
+    return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.long)
+
+
 def _check_linear(hidden, head, targets, weights, teacher, taught, ce_weight, kd_weight, chunk_size) -> None:
     if hidden.ndim != 2 or targets.shape != hidden.shape[:1] or weights.shape != hidden.shape[:1]:
         raise ValueError(
@@ -317,6 +329,7 @@ __all__ = [
     "at_least_float32",
     "check_distillation",
     "kl_divergence",
+    "likeliest",
     "linear_losses",
     "position_weights",
     "top_k_divergence",

@@ -28,12 +28,14 @@ class Corrupted(NamedTuple):
         masked: bool, True where the mask token stands now.
         replaced: bool, True where another token stands now, never the original one.
         t: float32 time of each token, 1 where nothing was to be corrupted.
+        drafted: bool, masked tokens whose place the model's own prediction is to take before it learns.
     """
 
     ids: torch.Tensor
     masked: torch.Tensor
     replaced: torch.Tensor
     t: torch.Tensor
+    drafted: torch.Tensor
 
     @property
     def corrupted(self) -> torch.Tensor:
@@ -166,7 +168,7 @@ def corrupt(
     if kind != "mask":
         _check_replacements(replacements, mask_token_id)
         corrupted = torch.where(replaced, _others(ids, replacements.to(ids.device), which), corrupted)
-    return Corrupted(corrupted, masked, replaced, t)
+    return Corrupted(corrupted, masked, replaced, t, torch.zeros_like(masked))
 
 
 def complement(
@@ -195,7 +197,7 @@ def complement(
     which = torch.rand(ids.shape, generator=generator, device=ids.device, dtype=torch.float64)
     if kind != "mask":
         corrupted = torch.where(replaced, _others(ids, replacements.to(ids.device), which), corrupted)
-    return Corrupted(corrupted, masked, replaced, 1 - noise.t)
+    return Corrupted(corrupted, masked, replaced, 1 - noise.t, torch.zeros_like(masked))
 
 
 def _check_replacements(replacements: torch.Tensor, mask_token_id: int) -> None:
@@ -238,12 +240,14 @@ def corrupt_rows(
     low: float = 0.0,
     high: float = 1.0,
     repeats: torch.Tensor | None = None,
+    draft_share: float = 0.0,
 ) -> Corrupted:
     """Corrupt the noisy copies of packed rows; everything else stays clean.
 
     The noise of a sample depends on (seed, step, sample id, repeat) and its own noisy tokens alone: it is the same in
     any packing, order, number of processes and on any device. Response padding is corrupted like the rest of its block.
-    A second noisy copy gets the first one's `complement`; the first copy's noise is that which it has alone.
+    A second noisy copy gets the first one's `complement`; the first copy's noise is that which it has alone. Which
+    masks become drafts is drawn last, so the rest of the noise is the same at every share.
 
     Args:
         rows: packed samples.
@@ -252,6 +256,7 @@ def corrupt_rows(
         scheme, low, high: as in `sample_times`; blocks are counted over all turns of a sample.
         seed, step: of the run, and of the optimiser.
         repeats: (samples or more,) how often each sample was drawn before in the step; None for never.
+        draft_share: probability that a masked token is to hold the model's draft (DMax, arXiv 2604.08302).
 
     Returns:
         `Corrupted` of (rows, length) tensors on the rows' device.
@@ -265,7 +270,7 @@ def corrupt_rows(
     )
     clean = rows.input_ids.cpu()
     ids, t = clean.clone(), torch.ones(clean.shape, dtype=torch.float32)
-    masked, replaced = torch.zeros_like(noisy), torch.zeros_like(noisy)
+    masked, replaced, drafted = (torch.zeros_like(noisy) for _ in range(3))
     # By turn and place, so that no order of the copies within a row can matter.
     key = turn * (place.max() + 1) + place
     repeats = torch.zeros_like(rows.sample_ids) if repeats is None else repeats
@@ -280,10 +285,12 @@ def corrupt_rows(
         if len(copies) > 1:
             noises.append(complement(clean[where], noise, kind, mask_token_id, replacements, generator))
         for copy, each in zip(copies, noises, strict=True):
-            for target, value in zip((ids, masked, replaced, t), each, strict=True):
+            draw = torch.rand(each.masked.shape, generator=generator, dtype=torch.float32)
+            each = each._replace(drafted=each.masked & (draw < draft_share))
+            for target, value in zip((ids, masked, replaced, t, drafted), each, strict=True):
                 target[copy] = value
     device = rows.input_ids.device
-    return Corrupted(ids.to(device), masked.to(device), replaced.to(device), t.to(device))
+    return Corrupted(*(each.to(device) for each in (ids, masked, replaced, t, drafted)))
 
 
 def in_order(chosen: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, ...]:

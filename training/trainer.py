@@ -18,7 +18,7 @@ from ..attention_bard_vl import ATTENTION_NAME
 from .arguments import PARAMETER_GROUPS, BlockDiffusionArguments, DistillArguments, RecipeError
 from .checkpoints import COMPLETE, complete_checkpoints, mark_complete, writing
 from .data import PackedBatch, PackingCollator, SkippedChats
-from .losses import LinearLosses, linear_losses, position_weights
+from .losses import LinearLosses, likeliest, linear_losses, position_weights
 from .noise import corrupt_rows, corruption_probabilities, replacement_ids
 from .packing import Layout, PackedRows, Sample, deal, dense_mask, fair, flex_mask
 
@@ -36,6 +36,7 @@ class NoisyRows:
         input_ids: with the noise in the noisy copies.
         masked, replaced: where that noise is.
         t: its time, 1 is clean.
+        drafted: masks whose place the model's own drafts are to take.
         weights: of each position's loss; 0 where there is none.
         taught: where a teacher is followed; None without one.
         slowest: columns of the largest micro-batch that any process has at the same time.
@@ -47,6 +48,7 @@ class NoisyRows:
     masked: torch.Tensor
     replaced: torch.Tensor
     t: torch.Tensor
+    drafted: torch.Tensor
     weights: torch.Tensor
     taught: torch.Tensor | None = None
     slowest: int = 0
@@ -395,6 +397,7 @@ class BlockDiffusionTrainer(Trainer):
             args.time_low,
             args.time_high,
             repeats,
+            args.draft_share,
         )
         weights, normaliser = position_weights(
             args.loss_form,
@@ -408,7 +411,7 @@ class BlockDiffusionTrainer(Trainer):
             visible_weight=args.visible_weight,
         )
         taught = None if self.teacher is None else self.teacher.teaches(rows, noise.masked)
-        return NoisyRows(rows, noise.ids, noise.masked, noise.replaced, noise.t, weights, taught), normaliser
+        return NoisyRows(rows, *noise, weights, taught), normaliser
 
     def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of every process's tensor."""
@@ -427,6 +430,8 @@ class BlockDiffusionTrainer(Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The share of one micro-batch in the loss of its step."""
+        if self.args.draft_share:
+            inputs = self.with_drafts(model, inputs)
         loss = self.loss_sum(model, inputs, self.tally)
         # Data parallelism averages gradients over processes; the normaliser counts all of them.
         loss = loss * (self.accelerator.num_processes / num_items_in_batch.item())
@@ -437,6 +442,25 @@ class BlockDiffusionTrainer(Trainer):
         if inputs.idle:
             return torch.zeros((), device=self.args.device)
         return super().training_step(model, inputs, *args, **kwargs)
+
+    @torch.no_grad()
+    def with_drafts(self, model: nn.Module, batch: NoisyRows) -> NoisyRows:
+        """The micro-batch with the model's own drafts in place of some masks: errors as parallel decoding shows them.
+
+        One forward more (on-policy noise of DMax, arXiv 2604.08302). The loss stays on the same positions.
+        """
+        index = batch.drafted.flatten().nonzero()[:, 0]
+        ids = batch.input_ids.clone()
+
+        def write(hidden_states: torch.Tensor, lm_head: nn.Module) -> torch.Tensor:
+            chosen = hidden_states.flatten(0, 1)[index]
+            ids.view(-1)[index] = likeliest(chosen, lm_head.weight, self.mask_token_id, self.args.loss_chunk_size)
+            return hidden_states.new_zeros(())
+
+        model(**model_inputs(batch.rows, ids, self.attention_mask(batch.rows.layout())), objective=write)
+        masked, replaced = batch.masked & ~batch.drafted, batch.replaced | batch.drafted
+        taught = None if self.teacher is None else self.teacher.teaches(batch.rows, masked)
+        return replace(batch, input_ids=ids, masked=masked, replaced=replaced, taught=taught)
 
     def loss_sum(self, model: nn.Module, batch: NoisyRows, tally: "LossTally") -> torch.Tensor:
         """Weighted sum of the losses of a micro-batch's positions, which are added to the tally."""
