@@ -4,7 +4,9 @@
 picture's shape and however it was resized for the model.
 """
 
+import contextlib
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +70,10 @@ def read_things(answer: Any, width: int, height: int) -> list[Thing]:
     Raises:
         ValueError: the answer is no such list; a number is not from 0 to 1000; a box ends before it begins.
     """
-    given = json.loads(answer) if isinstance(answer, str) else answer
+    try:
+        given = json.loads(answer) if isinstance(answer, str) else answer
+    except json.JSONDecodeError:
+        raise ValueError(f"boxes and points must be JSON, got {answer!r:.80}") from None
     found = []
     for each in given if isinstance(given, list) else [given]:
         named = each if isinstance(each, dict) else {}
@@ -84,18 +89,32 @@ def read_things(answer: Any, width: int, height: int) -> list[Thing]:
     return found
 
 
+def find_things(text: str, width: int, height: int) -> list[Thing]:
+    """The things of the first JSON in a text that places any; none where nothing does. See `read_things`."""
+    for start in re.finditer(r"[\[{]", text):
+        with contextlib.suppress(ValueError, RecursionError):
+            found = read_things(json.JSONDecoder().raw_decode(text, start.start())[0], width, height)
+            if found:
+                return found
+    return []
+
+
 def is_coordinate(value: Any) -> bool:
     """Whether a value is a number from 0 to 1000."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= SCALE
+
+
+def colours_of(things: list[Thing]) -> list[str]:
+    """The colour of each thing; those of a label share one."""
+    labels = list(dict.fromkeys(thing.label for thing in things))
+    return [COLOURS[labels.index(thing.label) % len(COLOURS)] for thing in things]
 
 
 def draw_things(picture: Image.Image, things: list[Thing]) -> Image.Image:
     """A copy of the picture with the things drawn on it, each label in a colour of its own."""
     drawn = picture.convert("RGB")
     canvas, line = ImageDraw.Draw(drawn), max(2, round(max(drawn.size) / 300))
-    labels = list(dict.fromkeys(thing.label for thing in things))
-    for thing in things:
-        colour = COLOURS[labels.index(thing.label) % len(COLOURS)]
+    for thing, colour in zip(things, colours_of(things), strict=True):
         left, top = thing.place[:2]
         if thing.is_box:
             canvas.rectangle(thing.place, outline=colour, width=line)
@@ -108,4 +127,4 @@ def draw_things(picture: Image.Image, things: list[Thing]) -> Image.Image:
     return drawn
 
 
-__all__ = ["Thing", "draw_things", "read_things", "things_schema"]
+__all__ = ["Thing", "colours_of", "draw_things", "find_things", "read_things", "things_schema"]

@@ -1,6 +1,7 @@
 """`bard-vl chat`: a conversation about pictures, each turn encoding only what is new."""
 
 import contextlib
+import json
 import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,13 +9,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .ending import report
-from .options import open_session, opens_session, print_notices
+from .options import (
+    Choices,
+    JsonSchema,
+    Regex,
+    Slots,
+    Template,
+    open_session,
+    opens_session,
+    print_notices,
+    read_form,
+    read_form_line,
+    shows_values,
+)
 
 if TYPE_CHECKING:
     from bard_vl.app.session import Session
 
 COMMANDS = {
     "/image PATH": "show a picture with the next message; also /video",
+    "/form OPTIONS": "answers have a form from here on, such as /form --choices yes|no; /form alone: none",
     "/reset": "forget the conversation",
     "/help": "list these",
     "/quit": "leave; so does the end of input",
@@ -22,10 +36,10 @@ COMMANDS = {
 
 
 class Conversation:
-    """What was said so far, and the cache that has encoded it."""
+    """What was said so far, the cache that has encoded it, and the form of the answers to come."""
 
-    def __init__(self, session: "Session", system: str | None = None):
-        self.session = session
+    def __init__(self, session: "Session", system: str | None = None, structured: dict[str, Any] | None = None):
+        self.session, self.form = session, session.read_form(structured)
         self.head = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
         self.reset()
 
@@ -52,12 +66,18 @@ class Conversation:
         inputs = self.session.encode(messages)
         if self.cache is None:  # a later turn encodes only what is new
             self.session.check_memory(inputs)
-        streamer = DraftStreamer(self.session.processor)
+        streamer = None if shows_values(self.form) else DraftStreamer(self.session.processor)
         try:
-            answer = self.session.ask(messages, inputs, streamer=streamer, past_key_values=self.cache)
+            answer = self.session.ask(
+                messages, inputs, streamer=streamer, past_key_values=self.cache, structured=self.form
+            )
         except BaseException:
-            streamer.clear_draft()
+            if streamer is not None:
+                streamer.clear_draft()
             raise
+        value = None if self.form is None else self.form.parse(answer.text)
+        if streamer is None:
+            print(json.dumps(value, ensure_ascii=False))
         reply = {"role": "assistant", "content": [{"type": "text", "text": answer.text}]}
         self.messages, self.attached, self.cache = [*messages, reply], [], answer.output.past_key_values
         return answer.summary()
@@ -71,6 +91,11 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     *,
     options: dict[str, Any],
+    choices: Choices = None,
+    regex: Regex = None,
+    json_schema: JsonSchema = None,
+    template: Template = None,
+    slots: Slots = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No counts on standard error.")] = False,
 ) -> None:
     """Talk about pictures: every turn encodes only what is new, pictures once.
@@ -78,8 +103,9 @@ def chat(
     A line is a message. Ctrl-C stops an answer, and the program where nothing is being written. Where standard input
     is no terminal, the first failure ends the program.
     """
+    structured = read_form(choices, regex, json_schema, template, slots)
     session = open_session(options)
-    conversation = Conversation(session, system)
+    conversation = Conversation(session, system, structured)
     if not quiet:
         print_notices(session)
     for place in files or []:
@@ -108,9 +134,13 @@ EXAMPLES = """\
 
 /image PATH, /video PATH: show it with the next message. /reset: forget the conversation. /quit: leave.
 
+/form --choices "yes|no", or another option of the form: answers have it from here on; /form alone: none.
+
 [bold]Examples[/bold]
 
 bard-vl chat photo.jpg
+
+bard-vl chat photo.jpg --json-schema boxes
 
 printf '/image photo.jpg\\nWhat is it?\\nWhat colour is it?\\n' | bard-vl chat --quiet
 """
@@ -130,6 +160,8 @@ def obey(conversation: Conversation, line: str, quiet: bool) -> bool:
     if word in ("/image", "/video"):
         for place in shlex.split(rest):
             conversation.attach(place)
+    elif word == "/form":
+        conversation.form = conversation.session.read_form(read_form_line(rest))
     elif word == "/reset":
         conversation.reset()
     elif word == "/help":

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from inspect import Parameter
@@ -15,6 +16,7 @@ from .ending import Misuse, interrupted_at_once
 
 if TYPE_CHECKING:
     from bard_vl.app.session import Session
+    from bard_vl.forms_bard_vl import Form
 
 MODEL, GENERATION, MEDIA, FORM = (
     "Model",
@@ -151,7 +153,11 @@ Slots = Annotated[
 
 
 def read_form(
-    choices: str | None, regex: str | None, json_schema: str | None, template: str | None, slots: list[str] | None
+    choices: Choices = None,
+    regex: Regex = None,
+    json_schema: JsonSchema = None,
+    template: Template = None,
+    slots: Slots = None,
 ) -> dict[str, Any] | None:
     """The form that these options ask for, `structured` of `generate`; None for none, `Misuse` for half of one."""
     stated = {"choices": choices, "regex": regex, "json_schema": json_schema, "template": template}
@@ -172,6 +178,18 @@ def read_form(
     if template is not None:
         named["slots"] = dict(read_slot(slot) for slot in slots or [])
     return named or None
+
+
+def read_form_line(line: str) -> dict[str, Any] | None:
+    """The form that a line of these options asks for; None for none. Errors are the command line's."""
+    program = typer.Typer(add_completion=False)
+    program.command(add_help_option=False)(read_form)
+    return typer.main.get_command(program)(shlex.split(line), prog_name="/form", standalone_mode=False)
+
+
+def shows_values(form: "Form | None") -> bool:
+    """Whether an answer's values are printed, as JSON, in the place of its text."""
+    return form is not None and form.is_template
 
 
 def read_slot(text: str) -> tuple[str, Any]:

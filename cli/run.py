@@ -22,6 +22,7 @@ from .options import (
     opens_session,
     print_notices,
     read_form,
+    shows_values,
 )
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def run(
     if not (as_json or quiet):
         print_notices(session)
     shown = any((html, gif, png))
-    streamer = None if as_json or template is not None else DraftStreamer(session.processor)
+    streamer = None if as_json or shows_values(form) else DraftStreamer(session.processor)
     answer = session.ask(messages, inputs, streamer=streamer, output_history=shown, structured=form)
     value = {} if form is None else {"value": form.parse(answer.text)}
     compared = ask_other(compare, session, messages)
@@ -131,7 +132,7 @@ def run(
         told = {"model": session.name, "prompt": question, **answer.as_dict(), **value}
         told |= {} if compared is None else {"compared": compared.as_dict()}
         print(json.dumps(told, ensure_ascii=False, indent=2))
-    elif template is not None:
+    elif shows_values(form):
         print(json.dumps(value["value"], ensure_ascii=False))
     if not (as_json or quiet):
         print(answer.summary(), file=sys.stderr)
@@ -164,10 +165,10 @@ bard-vl run photo.jpg --dry-run
 
 def draw_answer(text: str, content: list[dict[str, Any]], path: Path) -> None:
     """Write the first picture with the things of an answer drawn on it."""
-    from bard_vl.app.boxes import draw_things, read_things
+    from bard_vl.app.boxes import draw_things, find_things, read_things
 
     picture = next(item["image"] for item in content if item["type"] == "image")
-    draw_things(picture, read_things(text, *picture.size)).save(path)
+    draw_things(picture, find_things(text, *picture.size) or read_things(text, *picture.size)).save(path)
 
 
 def check_outputs(*paths: Path | None) -> None:

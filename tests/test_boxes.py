@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from bard_vl.app.boxes import Thing, draw_things, read_things, things_schema
+from bard_vl.app.boxes import Thing, draw_things, find_things, read_things, things_schema
 from bard_vl.evaluation import scenes
 from bard_vl.forms_bard_vl import Form
 from hypothesis import given
@@ -52,6 +52,16 @@ def test_boxes_of_scenes_hold_their_shapes_after_resizing(size: tuple[int, int])
     assert picture.getpixel((right - 1, (top + bottom) // 2)) == (255, 255, 255), "the picture itself is as it was"
 
 
+def test_places_are_found_in_whatever_text_holds_them() -> None:
+    box = '{"bbox_2d": [0, 500, 500, 1000], "label": "a [cup]"}'
+    cup = Thing("a [cup]", (0, 25, 100, 50))
+    for text in (f"[{box}]", box, f"```json\n[\n{box}\n]\n```", f"Two [2] {{things}}: [{box}, {box}].", f"[{box}"):
+        assert find_things(text, 200, 50)[:1] == [cup]
+    assert len(find_things(f"[1] [{box}, {box}]", 200, 50)) == 2
+    for text in ("", "A red circle.", "[]", '[{"bbox_2d": [0, 0, 9, 1001]}]', "[" * 20_000, '{"label": "cup"}'):
+        assert find_things(text, 200, 50) == []
+
+
 @pytest.mark.parametrize(
     ("answer", "named"),
     [
@@ -60,6 +70,7 @@ def test_boxes_of_scenes_hold_their_shapes_after_resizing(size: tuple[int, int])
         ([{"bbox_2d": [20, 0, 10, 10], "label": "a"}], "left, top, right, bottom"),
         ([{"label": "a"}], "`bbox_2d` or `point_2d`"),
         (["a"], "'a'"),
+        ("A cup.", "must be JSON, got 'A cup.'"),
         ([{"point_2d": [True, 3]}], "True"),
     ],
 )

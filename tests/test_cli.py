@@ -478,13 +478,36 @@ def test_a_conversation_keeps_its_system_prompt_and_its_seed(run: Any, folder: P
     assert run(f"chat --model bard {options} --seed 4", "Who?\n")[1] != f"{text}\n"
 
 
+def test_answers_of_a_conversation_have_the_form_that_holds(run: Any) -> None:
+    lines = 'What?\n/form --template "No. {n}" --slot n=7|12\nAnd?\n/form --choices "a b|c"\nSo?\n/form\nFree?\n'
+    code, out, err = run("chat --model bard --max-new-tokens 12 --regex [0-9]{3} --quiet", lines)
+    number, values, choice, free = out.removesuffix("\n").split("\n", 3)
+    assert (code, err) == (0, "")
+    assert re.fullmatch("[0-9]{3}", number)
+    assert json.loads(values)["n"] in ("7", "12")
+    assert choice in ("a b", "c")
+    # What was told counts: the answer without a form is one to the whole conversation.
+    told = ("What?", number, "And?", f"No. {json.loads(values)['n']}", "So?", choice, "Free?")
+    messages = [
+        {"role": ("user", "assistant")[place % 2], "content": [{"type": "text", "text": text}]}
+        for place, text in enumerate(told)
+    ]
+    assert free == expected(Path(), messages, max_new_tokens=12)[0]
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
-    [("/nonsense\n", "unknown command /nonsense"), ("/image absent.png\nWhat?\n", "absent.png cannot be read")],
+    [
+        ("/nonsense\n", "unknown command /nonsense"),
+        ("/image absent.png\nWhat?\n", "absent.png cannot be read"),
+        ("/form --choices a --regex b\n", "give one of --choices"),
+        ("/form --colour red\n", "No such option: --colour"),
+        ("/form --regex (\n", "`regex`: "),
+    ],
 )
 def test_a_failure_ends_a_conversation_by_script(run: Any, lines: str, message: str) -> None:
     code, out, err = run("chat --model bard", lines)
-    assert (code, out) == (1, "")
+    assert (code, out) == (2 if lines.startswith("/form") else 1, "")
     assert message in err
 
 

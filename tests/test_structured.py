@@ -20,6 +20,7 @@ from bard_vl.forms_bard_vl import Form, range_expression
 from bard_vl.remasking_bard_vl import REMASKING_RULES, Chooser
 from bard_vl.spelling_bard_vl import Automaton, Spelling, byte_automaton, minimal, spelling_of
 from bard_vl.structured_bard_vl import BlockForm, Groups, Place, largest, total
+from bard_vl.viewer import Recording
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -437,6 +438,10 @@ def test_the_history_tells_of_dictated_blocks(copies: int) -> None:
         committed = torch.stack([step.committed.long() for step in steps if step.block == 0]).sum(0)
         assert committed.tolist() == [1] * 4
         assert len(steps) - int(output.block_step_counts[row].sum()) == int((output.block_step_counts[row] == 0).sum())
+        recording = Recording.of(output, processor(), row)
+        front = spelling().spell("There are three shapes: ")[:-1]
+        assert recording.dictated >= set(range(len(front)))
+        assert recording.num_tokens - len(recording.dictated) == int((~output.dictated[row][:length]).sum()) > 0
 
 
 def test_an_answer_without_alternatives_takes_the_prompts_forward_alone() -> None:

@@ -1,5 +1,6 @@
 """Denoising made visible: recordings say what happened, the page plays it in a browser, pictures show it."""
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from bard_vl import BardVLConfig, BardVLForConditionalGeneration, BardVLProcessor
+from bard_vl.app.boxes import COLOURS, Thing
 from bard_vl.viewer import RecordedStep, Recording, html_of, write_gif, write_html, write_png
-from bard_vl.viewer.picture import EARLY, LATE, OPEN, RING, WIDTH, Drawing, load_font, mixed, words
+from bard_vl.viewer.picture import EARLY, LATE, MARGIN, OPEN, RING, SOFT, WIDTH, Drawing, load_font, mixed, words
 from bard_vl.viewer.recording import spell
 from browser import chromium
 from PIL import Image, ImageChops, ImageColor, ImageFont, ImageStat
@@ -113,6 +115,17 @@ def recording() -> Recording:
         RecordedStep(1, ["\n", "end", "<|im_end|>", "x"], [1, 2], [], [1.0, 0.7, 0.9, 0.6]),
     ]
     return Recording(steps, 4, 7, 5, 7 / 5, "A red <b> star\nend", f"Title {HOSTILE}", f"What? {HOSTILE}", [draw()])
+
+
+@pytest.fixture(scope="module")
+def formed() -> Recording:
+    """An answer in a form, which dictated two of its four tokens, and which places a box and a point."""
+    steps = [
+        RecordedStep(0, ["A", None, None, " star"], [0, 3], [], [1.0, 0.4, 0.2, 1.0]),
+        RecordedStep(0, ["A", " red", " b", " star"], [1, 2], [], [1.0, 0.9, 0.5, 1.0]),
+    ]
+    things = [Thing("a star", (24, 32, 72, 48)), Thing("its tip", (48, 33))]
+    return Recording(steps, 4, 4, 2, 2.0, "A red b star", "T", "W", [draw()], frozenset({0, 3}), things)
 
 
 @pytest.fixture(scope="module")
@@ -324,6 +337,40 @@ def luminance(colour: tuple[int, ...]) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.process
+def test_dictated_tokens_and_places_are_shown(browser: Any, formed: Recording, tmp_path: Path, scheme: str) -> None:
+    write_html(formed, tmp_path / "page.html")
+    with browser.new_context(reduced_motion="reduce", viewport={"width": 390, "height": 800}) as context:
+        page = context.new_page()
+        page.emulate_media(color_scheme=scheme)
+        page.goto(f"file://{tmp_path}/page.html")
+        assert not page.locator("#things").is_visible(), "nothing is placed before it is written"
+        page.keyboard.press("ArrowRight")
+        assert page.locator("#answer .dictated").all_text_contents() == ["A", "star"]
+        assert status(page) == "Step 1 of 2 · step 1 of block 1 · 2 new, 2 of them dictated"
+        page.keyboard.press("End")
+        tokens = page.locator("#answer .token")
+        assert [tokens.nth(n).get_attribute("title") for n in (0, 1)] == [
+            "step 1, dictated by the form",
+            "step 2, 90 % sure",
+        ]
+        style = "node => [getComputedStyle(node).backgroundImage.slice(0, 6), getComputedStyle(node).outlineStyle]"
+        assert tokens.nth(0).evaluate(style) == ["none", "solid"], "told without hue: a frame in the place of the bar"
+        assert tokens.nth(1).evaluate(style) == ["linear", "none"]
+        assert page.locator(".legend .dictated").count() == 1
+        # The box lies over its part of the picture, whatever the picture's size on the page.
+        place = (
+            "node => { const { x, y, width, height } = node.getBoundingClientRect(); return [x, y, width, height]; }"
+        )
+        left, top, width, height = page.locator(".images img").evaluate(place)
+        shown = page.locator("#things rect").evaluate(place)
+        assert shown == pytest.approx([left + width / 4, top + height / 2, width / 2, height / 4], abs=4)
+        assert page.locator("#things text").all_text_contents() == ["a star", "its tip"]
+        assert page.locator("#things").get_attribute("aria-label") == "Placed by the answer: a star, its tip"
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 @pytest.mark.process
 def test_every_control_has_a_name_and_is_reached_by_keyboard(page: Any) -> None:
     names = []
@@ -457,6 +504,20 @@ def test_the_picture_is_shaded_by_step(recording: Recording, tmp_path: Path) -> 
         shades = [pixel(image, drawing, token) for token in range(4)]
         assert shades == [mixed(EARLY, LATE, number, 3) for number in (1, 3, 3, 2)]
         assert len(drawing.places) == recording.num_tokens, "what was cut is not drawn"
+
+
+def test_pictures_tell_what_was_dictated_and_placed(formed: Recording) -> None:
+    drawing = Drawing(formed, 1)
+    before, after = drawing.draw(1), drawing.draw(2)
+    inside = [(round(place.x + place.width / 2), round(place.y) + 21) for place in drawing.places]
+    assert [after.getpixel(at) == (255, 255, 255) for at in inside] == [True, False, False, True], "no shade"
+    place = drawing.places[3]
+    assert after.getpixel((round(place.x + place.width / 2), round(place.y))) == ImageColor.getrgb(SOFT), "a frame"
+    drawn = drawing.images[0].size
+    corner = (MARGIN + drawn[0] // 4, drawing.top + drawn[1] // 2)
+    marks = [image.getpixel((corner[0] + 1, corner[1] + 20)) for image in (before, after)]
+    assert marks[0] == drawing.images[0].getpixel((drawn[0] // 4 + 1, drawn[1] // 2 + 20))
+    assert math.dist(marks[1], ImageColor.getrgb(COLOURS[0])) < 60 < math.dist(marks[0], ImageColor.getrgb(COLOURS[0]))
 
 
 def test_the_animation_has_a_frame_a_step(recording: Recording, tmp_path: Path) -> None:

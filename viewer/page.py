@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from PIL import Image
 
+from ..app.boxes import colours_of
 from ..app.terminal import counted
 from .recording import Recording
 
@@ -23,7 +24,9 @@ def write_html(recording: Recording, path: str | Path) -> None:
 
 def html_of(recording: Recording) -> str:
     """The page: plays the steps of each block beside the pictures; see docs/viewer.md for its keys."""
-    return template().render(recording=recording, data=as_json(recording), images=map(data_uri, recording.images))
+    things = list(zip(recording.things, colours_of(recording.things), strict=True))
+    images = [data_uri(image) for image in recording.images]
+    return template().render(recording=recording, data=as_json(recording), images=images, things=things)
 
 
 def frame_of(recording: Recording, height: int = 660) -> str:
@@ -46,7 +49,8 @@ def as_json(recording: Recording) -> dict[str, Any]:
         }
         for step in recording.steps
     ]
-    return {"steps": steps, "blockSize": recording.block_size, "numTokens": recording.num_tokens}
+    sizes = {"blockSize": recording.block_size, "numTokens": recording.num_tokens}
+    return {"steps": steps, **sizes, "dictated": sorted(recording.dictated)}
 
 
 def data_uri(image: Image.Image) -> str:

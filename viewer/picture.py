@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from ..app.boxes import draw_things
 from ..app.terminal import counted
 from .recording import Recording
 
@@ -95,6 +96,8 @@ class Drawing:
         self.fonts = {size: load_font("".join(texts), size * scale, font) for size in (TEXT_SIZE, SMALL_SIZE, 16)}
         self.left = MARGIN + (IMAGE_WIDTH + MARGIN if recording.images else 0)
         self.images = [fitted(image, IMAGE_WIDTH * scale) for image in recording.images]
+        placed = [draw_things(image, recording.things) for image in recording.images[:1]]
+        self.placed = [*(fitted(image, IMAGE_WIDTH * scale) for image in placed), *self.images[1:]]
         self.top = MARGIN + (62 if recording.prompt else 38)
         self.places = list(self.lay_out())
         under_text = max((place.y + LINE for place in self.places), default=self.top)
@@ -140,7 +143,8 @@ class Drawing:
         pen = ImageDraw.Draw(canvas)
         self.draw_head(pen, count)
         top = self.top
-        for image in self.images:
+        ended = count == len(self.recording.steps)
+        for image in self.placed if ended else self.images:
             canvas.paste(image, (MARGIN * scale, top * scale))
             corner = (MARGIN * scale + image.width - 1, top * scale + image.height - 1)
             pen.rectangle((MARGIN * scale, top * scale, *corner), outline=RULE, width=scale)
@@ -177,7 +181,9 @@ class Drawing:
             recording.decided(index)[: len(self.places) - step.block * recording.block_size]
         ):
             fill = mixed(EARLY, LATE, number, self.last_numbers) if number else OPEN
-            self.box(pen, position, fill, RING if offset in new else None)
+            is_dictated = number and position in recording.dictated
+            outline = RING if offset in new else SOFT if is_dictated else None
+            self.box(pen, position, PAPER if is_dictated else fill, outline)
             if number:
                 place, label = self.places[position], str(number)
                 self.write(pen, (place.x + 1.5, place.y + 2), visible(step.texts[offset]), TEXT_SIZE, INK)
@@ -205,6 +211,10 @@ class Drawing:
             label = str(number)
             self.write(pen, (x + 12 - self.measure(label, SMALL_SIZE) / 2, y), label, SMALL_SIZE, INK)
             x += 26
+        if self.recording.dictated:
+            self.rectangle(pen, (x + 8, y - 2, x + 32, y + 15), PAPER, SOFT)
+            self.write(pen, (x + 38, y), "dictated by the form", SMALL_SIZE, SOFT)
+            x += 46 + self.measure("dictated by the form", SMALL_SIZE)
         if any(step.revised for step in self.recording.steps):
             self.write(pen, (x + 10, y), "number in this colour: revised", SMALL_SIZE, REVISED)
 

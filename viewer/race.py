@@ -97,18 +97,24 @@ class Race:
             side.steps[index] for index in {each.block: i for i, each in enumerate(side.steps[:taken])}.values()
         ):
             for offset, text in enumerate(step.texts):
-                self.draw_token(pen, places, step.block * size + offset, text)
+                position = step.block * size + offset
+                self.draw_token(pen, places, position, text, position in side.dictated)
         if not ended and (taken == 0 or side.steps[taken].block != side.steps[taken - 1].block):
             for offset in range(size):
                 self.draw_token(pen, places, side.steps[taken].block * size + offset, None)
 
-    def draw_token(self, pen: Any, places: list[Box], position: int, text: str | None) -> None:
-        """A token in its box; an open box for None; nothing behind the end of the response."""
+    def draw_token(
+        self, pen: Any, places: list[Box], position: int, text: str | None, is_dictated: bool = False
+    ) -> None:
+        """A token in its box, a frame where a form dictated it; an open box for None; nothing behind the end."""
         if position >= len(places):
             return
         x, y, width = places[position]
         box = (x, y, x + width - 1, y + LINE - 6)
-        pen.rounded_rectangle(box, 3, fill=OPEN if text is None else DONE)
+        if text is not None and is_dictated:
+            pen.rounded_rectangle(box, 3, fill=PAPER, outline=SOFT)
+        else:
+            pen.rounded_rectangle(box, 3, fill=OPEN if text is None else DONE)
         if text is not None:
             pen.text((x + 2, y + 2), visible(text), font=self.fonts[SIZE], fill=INK)
 

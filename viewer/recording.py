@@ -6,6 +6,8 @@ from typing import Any
 
 from PIL import Image
 
+from ..app.boxes import Thing, find_things
+
 
 @dataclass(frozen=True)
 class RecordedStep:
@@ -39,6 +41,8 @@ class Recording:
         num_forwards: that the response took part in, and `tokens_per_forward`.
         text: the response without special tokens.
         title, prompt, images: shown beside it.
+        dictated: positions of the response to which a form left no alternative.
+        things: that the response places in the first picture, by boxes or points in its pixels.
     """
 
     steps: list[RecordedStep]
@@ -50,6 +54,8 @@ class Recording:
     title: str = "Bard-VL"
     prompt: str = ""
     images: list[Image.Image] = field(default_factory=list)
+    dictated: frozenset[int] = frozenset()
+    things: list[Thing] = field(default_factory=list)
 
     @classmethod
     def of(cls, output: Any, processor: Any, row: int = 0, mask_token_id: int | None = None, **beside: Any) -> Any:
@@ -83,13 +89,17 @@ class Recording:
             )
             for step in output.history[row]
         ]
+        text = processor.decode(ids, skip_special_tokens=True)
+        dictated, images = getattr(output, "dictated", None), beside.get("images")
         return cls(
             steps=steps,
             block_size=len(output.history[row][0].ids),
             num_tokens=num_tokens,
             num_forwards=round(num_tokens / tokens_per_forward),
             tokens_per_forward=tokens_per_forward,
-            text=processor.decode(ids, skip_special_tokens=True),
+            text=text,
+            dictated=frozenset() if dictated is None else frozenset(dictated[row].nonzero()[:, 0].tolist()),
+            things=find_things(text, *images[0].size) if images else [],
             **beside,
         )
 
