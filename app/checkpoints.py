@@ -15,7 +15,10 @@ from ..convert_qwen3vl_to_bard import BLOCK_SIZE_IN_NAME, PUBLISHED_THRESHOLDS, 
 from ..generation_config_bard_vl import BardVLGenerationConfig
 from .errors import UsageError, one_line
 
-EMBEDDED = Path(__file__).resolve().parents[1] / "examples" / "checkpoint"  # the small trained one of the repository
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EMBEDDED = EXAMPLES / "checkpoint"  # the small trained one of the repository
+PICTURES = EXAMPLES / "images"  # which it knows, and what it may be asked about them, one question per conversation
+QUESTIONS = ("Describe the picture.", "What is at b4?", "What is in row 4?", "Which word is written?")
 CONVERT = "bard-vl convert --source {name} --output FOLDER"
 
 
@@ -189,7 +192,9 @@ def is_published(name: str) -> bool:
 
 __all__ = [
     "EMBEDDED",
+    "PICTURES",
     "PUBLISHED",
+    "QUESTIONS",
     "WEIGHTS",
     "Published",
     "complete_settings",

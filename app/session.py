@@ -36,8 +36,10 @@ class Answer:
         text: the response without special tokens.
         output: the `BardVLGenerationOutput`.
         prompt_length: prompt tokens, `visual_tokens` of them of pictures and videos.
-        seconds: spent in `generate`.
+        seconds: spent in `generate`, for all rows of the output.
         finish_reason: `eos`, `length`, or `stop` for a stop string or a time limit.
+        num_tokens: response tokens, EOS included.
+        row: of the output.
     """
 
     text: str
@@ -46,11 +48,8 @@ class Answer:
     visual_tokens: int
     seconds: float
     finish_reason: str
-
-    @property
-    def num_tokens(self) -> int:
-        """Response tokens, EOS included."""
-        return self.output.sequences.shape[1] - self.prompt_length
+    num_tokens: int
+    row: int = 0
 
     @property
     def num_forwards(self) -> int:
@@ -62,11 +61,11 @@ class Answer:
         if not self.text.strip():
             said = f"an empty answer, of {counted(self.num_tokens, 'token')}"
             return f"{said}; prompt of {counted(self.prompt_length, 'token')}"
-        encoded = int(self.output.num_encoded_tokens[0])
+        encoded = int(self.output.num_encoded_tokens[self.row])
         reused = f", {encoded} of them encoded" if encoded < self.prompt_length else ""
         return (
             f"{counted(self.num_tokens, 'token')} in {counted(self.num_forwards, 'forward')} "
-            f"({self.output.tokens_per_forward[0]:.2f} tokens per forward), {self.seconds:.1f} s, "
+            f"({self.output.tokens_per_forward[self.row]:.2f} tokens per forward), {self.seconds:.1f} s, "
             f"{self.num_tokens / self.seconds:.0f} tokens/s; prompt of {counted(self.prompt_length, 'token')}{reused}"
         )
 
@@ -77,11 +76,11 @@ class Answer:
             "finish_reason": self.finish_reason,
             "num_tokens": self.num_tokens,
             "num_forwards": self.output.num_forwards,
-            "tokens_per_forward": float(self.output.tokens_per_forward[0]),
-            "block_step_counts": self.output.block_step_counts[0].tolist(),
+            "tokens_per_forward": float(self.output.tokens_per_forward[self.row]),
+            "block_step_counts": self.output.block_step_counts[self.row].tolist(),
             "prompt_tokens": self.prompt_length,
             "visual_tokens": self.visual_tokens,
-            "encoded_prompt_tokens": int(self.output.num_encoded_tokens[0]),
+            "encoded_prompt_tokens": int(self.output.num_encoded_tokens[self.row]),
             "seconds": self.seconds,
             "tokens_per_second": self.num_tokens / self.seconds,
         }
@@ -145,8 +144,12 @@ class Session:
     @property
     def title(self) -> str:
         """The checkpoint's name without what stands before it."""
-        is_own = Path(self.name).resolve() == EMBEDDED
-        return "Bard-VL, the small example" if is_own else self.name.rstrip("/").rpartition("/")[2]
+        return "Bard-VL, the small example" if self.is_example else self.name.rstrip("/").rpartition("/")[2]
+
+    @property
+    def is_example(self) -> bool:
+        """Whether it is the small checkpoint of the repository."""
+        return Path(self.name).resolve() == EMBEDDED
 
     @property
     def is_quantized(self) -> bool:
@@ -187,11 +190,11 @@ class Session:
         """What answering takes, without the weights being read; `settings` are those of one answer."""
         return estimate(self.shape, *read_prompt(self.shape, inputs, self.settings, **settings), self.weights)
 
-    def check_memory(self, inputs: Any) -> None:
+    def check_memory(self, inputs: Any, **settings: Any) -> None:
         """Raise `ValueError` with the estimate, and what takes less, if weights and answer exceed what is free."""
-        size, settings = read_prompt(self.shape, inputs, self.settings)
+        size, resolved = read_prompt(self.shape, inputs, self.settings, **settings)
         to_read = self.weights if self._model is None else 0
-        check_fits(self.shape, size, settings, self.device, self.free_memory(), to_read, self.lighter)
+        check_fits(self.shape, size, resolved, self.device, self.free_memory(), to_read, self.lighter)
 
     def free_memory(self) -> int | None:
         """Bytes that the device can still give, as stated or as it says; None if that is not known."""
@@ -274,8 +277,12 @@ class Session:
         Raises:
             ValueError: `generate` refuses something, or the device runs out of memory on the way.
         """
+        return self.ask_for_all(messages, inputs, **arguments)[0]
+
+    def ask_for_all(self, messages: list[dict[str, Any]], inputs: Any = None, **arguments: Any) -> list[Answer]:
+        """The same, all answers of `num_return_sequences`."""
         inputs = (self.encode(messages) if inputs is None else inputs).to(self.device)
-        model, length = self.model, inputs["input_ids"].shape[1]
+        model = self.model
         named = {name: value for name, value in arguments.items() if name in SETTINGS}
         start = time.perf_counter()
         try:
@@ -289,8 +296,15 @@ class Session:
         except torch.OutOfMemoryError as error:
             raise ValueError(out_of_memory(self.device, self.estimate(inputs.to("cpu"), **named))) from error
         seconds = time.perf_counter() - start
-        response = output.sequences[0, length:].tolist()
         _, settings = read_prompt(model, inputs, self.settings, **named)
+        return [self.answer_of(output, row, inputs, settings, seconds) for row in range(len(output.sequences))]
+
+    def answer_of(self, output: Any, row: int, inputs: Any, settings: DecodingSettings, seconds: float) -> Answer:
+        """The answer in a row of an output."""
+        length = inputs["input_ids"].shape[1]
+        response = output.sequences[row, length:].tolist()
+        if len(output.sequences) > 1:  # padding follows the shorter ones
+            response = response[: 1 + int(output.confidences[row].nonzero().max())]
         visual = torch.isin(
             inputs["input_ids"].cpu(), torch.tensor([self.config.image_token_id, self.config.video_token_id])
         )
@@ -301,6 +315,8 @@ class Session:
             visual_tokens=int(visual.sum()),
             seconds=seconds,
             finish_reason=finish_reason(response, settings.max_new_tokens, settings.eos_token_ids),
+            num_tokens=len(response),
+            row=row,
         )
 
 

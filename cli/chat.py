@@ -24,7 +24,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from bard_vl.app.session import Session
+    from bard_vl.app.conversation import Conversation
 
 COMMANDS = {
     "/image PATH": "show a picture with the next message; also /video",
@@ -35,58 +35,10 @@ COMMANDS = {
 }
 
 
-class Conversation:
-    """What was said so far, the cache that has encoded it, and the form of the answers to come."""
-
-    def __init__(self, session: "Session", system: str | None = None, structured: dict[str, Any] | None = None):
-        self.session, self.form = session, session.read_form(structured)
-        self.head = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything but the system prompt."""
-        self.messages: list[dict[str, Any]] = [*self.head]
-        self.attached: list[dict[str, Any]] = []
-        self.cache: Any = None
-
-    def attach(self, place: str) -> None:
-        """Show a picture or a video with the next message; `ValueError` if it cannot be read."""
-        from bard_vl.cli.media import read
-
-        self.attached.append(read(place, self.session.processor))
-
-    def say(self, text: str) -> str:
-        """Print an answer to `text` and what is attached; what it took, in a line.
-
-        If that fails, the conversation is as before.
-        """
-        from bard_vl.app.terminal import DraftStreamer
-
-        messages = [*self.messages, {"role": "user", "content": [*self.attached, {"type": "text", "text": text}]}]
-        inputs = self.session.encode(messages)
-        if self.cache is None:  # a later turn encodes only what is new
-            self.session.check_memory(inputs)
-        streamer = None if shows_values(self.form) else DraftStreamer(self.session.processor)
-        try:
-            answer = self.session.ask(
-                messages, inputs, streamer=streamer, past_key_values=self.cache, structured=self.form
-            )
-        except BaseException:
-            if streamer is not None:
-                streamer.clear_draft()
-            raise
-        value = None if self.form is None else self.form.parse(answer.text)
-        if streamer is None:
-            print(json.dumps(value, ensure_ascii=False))
-        reply = {"role": "assistant", "content": [{"type": "text", "text": answer.text}]}
-        self.messages, self.attached, self.cache = [*messages, reply], [], answer.output.past_key_values
-        return answer.summary()
-
-
 @opens_session
 def chat(
     files: Annotated[
-        list[str] | None, typer.Argument(metavar="FILE", help="Pictures and videos of the first message.")
+        list[str] | None, typer.Argument(metavar="FILE", help="Pictures, PDFs and videos of the first message.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     *,
@@ -105,11 +57,12 @@ def chat(
     """
     structured = read_form(choices, regex, json_schema, template, slots)
     session = open_session(options)
-    conversation = Conversation(session, system, structured)
+    from bard_vl.app.conversation import Conversation
+
+    conversation = Conversation(session, system, session.read_form(structured))
     if not quiet:
         print_notices(session)
-    for place in files or []:
-        conversation.attach(place)
+    attach(conversation, files or [])
     is_live = sys.stdin.isatty()
     if is_live:
         with contextlib.suppress(ImportError):
@@ -154,12 +107,37 @@ def read_line(is_live: bool) -> str | None:
         return None
 
 
-def obey(conversation: Conversation, line: str, quiet: bool) -> bool:
+def attach(conversation: "Conversation", places: list[str]) -> None:
+    """Show pictures and videos with the next message; `ValueError` if one cannot be read."""
+    from bard_vl.cli.media import expand, read
+
+    for place in expand(places):
+        conversation.attach(read(place, conversation.session.processor))
+
+
+def say(conversation: "Conversation", text: str) -> str:
+    """Print the answer to a message as it is written, or the values of its form; what it took, in a line."""
+    from bard_vl.app.terminal import DraftStreamer
+
+    form, processor = conversation.form, conversation.session.processor
+    streamer = None if shows_values(form) else DraftStreamer(processor)
+    try:
+        answer = conversation.ask(text, streamer=streamer)
+    except BaseException:
+        if streamer is not None:
+            streamer.clear_draft()
+        raise
+    value = None if form is None else form.parse(answer.text)
+    if streamer is None:
+        print(json.dumps(value, ensure_ascii=False))
+    return answer.summary()
+
+
+def obey(conversation: "Conversation", line: str, quiet: bool) -> bool:
     """Do what a line says; whether it ends the program."""
     word, _, rest = line.partition(" ")
     if word in ("/image", "/video"):
-        for place in shlex.split(rest):
-            conversation.attach(place)
+        attach(conversation, shlex.split(rest))
     elif word == "/form":
         conversation.form = conversation.session.read_form(read_form_line(rest))
     elif word == "/reset":
@@ -171,7 +149,7 @@ def obey(conversation: Conversation, line: str, quiet: bool) -> bool:
     elif word.startswith("/"):
         raise ValueError(f"unknown command {word}; /help lists them")
     elif line:
-        took = conversation.say(line)
+        took = say(conversation, line)
         if not quiet:
             print(took, file=sys.stderr)
     return False

@@ -1,15 +1,23 @@
-"""Pictures and videos that a command line names."""
+"""Pictures, pages and videos that a command line names."""
 
 from pathlib import Path
 from typing import Any
 
+from ..app.documents import is_document, read_page, split_pages
 from ..media_bard_vl import open_picture, read_picture, read_video
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg")
 
 
+def expand(places: list[str]) -> list[str]:
+    """The places with a PDF as the places of its pages."""
+    return [page for place in places for page in (split_pages(place) if is_document(place) else [place])]
+
+
 def read(place: str, processor: Any) -> dict[str, Any]:
-    """A picture or video as an item of a message's content; `ValueError` if it cannot be read."""
+    """A picture, page or video as an item of a message's content; `ValueError` if it cannot be read."""
+    if is_document(place):
+        return {"type": "image", "image": read_page(place)}
     if is_video(place):
         return {"type": "video", "video": read_video(place, processor.video_processor.sample_frames)}
     return {"type": "image", "image": read_picture(place)}

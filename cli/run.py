@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .ending import Misuse
+from .ending import Misuse, report
 from .options import (
     Choices,
     JsonSchema,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from bard_vl import MemoryEstimate
     from bard_vl.app.comparison import Compared
     from bard_vl.app.session import Answer, Session
+    from bard_vl.forms_bard_vl import Form
 
 OUTPUT = "Output"
 QUESTIONS = {"image": "Describe the picture.", "video": "Describe the video."}
@@ -41,13 +42,20 @@ def run(
         list[str] | None,
         typer.Argument(
             metavar="FILE",
-            help="Pictures and videos, as paths or URLs; a folder is a video of one frame a picture. None: text alone.",
+            help="Pictures, PDFs and videos, as paths or URLs; a folder is a video of one frame per picture; "
+            "report.pdf#2-4 is pages 2 to 4. None: text alone.",
         ),
     ] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="What to ask; - reads standard input. Default: a description.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    each: Annotated[
+        bool, typer.Option("--each", help="Ask about each file alone, one after the other; a PDF page by page.")
+    ] = False,
+    num_samples: Annotated[
+        int | None, typer.Option(min=1, help="Sampled answers to the question; needs --temperature above 0.")
+    ] = None,
     *,
     options: dict[str, Any],
     choices: Choices = None,
@@ -100,48 +108,44 @@ def run(
     standard error.
     """
     check_outputs(html, gif, png, draw)
+    one_only = {"html": html, "gif": gif, "png": png, "draw": draw, "compare": compare, "dry-run": dry_run or None}
+    check_alone(each, num_samples, [f"--{name}" for name, value in one_only.items() if value is not None])
     structured = read_form(choices, regex, json_schema, template, slots)
-    if not files and prompt is None:
+    prompt = sys.stdin.read().strip() if prompt == "-" else prompt
+    if prompt == "" or (prompt is None and not files) or (each and not files):
         raise Misuse("nothing to answer: give a picture, a video or --prompt")
     session = open_session(options, read_memory(memory, dry_run))
-    from bard_vl.app.terminal import DraftStreamer
-    from bard_vl.cli.media import read
+    from bard_vl.cli.media import expand, read
 
-    content = [read(place, session.processor) for place in files or []]
+    check_sampling(session, num_samples or 1)
+    places, form = expand(files or []), session.read_form(structured)
+    asker = Asker(session, prompt, system, form, num_samples or 1, as_json, quiet)
+    if each:
+        raise typer.Exit(ask_each(asker, places))
+    content = [read(place, session.processor) for place in places]
     if draw is not None and not any(item["type"] == "image" for item in content):
         raise Misuse("--draw needs a picture to draw on")
-    question = read_question(prompt, content)
-    messages: list[dict[str, Any]] = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-    inputs, form = session.encode(messages), session.read_form(structured)
+    inputs = session.encode(asker.messages(content))
     if dry_run:
         if not (as_json or quiet):
             print_notices(session)
-        print_estimate(session.estimate(inputs), session, refusal(session, inputs), as_json)
+        estimate = session.estimate(inputs, num_return_sequences=asker.num_samples)
+        print_estimate(estimate, session, refusal(asker, inputs), as_json)
         return
-    session.check_memory(inputs)
+    asker.check_memory(inputs)
     if not (as_json or quiet):
         print_notices(session)
     shown = any((html, gif, png))
-    streamer = None if as_json or shows_values(form) else DraftStreamer(session.processor)
-    answer = session.ask(messages, inputs, streamer=streamer, output_history=shown, structured=form)
-    value = {} if form is None else {"value": form.parse(answer.text)}
-    compared = ask_other(compare, session, messages)
-    if as_json:
-        told = {"model": session.name, "prompt": question, **answer.as_dict(), **value}
-        told |= {} if compared is None else {"compared": compared.as_dict()}
-        print(json.dumps(told, ensure_ascii=False, indent=2))
-    elif shows_values(form):
-        print(json.dumps(value["value"], ensure_ascii=False))
-    if not (as_json or quiet):
-        print(answer.summary(), file=sys.stderr)
-        if compared is not None:
-            print(f"{compared.text}\n{compared.summary()}", file=sys.stderr)
+    answers = asker.ask(content, inputs, output_history=shown)
+    compared = ask_other(compare, session, asker.messages(content))
+    told = {} if compared is None else {"compared": compared.as_dict()}
+    asker.tell(answers, asker.question(content), **told)
+    if compared is not None and not (as_json or quiet):
+        print(f"{compared.text}\n{compared.summary()}", file=sys.stderr)
     if draw is not None:
-        draw_answer(answer.text, content, draw)
+        draw_answer(answers[0].text, content, draw)
     if shown:
-        write_pictures(session, answer, compared, question, content, html, gif, png)
+        write_pictures(session, answers[0], compared, asker.question(content), content, html, gif, png)
 
 
 EXAMPLES = """\
@@ -152,6 +156,12 @@ bard-vl run photo.jpg
 bard-vl run a.jpg b.jpg --prompt "What differs?" --model Bard-VL-4B
 
 bard-vl run clip.mp4 --prompt "What happens?" --max-pixels 4000000
+
+bard-vl run report.pdf#2-4 --prompt "What is the total?" --model Bard-VL-4B
+
+bard-vl run *.jpg --each --prompt "Is there a person?" --choices "yes|no"
+
+bard-vl run photo.jpg --num-samples 3 --temperature 0.8
 
 bard-vl run photo.jpg --json --max-new-tokens 64 > answer.json
 
@@ -193,23 +203,116 @@ def read_memory(size: str | None, dry_run: bool) -> int | None:
         raise Misuse(f"--memory must be bytes or a size such as 24GB, got {size!r}") from None
 
 
-def read_question(prompt: str | None, content: list[dict[str, Any]]) -> str:
-    """The question asked, from standard input for `-`, or one that goes with the pictures; `Misuse` if none."""
-    if prompt == "-":
-        prompt = sys.stdin.read().strip()
-    elif prompt is None and content:
-        prompt = QUESTIONS[content[0]["type"]]
-    if not prompt:
-        raise Misuse("nothing to answer: give a picture, a video or --prompt")
-    return prompt
+def check_alone(each: bool, num_samples: int | None, stated: list[str]) -> None:
+    """Raise `Misuse` if options that show one answer meet one that asks for several."""
+    several = "--each" if each else f"--num-samples {num_samples}" if (num_samples or 1) > 1 else None
+    stated = [name for name in stated if each or name != "--dry-run"]
+    if several and stated:
+        raise Misuse(f"{several} gives several answers, {stated[0]} is about one: leave one of them out")
 
 
-def refusal(session: "Session", inputs: Any) -> str | None:
+def check_sampling(session: "Session", num_samples: int) -> None:
+    """Raise `Misuse` if several answers are asked for that would all be the same."""
+    from bard_vl.generation_config_bard_vl import DecodingSettings
+
+    settings = DecodingSettings.resolve(session.shape.merge_settings(session.settings, {}), session.config, 0)
+    if num_samples > 1 and settings.temperature == 0:
+        raise Misuse(f"--num-samples {num_samples} would all be the same: give --temperature above 0, such as 0.8")
+
+
+@dataclass
+class Asker:
+    """How questions are put, and answers printed.
+
+    Attributes:
+        session: that answers.
+        prompt: the question; None for one that goes with the pictures.
+        system: a system prompt.
+        form: of the answer.
+        num_samples: answers to each question.
+        as_json: print answers with what they took.
+        quiet: no counts on standard error.
+    """
+
+    session: "Session"
+    prompt: str | None
+    system: str | None
+    form: "Form | None"
+    num_samples: int
+    as_json: bool
+    quiet: bool
+
+    def question(self, content: list[dict[str, Any]]) -> str:
+        """What is asked about pictures and videos."""
+        return self.prompt or QUESTIONS[content[0]["type"]]
+
+    def messages(self, content: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The conversation that asks it."""
+        text = {"type": "text", "text": self.question(content)}
+        head = [] if self.system is None else [("system", [{"type": "text", "text": self.system}])]
+        return [{"role": role, "content": parts} for role, parts in (*head, ("user", [*content, text]))]
+
+    def check_memory(self, inputs: Any) -> None:
+        """Raise `ValueError` if the answers exceed what is free."""
+        self.session.check_memory(inputs, num_return_sequences=self.num_samples)
+
+    def ask(self, content: list[dict[str, Any]], inputs: Any, **arguments: Any) -> "list[Answer]":
+        """The answers; a single one is printed as it is written, unless something else is printed of it."""
+        from bard_vl.app.terminal import DraftStreamer
+
+        silent = self.as_json or shows_values(self.form) or self.num_samples > 1
+        streamer = None if silent else DraftStreamer(self.session.processor)
+        arguments |= {"streamer": streamer, "structured": self.form, "num_return_sequences": self.num_samples}
+        return self.session.ask_for_all(self.messages(content), inputs, **arguments)
+
+    def tell(self, answers: "list[Answer]", question: str, indent: int | None = 2, **told: Any) -> None:
+        """Print of the answers what was not printed as they were written, and what they took."""
+        values = [{} if self.form is None else {"value": self.form.parse(answer.text)} for answer in answers]
+        if self.as_json:
+            found = [{**answer.as_dict(), **value} for answer, value in zip(answers, values, strict=True)]
+            facts = {"model": self.session.name, "prompt": question}
+            facts |= found[0] if len(found) == 1 else {"samples": found}
+            print(json.dumps({**facts, **told}, ensure_ascii=False, indent=indent), flush=True)
+            return
+        for number, (answer, value) in enumerate(zip(answers, values, strict=True), start=1):
+            if len(answers) > 1:
+                print(f"answer {number}:")
+            if shows_values(self.form):
+                print(json.dumps(value["value"], ensure_ascii=False), flush=True)
+            elif len(answers) > 1:
+                print(answer.text, flush=True)
+            if not self.quiet:
+                print(answer.summary(), file=sys.stderr)
+
+
+def ask_each(asker: Asker, places: list[str]) -> int:
+    """Ask about each place alone; the exit code. What cannot be answered is told, and the next one asked."""
+    from bard_vl.cli.media import read
+
+    code = 0
+    if not (asker.as_json or asker.quiet):
+        print_notices(asker.session)
+    for place in places:
+        try:
+            content = [read(place, asker.session.processor)]
+            inputs = asker.session.encode(asker.messages(content))
+            asker.check_memory(inputs)
+            if not asker.as_json:
+                print(f"{place}:", flush=True)
+            answers = asker.ask(content, inputs)
+        except (OSError, ValueError) as error:
+            code = report(error)
+            continue
+        asker.tell(answers, asker.question(content), indent=None, file=place)
+    return code
+
+
+def refusal(asker: Asker, inputs: Any) -> str | None:
     """Why an answer would be refused for its memory, and what would fit; None if it would not be."""
     from bard_vl.app.errors import one_line
 
     try:
-        session.check_memory(inputs)
+        asker.check_memory(inputs)
     except ValueError as error:
         return one_line(error)
     return None

@@ -19,11 +19,13 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bard_vl import BardVLGenerationConfig, BardVLProcessor
 from bard_vl.app.memory import readable
 from bard_vl.app.session import Session, build_settings
+from bard_vl.cli.media import expand, read
 from bard_vl.evaluation.scenes import scene
 from bard_vl_cli.main import main
 from fresh import ROOT, convert, mark_trained
@@ -199,6 +201,63 @@ def test_the_small_example_says_that_it_answers(run: Any, folder: Path) -> None:
     assert run(f"chat {picture}", "Describe the picture.\n")[2].splitlines()[0] == notice
 
 
+def test_each_file_is_asked_about_alone(run: Any, folder: Path) -> None:
+    alone = [run(f"run {name} -m bard -q --prompt What? --max-new-tokens 8")[1] for name in ("photo.png", "other.png")]
+    line = "run photo.png text.png other.png --each -m bard --prompt - --max-new-tokens 8"
+    code, out, err = run(f"{line} -q", "What?")
+    assert (code, out) == (1, f"photo.png:\n{alone[0]}other.png:\n{alone[1]}")
+    assert err.startswith("error: text.png cannot be read as a picture")
+    assert len(err.splitlines()) == 1
+    _, out, _ = run(f"{line} --json", "What?")
+    told = [json.loads(part) for part in out.splitlines()]
+    assert [(each["file"], f"{each['response']}\n") for each in told] == [
+        ("photo.png", alone[0]),
+        ("other.png", alone[1]),
+    ]
+
+
+def test_samples_are_those_of_generate(run: Any, folder: Path) -> None:
+    line = "run photo.png -m bard -q --max-new-tokens 12 --temperature 1 --seed 3 --num-samples 3"
+    sampled = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3, "num_return_sequences": 3}
+    _, output = expected(folder, [user("photo.png")], **sampled)
+    processor = BardVLProcessor.from_pretrained(folder / "bard")
+    texts = processor.batch_decode(output.sequences[:, -output.confidences.shape[1] :], skip_special_tokens=True)
+    assert len({*texts}) == 3
+    code, out, _ = run(line)
+    assert (code, out) == (0, "".join(f"answer {number}:\n{text}\n" for number, text in enumerate(texts, 1)))
+    told = json.loads(run(f"{line} --json")[1])["samples"]
+    assert [sample["response"] for sample in told] == texts
+    assert [sample["num_tokens"] for sample in told] == [int((row > 0).sum()) for row in output.confidences]
+
+
+def test_pages_of_a_document_are_pictures(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = [draw((90, 60), seed) for seed in range(3)]
+    pages[0].save(folder / "three.pdf", save_all=True, append_images=pages[1:])
+    pages[0].save(folder / "long.pdf", save_all=True, append_images=[pages[1]] * 39)
+    assert [read(place, None)["image"].size for place in expand(["three.pdf", "photo.png"])[:3]] == [(180, 120)] * 3
+    for places, shown in {"#2": "2", "#2-": "23", "#-2": "12", "#1-3": "123", "": "123"}.items():
+        assert expand([f"three.pdf{places}"]) == [f"three.pdf#{number}" for number in shown]
+    second = read("three.pdf#2", None)["image"].resize((90, 60))
+    differences = [np.abs(np.subtract(second, page, dtype=int)).mean() for page in pages]
+    assert np.argmin(differences) == 1
+    code, out, _ = run("run three.pdf#2-3 -m bard --each --json --max-new-tokens 4")
+    assert (code, [json.loads(part)["file"] for part in out.splitlines()]) == (0, ["three.pdf#2", "three.pdf#3"])
+    asked = json.loads(run("run three.pdf -m bard --json --max-new-tokens 4")[1])
+    assert asked["visual_tokens"] == 3 * json.loads(out.splitlines()[0])["visual_tokens"]
+    (folder / "broken.pdf").write_text("no document")
+    for place, told in {
+        "three.pdf#4": "three.pdf#4: there are pages 1 to 3",
+        "long.pdf": "long.pdf has 40 pages, 32 at a time are read at most: name some, for instance long.pdf#1-32",
+        "broken.pdf": "cannot read the document broken.pdf",
+        "absent.pdf": "cannot read the document absent.pdf: no such file",
+    }.items():
+        assert told in run(f"run {place} -m weightless")[2]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert (
+        run("run three.pdf -m weightless")[2] == 'error: three.pdf: PDFs need pypdfium2: pip install "bard-vl[pdf]"\n'
+    )
+
+
 def test_a_seed_repeats_a_sample(run: Any) -> None:
     line = "run photo.png -m bard -q --max-new-tokens 16 --temperature 2 --seed"
     first, again, other = (run(f"{line} {seed}")[1] for seed in (1, 1, 2))
@@ -331,7 +390,11 @@ def test_undecided_tokens_are_those_of_the_mask_id_in_force(run: Any, folder: Pa
         ("run photo.png --block-size x", 2, "Invalid value for '--block-size'"),
         ("run --model bard", 2, "nothing to answer: give a picture, a video or --prompt"),
         ("run photo.png --model unstated", 2, "unstated states no block size: give --block-size, the number after B"),
-        ("run photo.png --model qwen", 2, "qwen is no Bard-VL checkpoint: its model type is qwen3_vl"),
+        (
+            "run photo.png --model qwen",
+            2,
+            "qwen is no Bard-VL checkpoint: its model type is qwen3_vl; convert it first: bard-vl",
+        ),
         ("run photo.png --model weightless --block-size 0", 2, "`block_size` must be an integer of at least 1, got 0"),
         ("run photo.png --model weightless --threshold 2", 2, "`confidence_threshold` must be a number in"),
         ("run photo.png --model weightless --set nonsense=1", 2, "unknown generation settings: nonsense"),
@@ -342,6 +405,14 @@ def test_undecided_tokens_are_those_of_the_mask_id_in_force(run: Any, folder: Pa
         ("run photo.png --model weightless --min-pixels 9 --max-pixels 8", 2, "--min-pixels 9 is more than --max-"),
         ("run photo.png --model weightless --html absent/a.html", 2, "absent/a.html cannot be written: no such folder"),
         ("run photo.png --model weightless --png frames", 2, "frames cannot be written: a folder"),
+        ("run photo.png --each --html a.html", 2, "--each gives several answers, --html is about one: leave one of"),
+        (
+            "run photo.png --num-samples 2 --compare bard",
+            2,
+            "--num-samples 2 gives several answers, --compare is about",
+        ),
+        ("run photo.png --model weightless --num-samples 2", 2, "--num-samples 2 would all be the same: give --temp"),
+        ("run --each --prompt x", 2, "nothing to answer"),
         ("run photo.png --model ./nowhere", 1, "./nowhere is no folder here, and cannot be had from the Hub: "),
         ("run photo.png --model frames", 2, "frames is no checkpoint: it has no config.json"),
         ("run absent.png --model weightless", 1, "absent.png cannot be read as a picture: no such file"),

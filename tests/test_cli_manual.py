@@ -43,6 +43,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate(("photo.jpg", "other.jpg")):
         draw_scene(folder / name, seed=number)
     write_video(folder / "clip.mp4", draw_frames(8))
+    pages = draw_frames(4, (120, 90))
+    pages[0].save(folder / "report.pdf", save_all=True, append_images=pages[1:])
     shutil.copytree(chats_file().parent, folder, dirs_exist_ok=True)
     return folder
 

@@ -1,4 +1,4 @@
-"""The demo page answers an uploaded picture as `generate` does, shows drafts on the way, and stops when told."""
+"""The demo page answers questions about a picture as `generate` does, shows drafts on the way, and stops when told."""
 
 import html
 import re
@@ -11,8 +11,9 @@ from typing import Any
 import gradio as gr
 import pytest
 import torch
+from bard_vl.app.checkpoints import PICTURES, QUESTIONS
 from bard_vl.app.session import Session, build_settings
-from bard_vl.viewer.demo import answer_in_steps, build_page, serve
+from bard_vl.viewer.demo import answer_in_steps, build_page, files_of, serve
 from browser import chromium
 from fresh import convert
 from PIL import Image
@@ -63,9 +64,15 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_scene(tmp_path_factory.mktemp("photo") / "photo.png")
 
 
-def text_of_generate(session: Session, photo: Path | None, prompt: str, **settings: Any) -> str:
+def text_of_generate(
+    session: Session, photo: Path | None, prompt: str, earlier: tuple[tuple[str, str], ...] = (), **settings: Any
+) -> str:
     content: list[dict[str, Any]] = [] if photo is None else [{"type": "image", "image": str(photo)}]
-    messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+    said = [(role, text) for pair in earlier for role, text in zip(("user", "assistant"), pair, strict=True)]
+    messages: list[dict[str, Any]] = [
+        {"role": role, "content": [{"type": "text", "text": text}]} for role, text in (*said, ("user", prompt))
+    ]
+    messages[0]["content"][:0] = content
     options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
     inputs = session.processor.apply_chat_template(messages, **options)
     ids = session.model.generate(**inputs, eos_token_id=[], **{"max_new_tokens": LONG, **settings})
@@ -77,18 +84,24 @@ def upload(page: Any, photo: Path) -> None:
     page.locator("#picture img").wait_for()
 
 
+def last_turn(states: Any) -> tuple[str, Any]:
+    """The reply and the player that an answer ends with, as HTML."""
+    *_, (_, chat, _, player) = states
+    return chat[-1]["content"].value, player
+
+
 def test_an_uploaded_picture_is_answered_as_by_generate(page: Any, session: Paced, photo: Path) -> None:
     upload(page, photo)
     page.locator("#prompt textarea").fill("What is it?")
     session.pace = 0.05
     page.locator("#ask").click()
-    page.locator("#answer .draft").wait_for()  # on the way
+    page.locator("#chat .draft").wait_for()  # on the way
     session.pace = 0.0
-    page.locator("#answer .took").wait_for()
-    assert page.locator("#answer .draft").count() == 0
-    text = page.locator("#answer .text").text_content()
+    page.locator("#chat .took").wait_for()
+    assert page.locator("#chat .draft").count() == 0
+    text = page.locator("#chat .answer .text").text_content()
     assert text == text_of_generate(session, photo, "What is it?")
-    assert page.locator("#answer .took").text_content().startswith(f"{LONG} tokens in ")
+    assert page.locator("#chat .took").text_content().startswith(f"{LONG} tokens in ")
     # The player below plays the steps.
     player = page.frame_locator("#player iframe")
     player.locator("#scrubber").wait_for()
@@ -97,18 +110,43 @@ def test_an_uploaded_picture_is_answered_as_by_generate(page: Any, session: Pace
     player.locator("#scrubber").fill(last)
     assert player.locator("#status").text_content().startswith(f"Step {last} of {last} · ")
     assert player.locator("#answer .token").count() == LONG
+    # Both can be downloaded.
+    for name, start in (("page", b"<!doctype html>"), ("gif", b"GIF89a")):
+        with page.expect_download() as download:
+            page.locator(f"#download-{name}").click()
+        assert download.value.path().read_bytes()[: len(start)].lower() == start.lower()
+    # Enter sends the next question, about the same picture.
+    page.locator("#prompt textarea").fill("What else?")
+    page.locator("#prompt textarea").press("Enter")
+    page.locator("#chat .took").nth(1).wait_for()
+    assert page.locator("#prompt textarea").input_value() == ""
+    followed = text_of_generate(session, photo, "What else?", earlier=(("What is it?", text),))
+    assert page.locator("#chat .answer .text").all_text_contents() == [text, followed]
+    assert page.locator("#chat .took").nth(1).text_content().endswith(" of them encoded")
+    # One of the pictures to try begins another conversation.
+    before = page.locator("#picture img").get_attribute("src")
+    page.locator("#gallery img").last.click()
+    page.wait_for_function("before => document.querySelector('#picture img')?.src !== before", arg=before)
+    page.locator("#prompt textarea").fill("What is it?")
+    page.locator("#prompt textarea").press("Enter")
+    page.wait_for_function("document.querySelectorAll('#chat .answer').length === 1")
+    page.locator("#chat .took").wait_for()
+    shown = sorted(PICTURES.glob("*.png"))[-1]
+    assert page.locator("#chat .answer .text").text_content() == text_of_generate(session, shown, "What is it?")
+    page.locator("#restart").click()
+    page.locator("#chat .answer").wait_for(state="detached")
 
 
 def test_the_stop_button_keeps_what_was_written(page: Any, session: Paced, photo: Path) -> None:
     page.locator("#prompt textarea").fill("What is there?")
-    shown = photo if page.locator("#picture img").count() else None
+    shown = sorted(PICTURES.glob("*.png"))[-1] if page.locator("#picture img").count() else None
     session.pace = 0.2
     page.locator("#ask").click()
-    page.locator("#answer .draft").wait_for()
-    page.locator("#answer .text", has_text=re.compile(rf"[^\s{CUT}]")).wait_for()
+    page.locator("#chat .draft").wait_for()
+    page.locator("#chat .answer .text", has_text=re.compile(rf"[^\s{CUT}]")).wait_for()
     running = [thread for thread in threading.enumerate() if thread.name == "bard-vl answer"]
     page.locator("#stop").click()
-    written = page.locator("#answer .text").text_content()
+    written = page.locator("#chat .answer .text").text_content()
     deadline = time.monotonic() + PATIENCE / 1000
     while any(thread.is_alive() for thread in running):
         assert time.monotonic() < deadline
@@ -116,17 +154,17 @@ def test_the_stop_button_keeps_what_was_written(page: Any, session: Paced, photo
     session.pace = 0.0
     assert len(running) == 1
     page.wait_for_timeout(500)  # for whatever the page might still be told
-    kept = page.locator("#answer .text").text_content().rstrip(CUT)
+    kept = page.locator("#chat .answer .text").text_content().rstrip(CUT)
     assert kept.startswith(written.rstrip(CUT))
     whole = text_of_generate(session, shown, "What is there?")
     assert whole.startswith(kept)
     assert 0 < len(kept) < len(whole)
-    assert page.locator("#answer .took").count() == 0
+    assert page.locator("#chat .took").count() == 0
 
 
 def test_settings_are_used(session: Session, photo: Path) -> None:
     with Image.open(photo) as picture:
-        *_, (answer, player) = answer_in_steps(session, picture, "What?", "margin", 0.2, 3, 20, 0.0)
+        answer, player = last_turn(answer_in_steps(session, None, picture, "What?", "margin", 0.2, 3, 20, 0.0))
     wanted = {"remasking_strategy": "margin", "confidence_threshold": 0.2, "denoising_steps": 3, "max_new_tokens": 20}
     assert html.escape(text_of_generate(session, photo, "What?", **wanted)) in answer
     assert "iframe" in player
@@ -160,7 +198,7 @@ def test_the_temperature_shown_is_the_one_used(session: Session, stated: str, sh
     ]
     assert control.value == shown
     for temperature in (0.0, 2.0):
-        *_, (answer, _) = answer_in_steps(own, None, "What?", "margin", 0.2, 3, 20, temperature)
+        answer, _ = last_turn(answer_in_steps(own, None, None, "What?", "margin", 0.2, 3, 20, temperature))
         wanted = {"remasking_strategy": "margin", "confidence_threshold": 0.2, "denoising_steps": 3}
         sampling = {"max_new_tokens": 20, "temperature": temperature, "seed": 3}
         assert html.escape(text_of_generate(session, None, "What?", **wanted, **sampling)) in answer
@@ -169,16 +207,19 @@ def test_the_temperature_shown_is_the_one_used(session: Session, stated: str, sh
 def test_what_goes_wrong_is_said(page: Any, session: Session) -> None:
     page.locator("#prompt textarea").fill(" ")
     page.locator("#ask").click()
-    page.locator("#answer .error").wait_for()
-    assert page.locator("#answer .error").text_content() == "Ask something."
-    *_, (answer, player) = answer_in_steps(session, None, "What?", "margin", 2.0, 3, 20, 0.0)
-    assert "`confidence_threshold` must be a number in [0.0, 1.0], got 2.0" in answer
+    page.locator("#chat .error").wait_for()
+    assert page.locator("#chat .error").text_content() == "Ask something."
+    states = list(answer_in_steps(session, None, None, "What?", "margin", 2.0, 3, 20, 0.0))
+    assert "`confidence_threshold` must be a number in [0.0, 1.0], got 2.0" in last_turn(states)[0]
+    talk, _, _, player = states[0]
     assert player == ""
+    assert not talk.conversation.messages
+    assert [button.visible for button in next(files_of(talk))] == [False, False]
 
 
 def test_nobody_waiting_stops_the_work(session: Session) -> None:
     before = threading.active_count()
-    states = answer_in_steps(session, None, "What?", "low_confidence_static", 0.9, 4, LONG, 0.0)
+    states = answer_in_steps(session, None, None, "What?", "low_confidence_static", 0.9, 4, LONG, 0.0)
     for _ in range(2):
         next(states)
     states.close()
@@ -186,5 +227,27 @@ def test_nobody_waiting_stops_the_work(session: Session) -> None:
 
 
 def test_texts_are_text(session: Session) -> None:
-    *_, (answer, player) = answer_in_steps(session, None, '"><b id=injected>', "margin", 0.2, 3, 8, 0.0)
-    assert "<b id=injected>" not in answer + player
+    *_, (_, chat, _, player) = answer_in_steps(session, None, None, '"><b id=injected>', "margin", 0.2, 3, 8, 0.0)
+    assert "<b id=injected>" not in "".join([turn["content"].value for turn in chat] + [player])
+
+
+def test_the_small_example_says_what_it_knows_and_answers_each_question_alone() -> None:
+    example = Session(None)
+    page = build_page(example)
+    texts = [str(block.value) for block in page.blocks.values() if isinstance(block, gr.Markdown)]
+    assert any("It knows pictures like those to try, and the four questions" in text for text in texts)
+    samples = [
+        sample[0] for block in page.blocks.values() if isinstance(block, gr.Dataset) for sample in block.raw_samples
+    ]
+    assert samples == [*map(str, sorted(PICTURES.glob("*.png"))), *QUESTIONS]
+    talk, answers = None, []
+    with Image.open(samples[0]) as picture:
+        for question in QUESTIONS[:2]:
+            *_, (_, chat, _, _) = states = list(
+                answer_in_steps(example, talk, picture, question, "low_confidence_dynamic", 0.9, 32, 64, 0.0)
+            )
+            talk = states[0][0]
+            answers.append(chat[-1]["content"].value)
+    assert len(talk.turns) == 4
+    assert "at b4 a small black circle" in answers[0]
+    assert "The cell b4 of the picture holds a small black circle" in answers[1]

@@ -1,27 +1,40 @@
-"""A web page to try a checkpoint: a picture, a question, settings, drafts as they come, and the player of the steps."""
+"""A web page to try a checkpoint: a picture, a conversation, settings, drafts as they come, the player, downloads."""
 
 import html
 import queue
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import torch
 
+from ..app.checkpoints import PICTURES, QUESTIONS
+from ..app.conversation import Conversation
 from ..app.session import Session
 from ..generation_config_bard_vl import DEFAULTS
 from ..remasking_bard_vl import REMASKING_RULES
-from .page import frame_of
+from .page import frame_of, write_html
+from .picture import write_gif
 from .recording import Recording
 
 CSS = """
-.answer { font-size: 1.15rem; line-height: 1.7; min-height: 9rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-.answer .draft { color: var(--body-text-color-subdued); }
-.answer .took { display: block; margin-top: 0.8rem; font-size: 0.9rem; opacity: 0.7; }
+.answer, .asked { white-space: pre-wrap; overflow-wrap: anywhere; }
+.answer .draft, .answer .took { color: color-mix(in srgb, var(--body-text-color) 70%, transparent); }
+.answer .took { display: block; margin-top: 0.5rem; font-size: 0.85rem; }
 .answer .error { color: var(--error-text-color); }
 .player iframe { border-radius: 12px; }
 """
+KNOWN = (
+    "This is the small example. It knows pictures like those to try, and the four questions below, word for word. It "
+    "answers each alone, and to anything else it says anything. `bard-vl demo --model` names another checkpoint."
+)
+PLAYER_HEIGHT = 640  # pixels
+KEPT_S = 3600  # of a conversation with nobody at the page; and of files that were downloaded
+Turn = dict[str, Any]  # a message of the chat
 
 
 class Stopped(Exception):
@@ -69,66 +82,117 @@ class QueueStreamer:
         return state
 
 
-def build_page(session: Session) -> gr.Blocks:
-    """The page for a checkpoint."""
+@dataclass
+class Talk:
+    """What one visitor said and was told.
+
+    Attributes:
+        conversation: that the model has seen.
+        picture: that it is about.
+        turns: as the chat shows them, those that failed or were stopped included.
+        recording: of the last answer; None if there is none.
+    """
+
+    conversation: Conversation
+    picture: Any = None
+    turns: list[Turn] = field(default_factory=list)
+    recording: Recording | None = None
+
+    def begin(self) -> None:
+        """Forget what was said, and show the model the picture with the next question."""
+        self.conversation.reset()
+        if self.picture is not None:
+            self.conversation.attach({"type": "image", "image": self.picture})
+
+
+def build_page(session: Session, pictures: Sequence[str | Path] = ()) -> gr.Blocks:
+    """The page for a checkpoint, with pictures to try it on; by default those of the repository."""
     loaded = session.model.generation_config
     stored = {**(loaded.explicit() if loaded else {}), **session.settings.explicit()}
     block_size = stored.get("block_size") or session.config.block_size
-    heat = temperature_of(stored)
-    longest_answer = stored.get("max_new_tokens", DEFAULTS["max_new_tokens"])
-    with gr.Blocks(title=f"Bard-VL: {session.title}", analytics_enabled=False) as page:
+    gallery = [[str(path)] for path in pictures or sorted(PICTURES.glob("*.png"))]
+    with gr.Blocks(
+        title=f"Bard-VL: {session.title}", analytics_enabled=False, fill_width=True, delete_cache=(KEPT_S, KEPT_S)
+    ) as page:
         gr.Markdown(f"## {session.title}\nBlocks of {block_size} tokens are written at a time: grey is still a draft.")
+        if session.is_example:
+            gr.Markdown(KNOWN, elem_id="known")
+        talk = gr.State(None, time_to_live=KEPT_S)
         with gr.Row():
-            with gr.Column(scale=2):
-                picture = gr.Image(type="pil", label="Picture", height=340, elem_id="picture")
-                prompt = gr.Textbox("Describe the picture.", label="Question", lines=2, elem_id="prompt")
+            with gr.Column(scale=2, min_width=320):
+                first = gallery[0][0] if session.is_example and gallery else None
+                picture = gr.Image(first, type="pil", label="Picture", height=340, elem_id="picture")
+                if gallery:
+                    gr.Examples(gallery, picture, label="Pictures to try", elem_id="gallery")
+                settings = add_settings(stored, block_size)
+            with gr.Column(scale=3, min_width=320):
+                chat = gr.Chatbot(
+                    height=400, elem_id="chat", label="Conversation", buttons=[], group_consecutive_messages=False
+                )
+                prompt = gr.Textbox(QUESTIONS[0], label="Question", max_lines=6, elem_id="prompt", autofocus=True)
+                if session.is_example:
+                    gr.Examples([[question] for question in QUESTIONS], prompt, label="Questions", elem_id="questions")
                 with gr.Row():
-                    ask = gr.Button("Ask", variant="primary", elem_id="ask")
-                    stop = gr.Button("Stop", elem_id="stop")
-                with gr.Accordion("Settings", open=False):
-                    rule = gr.Dropdown(
-                        list(REMASKING_RULES),
-                        value=stored.get("remasking_strategy", DEFAULTS["remasking_strategy"]),
-                        label="Which tokens a step commits (remasking_strategy)",
-                    )
-                    threshold = gr.Slider(
-                        0,
-                        1,
-                        value=stored.get("confidence_threshold", DEFAULTS["confidence_threshold"]),
-                        step=0.01,
-                        label="Commit what is more probable than (confidence_threshold)",
-                    )
-                    steps = gr.Slider(
-                        1,
-                        max(block_size, 2),
-                        value=stored.get("denoising_steps", block_size),
-                        step=1,
-                        interactive=block_size > 1,
-                        label="Steps a block at most (denoising_steps)",
-                    )
-                    longest = gr.Slider(
-                        1,
-                        max(1024, longest_answer),
-                        value=longest_answer,
-                        step=1,
-                        label="Longest answer in tokens (max_new_tokens)",
-                    )
-                    temperature = gr.Slider(0, max(2, heat), value=heat, step=0.05, label="Temperature, 0 is greedy")
-            with gr.Column(scale=3):
-                answer = gr.HTML(framed(""), label="Answer", elem_id="answer")
-        player = gr.HTML("", elem_id="player", elem_classes="player")
+                    ask = gr.Button("Ask", variant="primary", elem_id="ask", min_width=90)
+                    stop = gr.Button("Stop", elem_id="stop", min_width=90)
+                    restart = gr.Button("Start over", elem_id="restart", min_width=90)
+                player = gr.HTML("", elem_id="player", elem_classes="player")
+                with gr.Row():
+                    files = [
+                        gr.DownloadButton(f"Download {kind}", visible=False, elem_id=name, min_width=90)
+                        for kind, name in (("page", "download-page"), ("GIF", "download-gif"))
+                    ]
 
-        def respond(*given: Any) -> Iterator[tuple[str, Any]]:
+        def respond(*given: Any) -> Iterator[tuple[Any, ...]]:
             yield from answer_in_steps(session, *given)
 
-        inputs = [picture, prompt, rule, threshold, steps, longest, temperature]
-        outputs = [answer, player]
+        shown = [talk, chat, prompt, player]
         running = [
-            ask.click(respond, inputs, outputs, show_progress="hidden"),
-            prompt.submit(respond, inputs, outputs, show_progress="hidden"),
+            begin(respond, [talk, picture, prompt, *settings], shown, show_progress="hidden")
+            for begin in (ask.click, prompt.submit)
         ]
+        for answered in running:
+            answered.success(files_of, talk, files, show_progress="hidden")
         stop.click(None, cancels=running)
+        for begin in (restart.click, chat.clear):
+            begin(restarted, None, [*shown, *files], cancels=running, show_progress="hidden")
     return page
+
+
+def add_settings(stored: dict[str, Any], block_size: int) -> list[Any]:
+    """The controls of generation, from what is stated: rule, threshold, steps, longest answer, temperature."""
+    heat, longest_answer = temperature_of(stored), stored.get("max_new_tokens", DEFAULTS["max_new_tokens"])
+    with gr.Accordion("Settings", open=False):
+        return [
+            gr.Dropdown(
+                list(REMASKING_RULES),
+                value=stored.get("remasking_strategy", DEFAULTS["remasking_strategy"]),
+                label="Which tokens a step commits (remasking_strategy)",
+            ),
+            gr.Slider(
+                0,
+                1,
+                value=stored.get("confidence_threshold", DEFAULTS["confidence_threshold"]),
+                step=0.01,
+                label="Commit what is more probable than (confidence_threshold)",
+            ),
+            gr.Slider(
+                1,
+                max(block_size, 2),
+                value=stored.get("denoising_steps", block_size),
+                step=1,
+                interactive=block_size > 1,
+                label="Steps per block at most (denoising_steps)",
+            ),
+            gr.Slider(
+                1,
+                max(1024, longest_answer),
+                value=longest_answer,
+                step=1,
+                label="Longest answer in tokens (max_new_tokens)",
+            ),
+            gr.Slider(0, max(2, heat), value=heat, step=0.05, label="Temperature, 0 is greedy"),
+        ]
 
 
 def temperature_of(settings: dict[str, Any]) -> float:
@@ -160,6 +224,7 @@ def serve(page: gr.Blocks, host: str, port: int, wait: bool = True) -> str:
 
 def answer_in_steps(
     session: Session,
+    talk: Talk | None,
     picture: Any,
     prompt: str,
     rule: str,
@@ -167,10 +232,11 @@ def answer_in_steps(
     steps: int,
     longest: int,
     temperature: float,
-) -> Iterator[tuple[str, Any]]:
-    """Answers and players as HTML, as the answer grows; what goes wrong is said in the answer's place."""
-    images = [] if picture is None else [picture.convert("RGB")]
-    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": prompt}]
+) -> Iterator[tuple[Any, ...]]:
+    """The talk, its chat, the question's box and the player as HTML, as the answer grows.
+
+    A new picture begins a new talk. What goes wrong is said in the answer's place.
+    """
     settings = {
         "remasking_strategy": rule,
         "confidence_threshold": threshold,
@@ -179,37 +245,77 @@ def answer_in_steps(
         "temperature": temperature,
         "do_sample": temperature > 0,
     }
+    shown = None if picture is None else picture.convert("RGB")
+    if talk is None or talk.picture != shown:
+        talk = Talk(Conversation(session), shown)
+        talk.begin()
+    elif session.is_example:  # which knows no second question
+        talk.begin()
+    talk.recording = None
     if not prompt.strip():
-        yield framed("", error="Ask something."), ""
+        yield talk, [*talk.turns, said("assistant", framed("", error="Ask something."))], gr.skip(), ""
         return
+    reply = said("assistant", framed(""))
+    talk.turns += [said("user", f'<div class="asked">{html.escape(prompt)}</div>'), reply]
+    yield talk, list(talk.turns), "", ""
     streamer = QueueStreamer()
     outcome: list[Any] = []
 
     def work() -> None:
         try:
-            messages = [{"role": "user", "content": content}]
-            outcome.append(session.ask(messages, streamer=streamer, output_history=True, **settings))
+            outcome.append(talk.conversation.ask(prompt, streamer=streamer, output_history=True, **settings))
         except Exception as error:  # shown on the page
             outcome.append(error)
         streamer.close()
 
     worker = threading.Thread(target=work, name="bard-vl answer", daemon=True)
     worker.start()
-    yield framed(""), ""
     try:
         while (state := streamer.latest()) is not None:
             finished, draft = state
             text = session.processor.decode(finished, skip_special_tokens=True)
-            yield framed(text, session.processor.decode_draft(draft)), gr.skip()
+            reply["content"] = gr.HTML(framed(text, session.processor.decode_draft(draft)))
+            yield gr.skip(), list(talk.turns), gr.skip(), gr.skip()
     finally:
         streamer.stopped.set()
         worker.join()
     (result,) = outcome
     if isinstance(result, Exception):
-        yield framed("", error=" ".join(str(result).split())), ""
+        reply["content"] = gr.HTML(framed("", error=" ".join(str(result).split())))
+        yield gr.skip(), list(talk.turns), gr.skip(), gr.skip()
         return
-    recording = Recording.of(result.output, session.processor, images=images, prompt=prompt, title=session.title)
-    yield framed(result.text, took=result.summary()), frame_of(recording)
+    images = [] if talk.picture is None else [talk.picture]
+    talk.recording = Recording.of(result.output, session.processor, images=images, prompt=prompt, title=session.title)
+    reply["content"] = gr.HTML(framed(result.text, took=result.summary()))
+    beside = replace(talk.recording, images=[])  # the page shows the picture already
+    yield gr.skip(), list(talk.turns), gr.skip(), frame_of(beside, PLAYER_HEIGHT)
+
+
+def files_of(talk: Talk | None) -> Iterator[tuple[Any, Any]]:
+    """The downloads of the last answer, a page and an animation; hidden if there is none."""
+    if talk is None or talk.recording is None:
+        yield hidden()
+        return
+    with tempfile.TemporaryDirectory() as folder:  # until gradio has copied the files
+        page, animation = Path(folder, "answer.html"), Path(folder, "answer.gif")
+        write_html(talk.recording, page)
+        write_gif(talk.recording, animation)
+        yield gr.DownloadButton(value=page, visible=True), gr.DownloadButton(value=animation, visible=True)
+
+
+def restarted() -> tuple[Any, ...]:
+    """What the page shows of a new conversation."""
+    return (None, [], gr.skip(), "", *hidden())
+
+
+def hidden() -> tuple[Any, Any]:
+    """Both downloads while there is nothing to download."""
+    return gr.DownloadButton(visible=False), gr.DownloadButton(visible=False)
+
+
+def said(role: str, content: str) -> Turn:
+    """A message of the chat, as HTML."""
+    return {"role": role, "content": gr.HTML(content)}
 
 
 def framed(text: str, draft: str = "", took: str = "", error: str = "") -> str:
