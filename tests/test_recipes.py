@@ -166,6 +166,9 @@ BAD_MERGES = {
     "optimizer": ({"optim": "adamw_tortoise"}, "adamw_tortoise"),
     "lora head": ({"use_lora": True, "lora_target_modules": ["lm_head"]}, "`lora_target_modules` names 'lm_head'"),
     "complement": ({"complementary_masks": True, "time_high": 0.9}, "must be 1, got 0.0 and 0.9"),
+    "drafts": ({"draft_share": 1.5}, "`draft_share` must lie between 0 and 1, got 1.5"),
+    "patience": ({"early_stopping_patience": 0}, "`early_stopping_patience` must be at least 1, got 0"),
+    "patience alone": ({"early_stopping_patience": 2}, "set `load_best_model_at_end: true`"),
     "padding": ({"padding_weight": -1.0}, "`padding_weight` must be at least 0, got -1.0"),
 }
 

@@ -33,6 +33,7 @@ from bard_vl.training.trainer import (
     model_inputs,
     padding_blocks,
 )
+from peft import PeftModel
 from safetensors.torch import load_file
 from training_cases import MASK, bard_folder, chats_file, history, losses, qwen_folder, settings, write_recipe
 from transformers import TrainerCallback
@@ -529,6 +530,11 @@ def test_merged_adapters_are_a_whole_checkpoint(tmp_path):
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     adapted = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert changed == {name for name in after if name.split(".")[-2] in adapted}
+    kept = PeftModel.from_pretrained(
+        BardVLForConditionalGeneration.from_pretrained(bard_folder()), run / "block-4/adapter"
+    )
+    for name, value in kept.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(value, after.get(name, value))
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
@@ -548,6 +554,28 @@ def test_evaluation_repeats_and_leaves_training_alone(tmp_path):
         assert again[name] == last[name]
     assert last["eval_samples"] == 5
     assert last["eval_tokens_per_forward"] > 0
+
+
+def test_the_best_checkpoint_is_the_finished_stage_and_a_stage_that_gets_worse_ends(tmp_path):
+    best = {"load_best_model_at_end": True, "early_stopping_patience": 2, "save_steps": 1, "save_total_limit": 1}
+    held_out = {"eval_data": str(chats_file(5)), "eval_strategy": "steps", "eval_steps": 1}
+    worse = {"max_steps": 12, "lr_scheduler_type": "constant", "learning_rate": 0.05}
+    run = train(tmp_path / "run", **worse, **held_out, **best)
+    state = json.loads((run / "block-4" / "trainer_state.json").read_text())
+    found = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    number = min(range(len(found)), key=found.__getitem__) + 1
+    assert number == state["best_global_step"] == len(found) - 2 < 10
+    shorter = train(tmp_path / "shorter", **{**worse, "max_steps": number})
+    after, expected = weights(run / "block-4"), weights(shorter / "block-4")
+    assert all(torch.equal(value, expected[name]) for name, value in after.items())
+    interrupted = {**worse, **held_out, **best}
+    stopped = trainer_for(tmp_path / "stopped", **interrupted)
+    stopped.add_callback(StopAt(len(found)))  # one evaluation after the best one was counted before
+    with pytest.raises(InterruptedError):
+        stopped.train()
+    resumed = trainer_for(tmp_path / "stopped", **interrupted)
+    resumed.train(resume_from_checkpoint=str(complete_checkpoints(tmp_path / "stopped")[-1]))
+    assert [entry["eval_loss"] for entry in resumed.state.log_history if "eval_loss" in entry] == found
 
 
 def test_decoding_has_the_precision_of_training(tmp_path):

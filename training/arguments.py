@@ -24,7 +24,6 @@ UNUSED = {
     "auto_find_batch_size": "a step's samples are part of what makes a run repeatable",
     "push_to_hub": "upload a finished stage with `hf upload`",
     "resume_from_checkpoint": "the same command goes on by itself",
-    "load_best_model_at_end": "a stage ends with its last step",
     "use_liger_kernel": "the loss is computed in chunks already",
     "neftune_noise_alpha": "the noise is that of block diffusion",
     "torch_compile": "attention is compiled already, and no stage of a compiled model was ever written",
@@ -44,7 +43,7 @@ NEUTRAL = (
     *("output_dir", "overwrite_output_dir", "run_name", "project", "report_to", "resume_from_checkpoint", "do_*"),
     *("log_*", "logging_*", "save_*", "eval_*", "include_*", "trackio_*", "hub_*", "push_to_hub*", "disable_tqdm"),
     *("debug", "skip_memory_metrics", "prediction_loss_only", "batch_eval_metrics", "*_full_eval", "label_names"),
-    *("metric_for_best_model", "greater_is_better", "load_best_model_at_end", "past_index", "jit_mode_eval"),
+    *("past_index", "jit_mode_eval"),
     *("per_device_*", "per_gpu_*", "gradient_accumulation_steps", "average_tokens_across_devices", "local_rank"),
     *("use_cpu", "no_cuda", "use_mps_device", "_n_gpu", "tpu_*", "mp_parameters", "ray_scope", "parallelism_config"),
     *("accelerator_config", "dataloader_*", "ddp_*", "fsdp*", "deepspeed", "torch_empty_cache_steps", "use_cache"),
@@ -213,6 +212,9 @@ class BlockDiffusionArguments(TrainingArguments):
     min_learning_rate: float | None = option(
         None, "floor of the cosine, the same for every group; a group whose rate is below it stays at its rate"
     )
+    early_stopping_patience: int | None = option(
+        None, "evaluations in a row without a better `metric_for_best_model` after which a stage ends"
+    )
     decode_samples: int = option(0, "held-out chats whose last answer is decoded at every evaluation", decides=False)
     decode_max_new_tokens: int = option(256, "longest decoded answer", decides=False)
     decode_confidence_threshold: float | None = option(
@@ -233,6 +235,8 @@ class BlockDiffusionArguments(TrainingArguments):
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        if self.early_stopping_patience is not None:
+            self.restore_callback_states_from_checkpoint = True  # an interrupted stage goes on counting
         super().__post_init__()
 
     def check(self) -> None:
@@ -270,6 +274,12 @@ class BlockDiffusionArguments(TrainingArguments):
             f"`padding_weight` must be at least 0, got {self.padding_weight}",
         )
         require(self.visible_weight >= 0, f"`visible_weight` must be at least 0, got {self.visible_weight}")
+        patience = self.early_stopping_patience
+        require(patience is None or patience >= 1, f"`early_stopping_patience` must be at least 1, got {patience}")
+        require(
+            patience is None or self.load_best_model_at_end,
+            "`early_stopping_patience` ends a stage with its best checkpoint: set `load_best_model_at_end: true`",
+        )
         require(self.decode_samples >= 0, f"`decode_samples` must be at least 0, got {self.decode_samples}")
 
     def check_warmup(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 from datasets.fingerprint import Hasher
-from transformers import set_seed
+from transformers import EarlyStoppingCallback, set_seed
 from transformers.integrations import deepspeed as deepspeed_integration
 
 from ..configuration_bard_vl import BardVLConfig
@@ -47,6 +47,7 @@ from .data import ChatSamples, PackingCollator, limit_pixels, media_folder_of, o
 from .trainer import BlockDiffusionTrainer, Teacher, group_of
 
 CODE_FOLDER = Path(__file__).resolve().parents[1]
+ADAPTER = "adapter"  # in a finished stage, the adapters alone; the stage's own weights have them merged in
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -260,6 +261,7 @@ def build_trainer(run: Run, stage: Stage, args: BlockDiffusionArguments) -> Bloc
         eval_dataset=held_out,
         data_collator=PackingCollator(encoder, trains_vision or shards_weights(args), run.data.pad_to_multiple_of),
         teacher=load_teacher(run, stage) if stage.distillation else None,
+        callbacks=[] if args.early_stopping_patience is None else [EarlyStoppingCallback(args.early_stopping_patience)],
     )
 
 
@@ -453,9 +455,12 @@ def finish(trainer: BlockDiffusionTrainer, run: Run, stage: Stage) -> None:
     if run.args.should_save:
         partial = stage.output.with_name(f".{stage.output.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        if run.model.use_lora:
-            state = trainer.accelerator.unwrap_model(trainer.model_wrapped).merge_and_unload().state_dict()
+        trainer.state.best_model_checkpoint = None  # a folder that goes now
         with writing(partial):
+            if run.model.use_lora:
+                adapted = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+                adapted.save_pretrained(partial / ADAPTER)
+                state = adapted.merge_and_unload().state_dict()
             write_checkpoint(trainer.mask_token_id, state, trainer.processing_class, run, stage, partial)
             trainer.state.save_to_json(str(partial / "trainer_state.json"))
             sync()

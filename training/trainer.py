@@ -581,7 +581,8 @@ class BlockDiffusionTrainer(Trainer):
             with writing(folder):
                 mark_complete(folder, self.state.global_step)
             kept = complete_checkpoints(Path(self.args.output_dir))
-            for old in kept[: -limit if limit else 0]:
+            best = Path(self.state.best_model_checkpoint or "").name if self.args.load_best_model_at_end else ""
+            for old in [each for each in kept[: -limit if limit else 0] if each.name != best]:
                 (old / COMPLETE).unlink()
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
