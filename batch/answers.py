@@ -158,7 +158,8 @@ class Answers:
             ValueError: answers have got lost meanwhile.
         """
         self.flush()
-        places, found = self.parts(), {}
+        places = self.parts()
+        found: dict[int, tuple[int, int, int, bool]] = {}
         for number, place in enumerate(places):
             start = 0
             for line, record in whole_lines(place):

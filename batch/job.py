@@ -143,6 +143,7 @@ def answer_all(
         )
     )
     try:
+        batch: Any
         for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield batch["line"].to_pylist(), sum(batch["tokens"].to_pylist()), sum(batch["is_error"].to_pylist())
     except ray.exceptions.RayError as error:

@@ -34,6 +34,7 @@ class Recipe:
         gpus: of a worker.
         engine: a key of `ENGINES`.
         structured: the form of every answer, as for `generate`.
+        vllm: further arguments of vLLM's `LLM`.
     """
 
     model: str | None
@@ -44,10 +45,11 @@ class Recipe:
     gpus: int = 0
     engine: str = "generate"
     structured: Record | None = None
+    vllm: Record = field(default_factory=dict)
 
     @property
     def identity(self) -> Record:
-        """What makes its answers, as JSON can have it; on which device they are made is no part of it."""
+        """What makes its answers, as JSON can have it; the device, and how vLLM uses it, are no part of it."""
         told = {"model": self.model, "seed": self.seed, "engine": self.engine, "structured": self.structured}
         told |= {**self.where, **self.settings}
         return {name: value for name, value in told.items() if value is not None and name != "device"}
@@ -189,14 +191,14 @@ class VllmWorker(Worker):
 
         where, block_size = self.recipe.where, self.recipe.settings.get("block_size")
         pixels = {name: where[name] for name in ("min_pixels", "max_pixels") if where.get(name)}
-        return LLM(
-            self.session.name,
-            revision=where.get("revision"),
-            dtype=where.get("dtype") or "auto",
-            hf_overrides={"block_size": block_size} if block_size else {},
-            mm_processor_kwargs=pixels or None,
-            tensor_parallel_size=max(self.recipe.gpus, 1),
-        )
+        stated: Record = {
+            "revision": where.get("revision"),
+            "dtype": where.get("dtype") or "auto",
+            "hf_overrides": {"block_size": block_size} if block_size else {},
+            "mm_processor_kwargs": pixels or None,
+            "tensor_parallel_size": max(self.recipe.gpus, 1),
+        }
+        return LLM(self.session.name, **{**stated, **self.recipe.vllm})
 
     def load(self) -> None:
         """Start vLLM."""

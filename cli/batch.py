@@ -1,6 +1,7 @@
 """`bard-vl batch`: many questions about pictures, by as many workers as there are GPUs."""
 
 import importlib.util
+import json
 from enum import Enum
 from typing import Annotated, Any
 
@@ -83,6 +84,15 @@ def batch(
     engine: Annotated[
         Engine, typer.Option(help="What decodes: this package, or vLLM.", rich_help_panel=WORK)
     ] = Engine.generate,
+    vllm: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--vllm",
+            metavar="NAME=VALUE",
+            help="An argument of vLLM's LLM, for instance max_model_len=8192. Repeatable.",
+            rich_help_panel=WORK,
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(min=1, help="Requests decoded together. Default: 8, with vLLM 256.", rich_help_panel=WORK),
@@ -114,8 +124,11 @@ def batch(
     if importlib.util.find_spec("ray") is None:
         raise Misuse('batches need Ray: pip install "bard-vl[batch]"')
     named, structured = read_columns(columns or []), read_form(choices, regex, json_schema, template, slots)
+    arguments = dict(read_argument(text) for text in vllm or [])
     if engine is Engine.vllm:
         check_vllm(options, structured)
+    elif vllm:
+        raise Misuse("--vllm goes with --engine vllm")
     session = open_session(options)
     if not quiet:
         print_notices(session)
@@ -139,6 +152,7 @@ def batch(
         gpus=int(session.device.type == "cuda"),
         engine=engine.value,
         structured=structured,
+        vllm=arguments,
     )
     plan = Plan(batch_size or (8 if engine is Engine.generate else 256), workers, ray_address)
     code = run_batch(pieces, output, recipe, plan, retry_errors, quiet)
@@ -164,6 +178,17 @@ def check_vllm(options: dict[str, Any], structured: Any) -> None:
     for name in ("quantize", "device_map"):
         if options[name] is not None:
             raise Misuse(f"--{name.replace('_', '-')} is not for --engine vllm")
+
+
+def read_argument(text: str) -> tuple[str, Any]:
+    """The name and the value of an argument, which is JSON or else a text; `Misuse` if it has no name."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise Misuse(f"--vllm takes NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def read_columns(texts: list[str]) -> dict[str, str]:

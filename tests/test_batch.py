@@ -632,6 +632,8 @@ def test_a_folder_must_have_one_kind_of_file(tmp_path: Path, names: list[str], s
         ("questions.jsonl pictures", 1, "pictures is a folder of something else"),
         ("questions.jsonl out.jsonl --workers 2 --engine other", 2, "--engine"),
         ("questions.jsonl out.jsonl --choices a|b --engine vllm", 2, "of a given form are not for --engine vllm"),
+        ("questions.jsonl out.jsonl --vllm max_model_len --engine vllm", 2, "--vllm takes NAME=VALUE"),
+        ("questions.jsonl out.jsonl --vllm max_model_len=9", 2, "--vllm goes with --engine vllm"),
         ("questions.jsonl out.jsonl --quantize int8 --engine vllm", 2, "--quantize is not for --engine vllm"),
     ],
 )
@@ -673,6 +675,11 @@ def test_every_setting_of_run_reaches_the_workers(room: Path, tmp_path: Path, mo
     assert recipe.asking.prompt == "Describe the picture."
     assert recipe.structured == {"choices": ["red", "blue"]}
     assert plan == job.Plan(batch_size=5, num_workers=2, address="auto")
+    given.clear()
+    line = "--engine vllm --vllm max_model_len=512 --vllm kv_cache_dtype=fp8"
+    assert main(["batch", str(room / "pictures"), str(tmp_path), "--model", str(room / "bard"), *line.split()]) == 0
+    assert (given[2].engine, given[2].vllm) == ("vllm", {"max_model_len": 512, "kv_cache_dtype": "fp8"})
+    assert given[3].batch_size == 256
 
 
 # Workers -------------------------------------------------------------------------------------------------------------
