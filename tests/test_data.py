@@ -25,7 +25,7 @@ import tiny
 from bard_vl import BardVLConfig, BardVLForConditionalGeneration, BardVLProcessor
 from bard_vl.training import data
 from bard_vl.training.chats import Broken, ChatEncoder, ChatLimits
-from bard_vl.training.data import ChatSamples, PackingCollator, limit_pixels, open_chats, stream_chats
+from bard_vl.training.data import ChatSamples, Mixture, PackingCollator, limit_pixels, open_chats, stream_chats
 from bard_vl.training.packing import Sample, packed_length
 from datasets.distributed import split_dataset_by_node
 
@@ -753,3 +753,20 @@ def test_a_stream_goes_on_past_broken_chats(encoder: ChatEncoder, tmp_path: Path
 def test_an_encoder_that_has_been_used_can_be_pickled(encoder: ChatEncoder) -> None:
     sample = encoded(encoder, TWO_TURNS)
     assert_same(encoded(pickle.loads(pickle.dumps(encoder)), TWO_TURNS), sample)
+
+
+def test_sources_are_mixed_by_their_weights(tmp_path: Path, encoder: ChatEncoder) -> None:
+    sources = [ChatSamples(mapped([chat(*ANSWERED)] * size), encoder) for size in (3, 4, 8)]
+    mixture = Mixture(sources, [1, 2.5, 0.25], seed=5)
+    counts = Counter(mixture.indices)
+    assert len(mixture) == 3 + (8 + 2) + 2
+    assert [counts[0, number] for number in range(3)] == [1, 1, 1]
+    assert sorted(counts[1, number] for number in range(4)) == [2, 2, 3, 3]
+    assert sorted(counts[2, number] for number in range(8)) == [0] * 6 + [1] * 2
+    ids = {mixture[entry].sample_id: mixture.indices[entry] for entry in range(len(mixture))}
+    assert ids.keys() <= {*range(15)}
+    assert len({*ids.values()}) == len(ids) == 3 + 4 + 2
+    assert mixture.lengths == [mixture.sources[place].lengths[number] for place, number in mixture.indices]
+    assert Mixture(sources, [1, 2.5, 0.25], seed=5).indices == mixture.indices
+    with pytest.raises(ValueError, match=r"0.1 leaves nothing of the 3 chats of source 0"):
+        Mixture(sources, [0.1, 1, 1], seed=5)

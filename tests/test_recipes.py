@@ -109,6 +109,7 @@ def test_recipes_of_the_package_go_by_name(tmp_path):
         parse_recipe(merge_blocks.RECIPE, ["--recipe", "lore", *flags])
 
 
+@pytest.mark.process
 def test_a_warm_up_without_an_end_is_told_before_weights_are_read(tmp_path, monkeypatch):
     flags = {**TINY, "model_name_or_path": str(bard_folder()), "output_dir": tmp_path / "run", "use_lora": "false"}
     flags |= {"max_steps": "-1", "num_train_epochs": "1", "warmup_steps": "500"}
@@ -166,6 +167,9 @@ BAD_MERGES = {
     "optimizer": ({"optim": "adamw_tortoise"}, "adamw_tortoise"),
     "lora head": ({"use_lora": True, "lora_target_modules": ["lm_head"]}, "`lora_target_modules` names 'lm_head'"),
     "complement": ({"complementary_masks": True, "time_high": 0.9}, "must be 1, got 0.0 and 0.9"),
+    "weights": ({"train_data": ["a", "b"], "train_weights": [1.0]}, "`train_weights` has 1 numbers for 2 sources"),
+    "weight": ({"train_weights": [0.0]}, "`train_weights` must be positive, got 0.0"),
+    "streams": ({"train_data": ["a", "b"], "streaming": True, "max_steps": 1}, "`streaming` reads one source"),
     "drafts": ({"draft_share": 1.5}, "`draft_share` must lie between 0 and 1, got 1.5"),
     "patience": ({"early_stopping_patience": 0}, "`early_stopping_patience` must be at least 1, got 0"),
     "patience alone": ({"early_stopping_patience": 2}, "set `load_best_model_at_end: true`"),
@@ -301,11 +305,11 @@ def test_commands_of_the_manual_parse(command):
         other, *flags = flags
         words = [*(str(RECIPES.parents[1] / each) for each in (recipe, other)), *flags, "--use_cpu", "true"]
         merging, _, distilling, _ = merge_and_distill.parse(words)
-        assert merging.data.train_data == distilling.data.train_data == flags[flags.index("--train_data") + 1]
+        assert merging.data.train_data == distilling.data.train_data == [flags[flags.index("--train_data") + 1]]
         return
     module = {"bard_vl.training.merge_blocks": merge_blocks, "bard_vl.training.distill": distill}[name]
     parsed = parse_recipe(module.RECIPE, [str(RECIPES.parents[1] / recipe), *flags, "--use_cpu", "true"])
-    assert parsed[1].train_data == flags[flags.index("--train_data") + 1]
+    assert parsed[1].train_data == [flags[flags.index("--train_data") + 1]]
 
 
 def test_the_command_to_try_first_trains_the_small_checkpoint(tmp_path, monkeypatch):

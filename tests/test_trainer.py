@@ -537,6 +537,15 @@ def test_merged_adapters_are_a_whole_checkpoint(tmp_path):
         torch.testing.assert_close(value, after.get(name, value))
 
 
+def test_sources_in_folders_of_their_own_train_together(tmp_path):
+    folders = [shutil.copytree(chats_file().parent, tmp_path / name) for name in ("first", "second")]
+    sources = [str(folder / "chats.jsonl") for folder in folders]
+    run = train(tmp_path / "run", max_steps=7, train_data=sources, train_weights=[2, 0.5])
+    counted = [entry["samples"] for entry in history(run / "block-4") if "samples" in entry]
+    assert sum(counted) == 7 * 4
+    assert sum(entry["broken_samples"] for entry in history(run / "block-4") if "loss" in entry) == 0
+
+
 # --- Evaluation -------------------------------------------------------------------------------------------------------
 
 

@@ -120,8 +120,13 @@ class ModelArguments:
 class DataArguments:
     """Which chats a run trains on."""
 
-    train_data: str | None = option(
-        None, "chats: a JSONL or parquet file, a folder of them, or a data set by path or name"
+    train_data: list[str] | None = field(
+        default=None,
+        metadata={"help": "chats: a JSONL or parquet file, a folder of them, a data set by path or name, or several"},
+    )
+    train_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "times that each chat comes in an epoch, for each source of `train_data` (unset: once)"},
     )
     train_split: str = option("train", "split of a data set to train on")
     eval_data: str | None = option(None, "held-out chats, in the same forms", decides=False)
@@ -147,7 +152,19 @@ class DataArguments:
 
     def check(self) -> None:
         """Raise `RecipeError` for invalid settings."""
-        require(self.train_data is not None, "`train_data` is missing: name the chats to train on")
+        require(bool(self.train_data), "`train_data` is missing: name the chats to train on")
+        assert self.train_data is not None
+        require(
+            not self.streaming or (len(self.train_data) == 1 and self.train_weights is None),
+            f"`streaming` reads one source without a weight, got {len(self.train_data)} in `train_data`",
+        )
+        if self.train_weights is not None:
+            require(
+                len(self.train_weights) == len(self.train_data),
+                f"`train_weights` has {len(self.train_weights)} numbers for {len(self.train_data)} sources",
+            )
+            low = min(self.train_weights)
+            require(low > 0 and math.isfinite(sum(self.train_weights)), f"`train_weights` must be positive, got {low}")
         low, high = self.min_pixels, self.max_pixels
         require(low is None or high is None or low <= high, f"`min_pixels` {low} is above `max_pixels` {high}")
         for name in ("max_length", "pad_to_multiple_of", "max_eval_samples"):

@@ -11,10 +11,10 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import accumulate, chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +218,55 @@ class ChatSamples(torch.utils.data.Dataset):
         """A sample, or why there is none after all: some faults show only when pixels are decoded."""
         index = self.indices[number]
         return self.encoder.encode(self.chats[index], index)
+
+
+class Mixture(torch.utils.data.Dataset):
+    """Several sources as one data set, with the chats of each as often as its weight says.
+
+    A weight of 2 takes every chat twice, 0.25 a quarter of them, which the seed chooses; 1.5 each once, and half again.
+
+    Attributes:
+        indices: (source, number in it) of every entry; entries of one chat share its `sample_id`.
+        lengths: columns that each takes in a packed row.
+
+    Args:
+        sources: with encoders of their own, since relative paths of pictures start at each one's folder.
+        weights: positive, one for each source.
+        seed: of the choice.
+
+    Raises:
+        ValueError: a weight leaves nothing of a source.
+    """
+
+    def __init__(self, sources: Sequence[ChatSamples], weights: Sequence[float], seed: int):
+        self.sources = sources
+        # A sample's noise depends on its id: sources must not share one.
+        self.first_ids = [0, *accumulate(len(source.chats) for source in sources)]
+        self.indices = [(place, number) for place, number in enumerate_shares(map(len, sources), weights, seed)]
+        self.lengths = [sources[place].lengths[number] for place, number in self.indices]
+
+    def __len__(self) -> int:
+        """Entries of an epoch."""
+        return len(self.indices)
+
+    def __getitem__(self, entry: int) -> Sample | Broken:
+        """A sample, or why there is none after all."""
+        place, number = self.indices[entry]
+        found = self.sources[place][number]
+        return replace(found, sample_id=self.first_ids[place] + self.sources[place].indices[number])
+
+
+def enumerate_shares(sizes: Iterable[int], weights: Sequence[float], seed: int) -> Iterator[tuple[int, int]]:
+    """(source, number) of the chats of an epoch, each source's as often as its weight says."""
+    for place, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+        whole = int(weight)
+        part = round((weight - whole) * size)
+        if not whole and not part:
+            raise ValueError(
+                f"a weight of {weight:g} leaves nothing of the {size} chats of source {place} (of 0, 1, ...)"
+            )
+        chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:part].sort().values
+        yield from ((place, number) for number in chain(*repeat(range(size), whole), chosen.tolist()))
 
 
 def measuring_key(encoder: ChatEncoder) -> str:

@@ -43,7 +43,7 @@ from .arguments import (
 from .chats import ChatEncoder, ChatLimits
 from .checkpoints import GOES_ON, complete_checkpoints, damage, read_json, reading, sync, writing
 from .cost import Cost
-from .data import ChatSamples, PackingCollator, limit_pixels, media_folder_of, open_chats, stream_chats
+from .data import ChatSamples, Mixture, PackingCollator, limit_pixels, media_folder_of, open_chats, stream_chats
 from .trainer import BlockDiffusionTrainer, Teacher, group_of
 
 CODE_FOLDER = Path(__file__).resolve().parents[1]
@@ -149,7 +149,8 @@ def check_inputs(run: Run, job: Conversion, block_size: int) -> None:
     require(not (run.args.fill_rows and data.streaming), "`fill_rows` needs measured chats: leave `streaming` out")
     with one_line():
         limits(run, block_size)
-        open_chats(str(data.train_data), data.train_split, data.streaming, data.data_name)
+        for source in data.train_data or ():
+            open_chats(source, data.train_split, data.streaming, data.data_name)
         if data.eval_data is not None:
             open_chats(data.eval_data, data.eval_split, False, data.data_name)
     if not job.is_bard:
@@ -272,23 +273,33 @@ def load_data(
     data = run.data
     resized = limit_pixels(processor, data.min_pixels, data.max_pixels)
 
-    def encoder(source: str | None) -> ChatEncoder:
-        return ChatEncoder(
-            resized, config, limits(run, stage.block_size), data.media_folder or media_folder_of(str(source))
-        )
+    def encoder(source: str) -> ChatEncoder:
+        return ChatEncoder(resized, config, limits(run, stage.block_size), data.media_folder or media_folder_of(source))
 
     held_out = None
+    sources = data.train_data or []
     with args.main_process_first(desc="measuring chats"):
-        chats = open_chats(str(data.train_data), data.train_split, data.streaming, data.data_name)
+        chats = [open_chats(source, data.train_split, data.streaming, data.data_name) for source in sources]
         if data.streaming:
-            train = stream_chats(chats, encoder(data.train_data), args.seed, data.shuffle_buffer)
+            train = stream_chats(chats[0], encoder(sources[0]), args.seed, data.shuffle_buffer)
         else:
-            train = ChatSamples(chats, encoder(data.train_data), data.measuring_processes)
+            measured = [
+                ChatSamples(each, encoder(source), data.measuring_processes)
+                for each, source in zip(chats, sources, strict=True)
+            ]
+            train = mixed(measured, data.train_weights, run.args.seed)
         if data.eval_data is not None:
             chats = open_chats(data.eval_data, data.eval_split, False, data.data_name)
             chats = chats.select(range(min(data.max_eval_samples, len(chats))))
             held_out = ChatSamples(chats, encoder(data.eval_data), data.measuring_processes)
-    return train, held_out, encoder(data.train_data)
+    return train, held_out, encoder(sources[0])
+
+
+def mixed(sources: list[ChatSamples], weights: list[float] | None, seed: int) -> ChatSamples | Mixture:
+    """One data set of them: the only one itself if it has no weight."""
+    if weights is None and len(sources) == 1:
+        return sources[0]
+    return Mixture(sources, weights or [1.0] * len(sources), seed)
 
 
 def student_config(run: Run, stage: Stage) -> BardVLConfig:
@@ -413,7 +424,7 @@ def decisive_data(trainer: BlockDiffusionTrainer) -> dict[str, Any]:
     """What a stage's result depends on and its data say: how many steps, and which chats of which lengths."""
     chats = trainer.train_dataset
     found = {"optimizer steps": trainer.args.max_steps}
-    if isinstance(chats, ChatSamples):
+    if not isinstance(chats, torch.utils.data.IterableDataset):
         found["usable chats"] = f"{len(chats)}, {Hasher.hash([chats.indices, chats.lengths])}"
     return found
 
