@@ -37,10 +37,13 @@ def pytest_sessionfinish() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2 --dist loadgroup` one worker sets up what a file's processes share; single tests fill the gaps."""
+    """With `-n 2 --dist loadgroup` one worker sets up what a file's processes share; single tests fill the gaps.
+
+    Files that share the servers of `fresh.call` name a common group.
+    """
     for item in items:
-        if item.get_closest_marker("process"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if marker := item.get_closest_marker("process"):
+            item.add_marker(pytest.mark.xdist_group(marker.kwargs.get("group", item.path.stem)))
 
 
 STARTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.spawn")

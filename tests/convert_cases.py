@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -60,26 +61,32 @@ def command(source: Path | str, output: Path, *options: str) -> list[str]:
     return [*line, *options]
 
 
-def run_script(
-    source: Path | str, output: Path, *options: str, **environment: str
-) -> "subprocess.CompletedProcess[str]":
+def run_script(source: Path | str, output: Path, *options: str) -> "subprocess.CompletedProcess[str]":
     """Run the script to its end."""
-    variables = {**os.environ, **environment}
-    return subprocess.run(command(source, output, *options), capture_output=True, text=True, env=variables, timeout=120)
+    return subprocess.run(command(source, output, *options), capture_output=True, text=True, timeout=120)
 
 
-def start(source: Path | str, output: Path, *options: str, errors: Path = Path(os.devnull)) -> BaseProcess:
-    """Start the script's `main` in a process of its own, a fork, which need not import torch first."""
+def start(
+    source: Path | str, output: Path, *options: str, errors: Path = Path(os.devnull), limit: int | None = None
+) -> BaseProcess:
+    """Start the script's `main` in a process of its own, a fork, which need not import torch first.
+
+    `limit` bounds the bytes of a file that it may write.
+    """
     process = multiprocessing.get_context("fork").Process(
-        target=_main, args=(command(source, output, *options)[2:], errors)
+        target=_main, args=(command(source, output, *options)[2:], errors, limit)
     )
     process.start()
     return process
 
 
-def _main(arguments: list[str], errors: Path) -> None:
-    with errors.open("w") as sys.stderr:
-        sys.exit(converter.main(arguments))
+def _main(arguments: list[str], errors: Path, limit: int | None) -> None:
+    usual, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with errors.open("w") as sys.stderr:  # written when it is closed, without the limit
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit or usual, hard))
+        code = converter.main(arguments)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (usual, hard))
+    sys.exit(code)
 
 
 def read_json(path: Path) -> Any:

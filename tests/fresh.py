@@ -1,10 +1,20 @@
-"""Fresh Python processes for tests of remote code, which must see neither the installed package nor its caches."""
+"""Other Python processes for tests of remote code, which must see neither the installed package nor its caches.
 
+`python` starts one. `call` forks one from a `Server`, which has imported torch and transformers: that takes longer than
+most of what is called.
+"""
+
+import atexit
+import gc
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import traceback
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +30,96 @@ def line_name(line: str) -> str:
 
 
 def call(function: str, *arguments: Any, home: Path, line: str = "", package: bool = False, **variables: str) -> Any:
-    """Call `module.function` of this folder in a new process, offline, and return its result by way of JSON.
+    """Call `module.function` of this folder in another process, offline, and return its result by way of JSON.
 
     `home` is its Hugging Face home and working directory, `line` the folder of another transformers. Without `package`
     an import of `bard_vl` fails there.
     """
-    module = function.rpartition(".")[0]
-    block = "" if package else "sys.modules['bard_vl'] = None; "
-    code = f"import json, sys; {block}import {module}; print(json.dumps({function}(*json.loads(sys.argv[1]))))"
-    return json.loads(
-        python("-c", code, json.dumps(arguments, default=str), home=home, line=line, **variables).splitlines()[-1]
-    )
+    home.mkdir(parents=True, exist_ok=True)
+    request = {"function": function, "arguments": arguments, "home": home, "package": package}
+    return server(line, **variables).call(request)
+
+
+@cache
+def server(line: str, **variables: str) -> "Server":
+    return Server(line, **variables)
+
+
+class Server:
+    """A process on one line of transformers that forks a child for every call, as a new process but for its imports.
+
+    Libraries read the environment when they are imported, so servers with different variables are different ones. The
+    Hugging Face home is the exception: it is the folder `.`, where each child works. A server imports nothing of
+    this repository but this file, and ends when its standard input does.
+    """
+
+    def __init__(self, line: str, **variables: str):
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [sys.executable, "-c", "import fresh; fresh.serve()"]
+        self.process = subprocess.Popen(command, env=environment(".", line, **variables), **pipes)
+        atexit.register(self.process.communicate)
+
+    def call(self, request: dict[str, Any]) -> Any:
+        assert self.process.stdin
+        assert self.process.stdout
+        print(json.dumps(request, default=str), file=self.process.stdin, flush=True)
+        code, output, errors = json.loads(self.process.stdout.readline())
+        assert code == 0, output + errors
+        return json.loads(output.splitlines()[-1])
+
+
+def serve() -> None:
+    """What a server runs: one request a line, one reply a line."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no reply
+    for name in ("modeling_qwen3_vl", "processing_qwen3_vl", "video_processing_qwen3_vl"):
+        importlib.import_module(f"transformers.models.qwen3_vl.{name}")
+    importlib.import_module("transformers.pipelines")
+    gc.collect()
+    gc.freeze()  # or a child's first round would copy the pages of all that was imported
+    for line in sys.stdin:
+        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+            child = os.fork()
+            if child == 0:
+                os.dup2(output.fileno(), 1)
+                os.dup2(errors.fileno(), 2)
+                answer(json.loads(line))
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            texts = [file.seek(0) or file.read().decode("utf-8", "replace") for file in (output, errors)]
+        print(json.dumps([code, *texts]), file=replies, flush=True)
+
+
+def answer(request: dict[str, Any]) -> None:
+    """Call the function, print its result and end this process."""
+    code = 1
+    try:
+        os.chdir(request["home"])
+        if not request["package"]:
+            sys.modules["bard_vl"] = None  # type: ignore[assignment]
+        module, _, name = request["function"].rpartition(".")
+        result = getattr(importlib.import_module(module), name)(*request["arguments"])
+        print(json.dumps(result), flush=True)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def python(*command: Any, home: Path, line: str = "", cwd: Path | None = None, **variables: str) -> str:
     """Run the interpreter with its own Hugging Face home, offline; its standard output."""
     home.mkdir(parents=True, exist_ok=True)
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    path = os.pathsep.join(filter(None, [line, str(TESTS), os.environ.get("PYTHONPATH", "")]))
-    environment = {**inherited, "PYTHONPATH": path, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", **variables}
-    arguments = [sys.executable, *map(str, command)]
-    done = subprocess.run(arguments, env=environment, cwd=cwd or home, capture_output=True, text=True)
+    arguments, variables = [sys.executable, *map(str, command)], environment(home, line, **variables)
+    done = subprocess.run(arguments, env=variables, cwd=cwd or home, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def environment(home: Path | str, line: str, **variables: str) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    path = os.pathsep.join(filter(None, [line, str(TESTS), os.environ.get("PYTHONPATH", "")]))
+    return {**inherited, "PYTHONPATH": path, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", **variables}
 
 
 def convert(source: Path, output: Path, *options: Any) -> Path:

@@ -1,8 +1,9 @@
 """Files of a training run that are damaged, and a disk that is full: named in one line, and what is whole is used."""
 
+import multiprocessing
 import os
+import resource
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -99,24 +100,28 @@ def test_damaged_settings_of_a_run_are_named(tmp_path, content, capsys, stopped)
     assert "settings.json" in last
 
 
+def train_with_full_disk(recipe: Path, limit: int) -> None:
+    """A process in which no file can be longer than a limit, and so cannot be written to its end."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.exit(merge_blocks.main([str(recipe)]))
+
+
 @pytest.mark.process
-def test_a_full_disk_ends_training_in_one_line_and_keeps_what_was_whole(tmp_path, stopped):
+def test_a_full_disk_ends_training_in_one_line_and_keeps_what_was_whole(tmp_path, stopped, capfd):
     output = tmp_path / "run"
     recipe = write_recipe(tmp_path / "run.yaml", settings(output))
     sizes = {path.name: path.stat().st_size for path in (stopped / "runs/block-4/checkpoint-4").iterdir()}
     name = "checkpoint-2"
     for limit in (sizes["optimizer.pt"] - 999, sizes["model.safetensors"] // 2):
-        code = (
-            "import resource, signal, sys, bard_vl.training.merge_blocks as m; "
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.exit(m.main(sys.argv[1:]))"
-        )
-        done = subprocess.run([sys.executable, "-c", code, str(recipe)], capture_output=True, text=True)
-        assert done.returncode == 1, done.stderr
-        last = done.stderr.splitlines()[-1]
+        process = multiprocessing.get_context("fork").Process(target=train_with_full_disk, args=(recipe, limit))
+        process.start()
+        process.join(900)
+        said = capfd.readouterr().err
+        assert process.exitcode == 1, said
+        last = said.splitlines()[-1]
         assert last.startswith(f"error: {output}/runs/block-4/{name} cannot be written: ")
         assert last.endswith("; the same command goes on from the last checkpoint")
-        assert "Traceback" not in done.stderr
+        assert "Traceback" not in said
         assert not (output / "runs/block-4" / name).exists()
     assert merge_blocks.main([str(recipe)]) == 0
     assert len(losses(output / "block-4")) == 4

@@ -498,8 +498,13 @@ def test_script_reports_and_shows_a_bar(tmp_path: Path) -> None:
     assert f"block size 8, mask token {MASK}, changed rows: row {MASK} of {EMBEDDING}" in result.stdout
     assert "verifying: 100%" in result.stderr
     assert cases.read_json(tmp_path / "new" / "out" / "config.json")["block_size"] == 8
-    quiet = cases.run_script(source, tmp_path / "quiet", "--quiet")
-    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+
+
+def test_the_script_can_be_quiet(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    source = cases.write_source(tmp_path / "source")
+    capfd.readouterr()  # of writing it
+    assert converter.main(cases.command(source, tmp_path / "quiet", "--quiet")[2:]) == 0
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.process
@@ -547,34 +552,33 @@ def test_conversion_needs_nothing_that_posix_alone_has(tmp_path: Path) -> None:
     assert cases.tensor_bytes(tmp_path / "out") == cases.tensor_bytes(source)
 
 
-def write_hub_cache(path: Path, repo: str, commit: str, **source: Any) -> dict[str, str]:
-    """A Hub cache with one downloaded repository, and the environment that finds it offline."""
+def write_hub_cache(path: Path, repo: str, commit: str, **source: Any) -> Path:
+    """A Hub cache with one downloaded repository."""
     folder = path / f"models--{repo.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text(commit)
     (folder / "snapshots").mkdir()
     cases.write_source(folder / "snapshots" / commit, **source)
-    return {"HF_HUB_CACHE": str(path), "HF_HUB_OFFLINE": "1"}
+    return path
 
 
-@pytest.mark.process
-def test_hub_id_as_the_source(tmp_path: Path) -> None:
+def test_hub_id_as_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     repo = "Qwen/Qwen3-VL-2B-Instruct"
-    environment = write_hub_cache(tmp_path / "hub", repo, commit, shard_size="300KB")
+    hub = write_hub_cache(tmp_path / "hub", repo, commit, shard_size="300KB")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for revision in ([], ["--revision", commit]):
         output = tmp_path / f"out{len(revision)}"
-        result = cases.run_script(repo, output, *revision, **environment)
-        assert result.returncode == 0, result.stderr
-        assert f"converted {repo} to" in result.stdout
+        assert converter.main(cases.command(repo, output, *revision)[2:]) == 0
+        assert f"converted {repo} to" in capsys.readouterr().out
         card = (output / "README.md").read_text()
         assert f"base_model: {repo}\n" in card
         assert f"Converted from {repo} at commit `{commit}`" in card
         snapshot = tmp_path / "hub" / "models--Qwen--Qwen3-VL-2B-Instruct" / "snapshots" / commit
         assert cases.tensor_bytes(output) == cases.tensor_bytes(snapshot)
-    result = cases.run_script(repo, tmp_path / "out", "--revision", "v2", **environment)
-    assert result.returncode == 1
-    assert f"error: cannot fetch {repo} (revision v2) from the Hub" in result.stderr
+    assert converter.main(cases.command(repo, tmp_path / "out", "--revision", "v2")[2:]) == 1
+    assert f"error: cannot fetch {repo} (revision v2) from the Hub" in capsys.readouterr().err
 
 
 def test_hub_source_is_refused_before_its_weights_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -696,12 +696,14 @@ def loaded(dataset: Any, encoder: ChatEncoder, **options: Any) -> list[Any]:
     return list(DataLoader(dataset, batch_size=2, collate_fn=PackingCollator(encoder), **options))
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize(("start_method", "num_workers"), [("fork", 2), ("spawn", 1)])
 @pytest.mark.process
-def test_workers_give_the_batches_of_one_process(encoder: ChatEncoder, tmp_path: Path, start_method: str) -> None:
+def test_workers_give_the_batches_of_one_process(
+    encoder: ChatEncoder, tmp_path: Path, start_method: str, num_workers: int
+) -> None:
     samples = ChatSamples(open_chats(as_jsonl(tmp_path, written_chats(tmp_path))), encoder)
     alone = loaded(samples, encoder)
-    shared = loaded(samples, encoder, num_workers=2, multiprocessing_context=start_method)
+    shared = loaded(samples, encoder, num_workers=num_workers, multiprocessing_context=start_method)
     assert [batch.sample_ids.tolist() for batch in shared] == [[0, 1], [2, 3], [4, 5]]
     for batch, other in zip(shared, alone, strict=True):
         assert torch.equal(batch.input_ids, other.input_ids)

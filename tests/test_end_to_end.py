@@ -8,7 +8,7 @@ import pytest
 import tiny
 from PIL import Image
 
-pytestmark = pytest.mark.process
+pytestmark = pytest.mark.process(group="lines")
 
 QUESTION = "What is to the left of the blue square?"
 FRAMES = [f"frame{index}.png" for index in range(4)]

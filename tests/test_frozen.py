@@ -13,7 +13,7 @@ import fresh
 import pytest
 import tiny
 
-pytestmark = pytest.mark.process
+pytestmark = pytest.mark.process(group="lines")
 MASK = tiny.IDS["small"].mask_token_id
 ARCHIVE = fresh.TESTS / "frozen" / "bard_vl-0.1.0.tar.xz"
 # 5.24 hands outputs their `past_key_values` under another name, which the output of 0.1.0 does not have.

@@ -1,11 +1,10 @@
 """The model on its own: masks, loss, loading and saving, gradients, devices, quantisation."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
+import fresh
 import pytest
 import torch
 from bard_vl import BardVLConfig, BardVLForConditionalGeneration, BardVLModel
@@ -257,45 +256,36 @@ def test_repository_config_builds_the_4b_shapes() -> None:
     assert config.block_size == 16
 
 
-LINES = ["", *filter(None, os.environ.get("BARD_VL_TRANSFORMERS_DIRS", "").split(os.pathsep))]
-SAVE = """
-import sys, torch
-from bard_vl import BardVLForConditionalGeneration
-for source, target in zip(sys.argv[1::2], sys.argv[2::2]):
-    model = BardVLForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
-    model.config.block_size = 4
-    model.generation_config.confidence_threshold = 0.3
-    model.save_pretrained(target, max_shard_size="5GB")
-"""
-LOAD = """
-import sys, torch
-from transformers import AutoModelForImageTextToText
-import bard_vl
-for folder in sys.argv[1:]:
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+def save(*paths: str) -> None:
+    """What a line of transformers saves: (source, target) pairs."""
+    for source, target in zip(paths[::2], paths[1::2], strict=True):
+        model = BardVLForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+        model.config.block_size = 4
+        model.generation_config.confidence_threshold = 0.3
+        model.save_pretrained(target, max_shard_size="5GB")
+
+
+def load(*folders: str) -> list[Any]:
+    """What the models of folders say on a line of transformers: tokens, a setting, the sum of their logits."""
+    found = []
     ids = torch.randint(0, 490, (1, 9), generator=torch.Generator().manual_seed(5))
-    out = model.generate(input_ids=ids, max_new_tokens=12, mask_token_id=510, eos_token_id=511)
-    with torch.no_grad():
-        total = model(input_ids=ids).logits.sum().item()
-    print(out.tolist(), model.generation_config.confidence_threshold, round(total, 2))
-"""
+    for folder in folders:
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        out = model.generate(input_ids=ids, max_new_tokens=12, mask_token_id=510, eos_token_id=511)
+        with torch.no_grad():
+            total = model(input_ids=ids).logits.sum().item()
+        found.append([out.tolist(), model.generation_config.confidence_threshold, round(total, 2)])
+    return found
 
 
-def run_on(line: str, script: str, *arguments: Path) -> str:
-    """Run a script in a fresh process with another transformers first on the path."""
-    environment = {**os.environ, "PYTHONPATH": line, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-
-
-@pytest.mark.process
+@pytest.mark.process(group="lines")
 def test_saved_on_any_line_loads_on_any_other(tmp_path: Path) -> None:
-    folders = ("tied", "untied")
-    for number, saver in enumerate(LINES):
-        run_on(saver, SAVE, *(path for name in folders for path in (GOLDEN / name, tmp_path / f"{name}{number}")))
-    saved = [tmp_path / f"{name}{number}" for name in folders for number in range(len(LINES))]
-    outputs = [run_on(loader, LOAD, *saved).splitlines() for loader in LINES]
-    for first in (0, len(LINES)):  # of either folder
-        alike = {line for lines in outputs for line in lines[first : first + len(LINES)]}
-        assert len(alike) == 1
-        assert " 0.3 " in alike.pop()
+    folders, options = ("tied", "untied"), {"home": tmp_path / "home", "package": True}
+    for number, line in enumerate(fresh.LINES):
+        pairs = ((GOLDEN / name, tmp_path / f"{name}{number}") for name in folders)
+        fresh.call("test_modeling.save", *(path for pair in pairs for path in pair), line=line, **options)
+    saved = [tmp_path / f"{name}{number}" for name in folders for number in range(len(fresh.LINES))]
+    outputs = [fresh.call("test_modeling.load", *saved, line=line, **options) for line in fresh.LINES]
+    for first in (0, len(fresh.LINES)):  # of either folder
+        (alike,) = {json.dumps(each) for found in outputs for each in found[first : first + len(fresh.LINES)]}
+        assert json.loads(alike)[1] == 0.3

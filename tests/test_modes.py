@@ -16,8 +16,11 @@ from ragged import MASK, NO_ID, PAD, Row, collate, rows
 from test_golden import VISUAL, cases_of, load, tensors_of
 from torch._dynamo.utils import counters
 
-CACHES = ["dynamic", "static"]
-COMPILATION = ["eager", pytest.param("compiled", marks=pytest.mark.compiled)]
+MODES = [  # of cache and layers: only calls with a static cache compile them
+    ("dynamic", "eager"),
+    ("static", "eager"),
+    pytest.param("static", "compiled", marks=pytest.mark.compiled),
+]
 CHUNKS = {"whole prompt": None, "one block a chunk": 1}
 BATCHES = [1, 5]
 COMPANIONS = [
@@ -55,8 +58,7 @@ def row_of(golden: dict[str, torch.Tensor]) -> Row:
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("kind", COMPILATION)
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(("cache", "kind"), MODES)
 @pytest.mark.parametrize("num_rows", BATCHES)
 @pytest.mark.parametrize(("folder", "case"), CASES)
 def test_golden_cases(folder: str, case: str, num_rows: int, cache: str, kind: str, chunk: str) -> None:
@@ -93,8 +95,7 @@ def arguments_of_a_family(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("kind", COMPILATION)
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(("cache", "kind"), MODES)
 @pytest.mark.parametrize("num_rows", BATCHES)
 def test_ragged_batches(num_rows: int, cache: str, kind: str, chunk: str) -> None:
     model = load("untied")[0]

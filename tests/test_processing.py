@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 from functools import partial
@@ -25,10 +24,10 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode adds no folder for tiny.py
+import fresh
 import tiny
 
 IDS = tiny.IDS["small"]
-TRANSFORMERS_DIRS = ["", *filter(None, os.environ.get("BARD_VL_TRANSFORMERS_DIRS", "").split(os.pathsep))]
 ROOT = Path(tiny.__file__).parents[1]
 CODE = {f"{name}_bard_vl.py" for name in ("compat", "configuration", "media", "messages", "processing")}
 TEXT = "What is the colour of the circle? It's 2024, naïve 你好  x\n\n"
@@ -619,19 +618,6 @@ def test_drafts_show_masks_as_glyphs(processor: Any) -> None:
 # --- files, on every line of transformers ----------------------------------------------------------------------------
 
 
-def run(function: str, *arguments: Any, transformers_dir: str = "", prelude: str = "") -> Any:
-    """Call a function of this file in a new process, on the transformers in a folder; it returns what JSON can hold."""
-    code = f"{prelude}\nimport json, sys, test_processing\n"
-    code += f"print(json.dumps(test_processing.{function}(*sys.argv[1:])))"
-    path = [transformers_dir, str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    modules = Path(tiny.tokenizer_files("small")).parent / "modules"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "HF_MODULES_CACHE": str(modules)}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 def describe(processor: Any) -> dict[str, Any]:
     """What must not depend on the version that saved or that loads: ids, grids, a digest of the pixels, settings."""
     clip = video(tiny.draw_frames(4))
@@ -654,7 +640,6 @@ def load_remote(folder: str) -> Any:
 
 
 def describe_remote(*folders: str) -> list[dict[str, Any]]:
-    assert "bard_vl" not in sys.modules
     return [describe(load_remote(folder)) for folder in folders]
 
 
@@ -682,25 +667,25 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.process
+@pytest.mark.process(group="lines")
 def test_what_one_line_saves_every_line_loads_alike(repository: Path, tmp_path: Path) -> None:
-    folders = [tmp_path / f"saved_by_{index}" for index in range(len(TRANSFORMERS_DIRS))]
+    folders, home = [tmp_path / f"saved_by_{index}" for index in range(len(fresh.LINES))], tmp_path / "home"
     needed = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja"}
     needed |= {"processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"}
     needed |= CODE
-    for folder, transformers_dir in zip(folders, TRANSFORMERS_DIRS, strict=True):
-        assert needed <= set(run("save_remote", repository, folder, transformers_dir=transformers_dir))
+    for folder, line in zip(folders, fresh.LINES, strict=True):
+        assert needed <= set(fresh.call("test_processing.save_remote", repository, folder, home=home, line=line))
     package = load(repository)
     package.save_pretrained(tmp_path / "package")
     folders = [repository, *folders, tmp_path / "package"]
     for folder in folders[1:]:
         shutil.copy(repository / "config.json", folder)
     expected = describe(package)
-    for transformers_dir in TRANSFORMERS_DIRS:
+    for line in fresh.LINES:
         for folder, found in zip(
-            folders, run("describe_remote", *folders, transformers_dir=transformers_dir), strict=True
+            folders, fresh.call("test_processing.describe_remote", *folders, home=home, line=line), strict=True
         ):
-            assert found == expected, (folder.name, transformers_dir)
+            assert found == expected, (folder.name, line)
 
 
 def test_saving_changes_no_setting_and_no_token(folder: Path, tmp_path: Path) -> None:
@@ -761,12 +746,19 @@ def use_without_torchvision(folder: str, target: str) -> dict[str, Any]:
     return {**{key: value.tolist() for key, value in inputs.items()}, "errors": errors}
 
 
-@pytest.mark.parametrize("transformers_dir", TRANSFORMERS_DIRS, ids=lambda path: Path(path).name or "installed")
+WITHOUT_TORCHVISION = """
+import json, sys
+sys.modules["torchvision"] = None
+import test_processing
+print(json.dumps(test_processing.use_without_torchvision(*sys.argv[1:])))
+"""
+
+
+@pytest.mark.parametrize("line", fresh.LINES, ids=fresh.line_name)
 @pytest.mark.process
-def test_images_work_without_torchvision(repository: Path, tmp_path: Path, transformers_dir: str) -> None:
-    prelude = "import sys; sys.modules['torchvision'] = None"
-    target = tmp_path / "saved"
-    found = run("use_without_torchvision", repository, target, transformers_dir=transformers_dir, prelude=prelude)
+def test_images_work_without_torchvision(repository: Path, tmp_path: Path, line: str) -> None:
+    arguments = (WITHOUT_TORCHVISION, repository, tmp_path / "saved")
+    found = json.loads(fresh.python("-c", *arguments, home=tmp_path / "home", line=line).splitlines()[-1])
     expected = tokenize(load(repository), user(image(tiny.draw((70, 90))), TEXT))
     for key in ("input_ids", "attention_mask", "image_grid_thw"):
         assert found[key] == expected[key].tolist()

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from fake_hub import FakeHub, Files
 
-pytestmark = pytest.mark.process
+pytestmark = pytest.mark.process(group="lines")
 
 HF = "import sys; from huggingface_hub.cli.hf import main; sys.argv[0] = 'hf'; main()"
 DOWNLOAD = """

@@ -10,7 +10,7 @@ import fresh
 import pytest
 import tiny
 
-pytestmark = pytest.mark.process
+pytestmark = pytest.mark.process(group="lines")
 
 MASK = tiny.IDS["small"].mask_token_id
 AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")

@@ -1,18 +1,16 @@
 """Training runs of tiny models: what they learn, what they cost, how they go on after an interruption."""
 
 import json
-import os
+import multiprocessing
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import bard_vl
+import distributed_cases
 import fresh
 import pytest
 import test_remote_code
@@ -35,7 +33,7 @@ from bard_vl.training.trainer import (
 )
 from peft import PeftModel
 from safetensors.torch import load_file
-from training_cases import MASK, bard_folder, chats_file, history, losses, qwen_folder, settings, write_recipe
+from training_cases import MASK, bard_folder, chats_file, copy_of, history, losses, qwen_folder, settings, write_recipe
 from transformers import TrainerCallback
 from transformers.integrations import deepspeed as deepspeed_integration
 
@@ -330,20 +328,15 @@ def test_a_stream_takes_no_step_behind_the_last_one(tmp_path):
 
 @pytest.mark.process
 def test_a_killed_schedule_goes_on_and_ends_the_same(tmp_path):
-    shape = {"model_name_or_path": str(qwen_folder()), "mask_token_id": MASK, "block_sizes": [4, 8], "max_steps": 12}
+    shape = {"model_name_or_path": str(qwen_folder()), "mask_token_id": MASK, "block_sizes": [4, 8], "max_steps": 4}
     whole = train(tmp_path / "whole", "whole", **shape)
     output = tmp_path / "killed"
     recipe = write_recipe(tmp_path / "killed.yaml", settings(output, **shape))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "bard_vl.training.merge_blocks", str(recipe)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 900  # a machine under load
-    while not (output / "runs/block-8/checkpoint-4/complete.json").exists():  # inside the second stage
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = multiprocessing.get_context("fork").Process(target=distributed_cases.killed, args=(str(recipe),))
+    process.start()
+    process.join(900)  # a machine under load
+    assert process.exitcode == -signal.SIGKILL
+    assert (output / "runs/block-8/checkpoint-2/complete.json").exists(), "not inside the second stage"
     assert not (output / "block-8").exists()
     kept = (output / "block-4/model.safetensors").stat().st_mtime_ns
     assert merge_blocks.main([str(recipe)]) == 0
@@ -390,21 +383,32 @@ def test_old_checkpoints_go(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
 
 
-@pytest.mark.process
-def test_other_settings_do_not_go_on_with_a_run(tmp_path, capsys):
-    output = tmp_path / "run"
-    trainer = trainer_for(tmp_path / "other")
-    assert trainer.args.max_steps == 4
-    recipe = write_recipe(tmp_path / "a.yaml", settings(output))
-    command = [sys.executable, "-c", "import sys, bard_vl.training.merge_blocks as m; sys.exit(m.main(sys.argv[1:]))"]
-    process = subprocess.Popen([*command, str(recipe), "--max_steps", "500"], stdout=subprocess.DEVNULL)
-    while not complete_checkpoints(output / "runs/block-4"):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+def test_other_settings_do_not_go_on_with_a_run(tmp_path, capsys, monkeypatch):
+    recipe = write_recipe(tmp_path / "a.yaml", settings(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockDiffusionTrainer, "get_batch_samples", interrupt_in_step(3))
+        assert merge_blocks.main([str(recipe), "--max_steps", "500"]) == 130
+    assert complete_checkpoints(tmp_path / "run/runs/block-4")
     assert merge_blocks.main([str(recipe), "--max_steps", "500", "--learning_rate", "0.1"]) == 1
     assert "begun with `learning_rate` 0.003, now it is 0.1" in capsys.readouterr().err
+
+
+def interrupt_in_step(step: int) -> Any:
+    """A `get_batch_samples` that a key press meets when this step begins."""
+    begin = BlockDiffusionTrainer.get_batch_samples
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step - 1:
+            raise KeyboardInterrupt
+        return begin(self, *args, **kwargs)
+
+    return interrupted
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step."""
+    return train(tmp_path_factory.mktemp("one") / "run", max_steps=1)
 
 
 @pytest.mark.parametrize("is_finished", [False, True])
@@ -421,8 +425,8 @@ def test_other_settings_do_not_go_on_with_a_run(tmp_path, capsys):
         ),
     ],
 )
-def test_settings_that_decide_are_those_it_was_begun_with(tmp_path, capsys, changes, message, is_finished):
-    run = train(tmp_path / "run", max_steps=1)
+def test_settings_that_decide_are_those_it_was_begun_with(tmp_path, capsys, changes, message, is_finished, one_step):
+    run = copy_of(one_step, tmp_path / "run")
     if not is_finished:
         shutil.rmtree(run / "block-4")
     changes = {key: str(chats_file(13)) if value == "more" else value for key, value in changes.items()}
