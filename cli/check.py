@@ -39,6 +39,7 @@ def check(
     print_notices(session)
     with interrupted_at_once():
         import datasets
+        from bard_vl.app.terminal import counted
         from bard_vl.training.chats import ChatEncoder, ChatLimits
         from bard_vl.training.data import ChatSamples, media_folder_of, open_chats
     datasets.disable_progress_bars()
@@ -53,7 +54,7 @@ def check(
     if as_json:
         print(json.dumps({**found, "block_size": size, "max_length": max_length, "columns": columns}))
         return
-    print(f"{found['chats']:,} chats, {found['usable']:,} can be trained on")
+    print(f"{counted(found['chats'], 'chat')}, {found['usable']:,} can be trained on")
     for reason, count in samples.skipped.counts.most_common():
         print(f"  skipped {count:,}: {reason}")
     print(f"columns of a packed row at block size {size}, of {max_length:,} at most:")

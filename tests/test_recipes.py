@@ -1,13 +1,17 @@
 """Recipes: those that ship build at tiny shapes, and bad ones end in one line before any work."""
 
 import json
+import re
 import shlex
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from bard_vl import BardVLGenerationConfig
+from bard_vl.app.session import Session
 from bard_vl.training import distill, merge_and_distill, merge_blocks
 from bard_vl.training.arguments import RecipeError, parse_recipe
 from bard_vl.training.stages import Run, build_trainer
@@ -27,6 +31,7 @@ TINY = {
     "gradient_accumulation_steps": "1",
     "measuring_processes": "1",
     "dataloader_num_workers": "0",
+    "show_answers": "0",
 }
 
 
@@ -97,6 +102,22 @@ def test_published_checkpoints_keep_their_noise(name):
     assert "-Mask-" in model.model_name_or_path
     assert args.noise == "mask"
     assert model.use_lora or args.group_learning_rate("vision") == 2e-6
+
+
+def test_twenty_chats_are_enough_and_answers_are_shown(tmp_path, capsys):
+    flags = [f"--model_name_or_path={bard_folder()}", f"--train_data={chats_file(20)}", f"--output_dir={tmp_path}"]
+    flags += ["--use_cpu=true", "--lora_rank=2", "--dtype=float32", "--bf16=false", "--decode_max_new_tokens=12"]
+    assert merge_blocks.main(["--recipe", "lora", *flags]) == 0
+    out = capsys.readouterr().out
+    assert json.loads((tmp_path / "block-4" / "trainer_state.json").read_text())["max_steps"] == 15
+    shown = re.findall(r"^ +(question|wanted|before|after): (.*)$", out, flags=re.MULTILINE)
+    assert [name for name, _ in shown] == ["question", "wanted", "before", "after"] * 3
+    assert shown[1][1] == "The colour of the circle is red."
+    assert [shown[4 * number + 2] for number in range(3)] != [shown[4 * number + 3] for number in range(3)]
+    session = Session(str(bard_folder()), BardVLGenerationConfig(max_new_tokens=12))
+    chat = json.loads(chats_file(20).read_text().splitlines()[2])
+    before = session.ask(chat["messages"][:1]).text
+    assert shown[10][1] == textwrap.shorten(before, 100, placeholder=" ...")
 
 
 def test_recipes_of_the_package_go_by_name(tmp_path):

@@ -15,6 +15,7 @@ import fresh
 import pytest
 import test_remote_code
 import torch
+import transformers
 from accelerate import skip_first_batches
 from bard_vl import BardVLForConditionalGeneration, BardVLProcessor
 from bard_vl.training import distill, merge_and_distill, merge_blocks
@@ -292,7 +293,7 @@ def test_frozen_groups_keep_their_weights(tmp_path):
         {"fill_rows": True, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 1},
     ],
 )
-def test_an_interrupted_run_repeats_the_losses_of_a_whole_one(tmp_path, changes):
+def test_an_interrupted_run_repeats_the_losses_of_a_whole_one(tmp_path, changes, monkeypatch):
     # 12 chats in batches of 4: the interruption falls into the second pass, with accumulation and shuffling.
     shape = {"max_steps": 7, **changes}
     whole = trainer_for(tmp_path / "whole", **shape)
@@ -304,7 +305,12 @@ def test_an_interrupted_run_repeats_the_losses_of_a_whole_one(tmp_path, changes)
     resumed = trainer_for(tmp_path / "stopped", **shape)
     (*_, checkpoint) = complete_checkpoints(tmp_path / "stopped")
     assert checkpoint.name == "checkpoint-4"
+    warnings: list[str] = []
+    monkeypatch.setattr(transformers.trainer.logger, "warning", lambda message, *_: warnings.append(message))
     resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert not [message for message in warnings if "keys" in message], "a tied weight is not missing"
+    resumed._issue_warnings_after_load(resumed.model.load_state_dict({}, strict=False))
+    assert "lm_head.weight" in warnings[-1]
     found = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, resumed)]
     assert len(found[0]) == 7
     assert found[0] == found[1]

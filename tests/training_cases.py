@@ -90,6 +90,7 @@ def settings(output: Path, **changes: Any) -> dict[str, Any]:
         "max_length": 256,
         "use_cpu": True,
         "disable_tqdm": True,
+        "show_answers": 0,
     }
     recipe.update(changes)
     return {key: value for key, value in recipe.items() if value is not None}

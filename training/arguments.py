@@ -15,6 +15,8 @@ from typing import Any, Literal, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..app.terminal import counted
+
 PARAMETER_GROUPS = ("language", "merger", "vision")
 
 # Settings of transformers' trainer that would change nothing here, or break what is promised.
@@ -233,6 +235,9 @@ class BlockDiffusionArguments(TrainingArguments):
         None, "evaluations in a row without a better `metric_for_best_model` after which a stage ends"
     )
     decode_samples: int = option(0, "held-out chats whose last answer is decoded at every evaluation", decides=False)
+    show_answers: int = option(
+        3, "chats whose last answer is printed as it is before training and after; 0 for none", decides=False
+    )
     decode_max_new_tokens: int = option(256, "longest decoded answer", decides=False)
     decode_confidence_threshold: float | None = option(
         None, "threshold of that decoding (unset: the model's)", decides=False
@@ -298,12 +303,13 @@ class BlockDiffusionArguments(TrainingArguments):
             "`early_stopping_patience` ends a stage with its best checkpoint: set `load_best_model_at_end: true`",
         )
         require(self.decode_samples >= 0, f"`decode_samples` must be at least 0, got {self.decode_samples}")
+        require(self.show_answers >= 0, f"`show_answers` must be at least 0, got {self.show_answers}")
 
     def check_warmup(self) -> None:
         """Raise `RecipeError` if the number of steps is known, and the rate would never reach its peak in them."""
         require(
             self.max_steps <= 0 or self.get_warmup_steps(self.max_steps) < self.max_steps,
-            f"`warmup_steps` {self.warmup_steps:g} leaves none of the {self.max_steps} steps",
+            f"`warmup_steps` {self.warmup_steps:g} leaves none of the {counted(self.max_steps, 'step')}",
         )
 
     @property

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..app.terminal import counted
 from .arguments import BlockDiffusionArguments, DataArguments, MergeArguments, ModelArguments, require
 from .stages import Run, Stage, check_inputs, find, run_recipe, run_stage, start_folder, stated_block_size
 
@@ -42,9 +43,9 @@ def plan(run: Run, schedule: MergeArguments) -> list[Stage]:
         require(stated is not None, f"{job.name} states no block size: set `block_sizes`")
         sizes = [stated or 0]
     steps: list[Any] = schedule.steps_per_stage or [None] * len(sizes)
-    for count in steps:
-        warmup = 0 if count is None else args.get_warmup_steps(count)
-        require(count is None or warmup < count, f"`warmup_steps` {args.warmup_steps:g} leaves none of {count} steps")
+    for count in filter(None, steps):
+        told = f"`warmup_steps` {args.warmup_steps:g} leaves none of {counted(count, 'step')}"
+        require(args.get_warmup_steps(count) < count, told)
     require(
         args.max_steps > 0 or schedule.steps_per_stage is not None or not run.data.streaming,
         "a stream has no epochs: `streaming` needs `max_steps` or `steps_per_stage`",

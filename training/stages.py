@@ -226,6 +226,7 @@ def run_stage(run: Run, stage: Stage) -> Path:
     run.args.deepspeed_plugin = None  # accelerate keeps it for the stages to come, and refuses to be given it again
     settings |= decisive_data(trainer)
     check_settings(stage, settings)
+    trainer.show_answers(run.args.show_answers)
     if run.args.should_save:
         print(Cost.of(trainer).table(f"{stage.output.name}: from {stage.source}"), flush=True)
         prepare_folder(stage, settings)

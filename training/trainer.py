@@ -3,6 +3,7 @@
 import itertools
 import math
 import shutil
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,6 +26,7 @@ from .packing import Layout, PackedRows, Sample, deal, dense_mask, fair, flex_ma
 NUM_TIMES = 4  # metrics by quarters of t
 NOISES = ("masked", "replaced", "visible")  # what the noise did to a token
 EVALUATION_SEED = 0
+SHOWN_TOKENS = 48  # of an answer that is shown
 
 
 @dataclass
@@ -210,6 +212,39 @@ class LastLoss(TrainerCallback):
         """Ask for a log."""
         if state.global_step >= state.max_steps:
             control.should_log = True
+
+
+class ShownAnswers(TrainerCallback):
+    """Prints what the model answers to a few chats, before the first step and after the last.
+
+    Args:
+        trainer: whose model answers; one process does, the others wait for it at their next common step.
+        samples: the chats, encoded.
+    """
+
+    def __init__(self, trainer: "BlockDiffusionTrainer", samples: list[Sample]):
+        self.trainer, self.samples = trainer, samples
+        self.before: list[str] = []  # stays empty where an interrupted run goes on
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Decode them, unless steps were taken already."""
+        if args.should_save and not state.global_step:
+            self.before = self.trainer.answers(self.samples)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Decode them again, and print both."""
+        if not args.should_save:
+            return
+        after = self.trainer.answers(self.samples)
+        for number, sample in enumerate(self.samples):
+            start, end = sample.responses[-1]
+            question = (
+                self.trainer.text_of(sample.input_ids[:start]).rpartition("user\n")[2].removesuffix("assistant\n")
+            )
+            told = {"question": question, "wanted": self.trainer.text_of(sample.input_ids[start:end])}
+            told |= {"before": self.before[number]} if self.before else {}
+            for name, text in {**told, "after": after[number]}.items():
+                print(f"{name:>10}: {textwrap.shorten(text, 100, placeholder=' ...')}", flush=True)
 
 
 class BlockDiffusionTrainer(Trainer):
@@ -587,6 +622,13 @@ class BlockDiffusionTrainer(Trainer):
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warn as transformers does of weights that a checkpoint lacks, but not of those tied to what it has."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        loaded = {id(parameter) for name, parameter in parameters.items() if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if id(parameters.get(name)) not in loaded]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     # --- Logging and evaluation ---------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -660,9 +702,15 @@ class BlockDiffusionTrainer(Trainer):
         """Sums over samples, (3,): how many there are, how many last answers are exact, tokens per forward."""
         if not samples:
             return torch.zeros(3, dtype=torch.float64)
+        answers = [sample.input_ids[slice(*sample.responses[-1])] for sample in samples]
+        responses, tokens_per_forward = self.respond(model, samples, self.args.decode_max_new_tokens)
+        exact = sum(torch.equal(row[: len(answer)], answer) for row, answer in zip(responses, answers, strict=True))
+        return torch.tensor([len(samples), exact, tokens_per_forward.double().sum().item()], dtype=torch.float64)
+
+    def respond(self, model: Any, samples: list[Sample], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Last answers of at most `longest` tokens, decoded: ids (n, length), and tokens per forward (n,)."""
         args = self.args
         prompts = [sample.input_ids[: sample.responses[-1][0]] for sample in samples]
-        answers = [sample.input_ids[slice(*sample.responses[-1])] for sample in samples]
         width = max(map(len, prompts))
         tokens = torch.full((len(prompts), width), self.processing_class.tokenizer.pad_token_id, dtype=torch.long)
         real = torch.zeros_like(tokens)
@@ -683,13 +731,33 @@ class BlockDiffusionTrainer(Trainer):
                 attention_mask=real.to(args.device),
                 **{name: value.to(args.device) for name, value in visual.items()},
                 block_size=self.block_size,
-                max_new_tokens=args.decode_max_new_tokens,
+                max_new_tokens=longest,
                 return_dict_in_generate=True,
                 **{name: value for name, value in given.items() if value is not None},
             )
-        responses = output.sequences[:, width:].cpu()
-        exact = sum(torch.equal(row[: len(answer)], answer) for row, answer in zip(responses, answers, strict=True))
-        return torch.tensor([len(samples), exact, output.tokens_per_forward.double().sum().item()], dtype=torch.float64)
+        return output.sequences[:, width:].cpu(), output.tokens_per_forward
+
+    def show_answers(self, count: int) -> None:
+        """Print the answers to `count` chats before and after training: held-out ones, if there are any.
+
+        Not of a stream, nor where weights are sharded.
+        """
+        chats = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if count and not is_sharded and not isinstance(chats, torch.utils.data.IterableDataset):
+            chosen = [chats[number] for number in range(min(count, len(chats)))]
+            self.add_callback(ShownAnswers(self, [sample for sample in chosen if isinstance(sample, Sample)]))
+
+    @torch.no_grad()
+    def answers(self, samples: list[Sample]) -> list[str]:
+        """The last answers of the model to chats, one after the other, the first words of long ones."""
+        model = self.accelerator.unwrap_model(self.model).eval()
+        longest = min(SHOWN_TOKENS, self.args.decode_max_new_tokens)
+        return [self.text_of(self.respond(model, [sample], longest)[0][0]) for sample in samples]
+
+    def text_of(self, ids: torch.Tensor) -> str:
+        """Ids (length,) as text, without special tokens."""
+        return self.processing_class.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @dataclass
