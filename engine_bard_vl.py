@@ -151,7 +151,7 @@ class SlotEncoder:
     ) -> tuple[torch.Tensor, int]:
         """Encode every row's prompt from column `first` on, images included, and `behind` columns behind it.
 
-        `behind` is a number for all rows, or one for each. With `chunk`, columns, in forwards of so many columns; the
+        `behind` is a number for all rows, or one for each. With `chunk`, in forwards of `chunk` columns; the
         last one takes what is behind the prompts along.
 
         Returns:
@@ -177,7 +177,7 @@ class SlotEncoder:
     def encode_masked_copies(self, answer_positions: torch.Tensor, block_size: int, mask_token_id: int) -> torch.Tensor:
         """Hidden state of every answer token masked alone in a copy of its block: (rows, positions, hidden).
 
-        The copies lie side by side behind what is cached, and leave nothing there. A copy sees the blocks before its
+        The copies are side by side behind the cached columns and leave nothing there. A copy sees the blocks before its
         own, and itself.
         """
         rows, device = self.rows, answer_positions.device
@@ -289,7 +289,7 @@ class Engine:
         self.model, self.prompt, self.settings, self.cache, self.hooks = model, prompt, settings, cache, hooks
         self.denoiser = Denoiser(settings, self.device)
         size = settings.block_size
-        # One block to spare: what has no row, or no block of its own, writes there.
+        # One spare block: slots without a row, or without a block of their own, write there.
         num_columns = max(prompt.host_lengths) + (-(-settings.max_new_tokens // size) + 1) * size
         self.layers = layers_of(model, settings)
         if self.is_recorded:

@@ -1,6 +1,6 @@
 """What comes in: prompts checked before any compute, and realigned to column 0; images and videos as one feature table.
 
-Inside the package a batch is padded on the right: then column and text position agree, and block edges of all rows lie
+Inside the package a batch is padded on the right: then column and text position agree, and block edges of all rows are
 in the same columns.
 """
 
@@ -431,7 +431,7 @@ def check_left_alone(model: Any) -> None:
 
 
 def keywords_of(hook: Any) -> dict[str, Any]:
-    """The named arguments of a `functools.partial`; none of any other function."""
+    """The named arguments of a `functools.partial`; empty for any other function."""
     return getattr(hook, "keywords", None) or {}
 
 

@@ -1,7 +1,7 @@
 """The text layers' arithmetic over slots as three functions that are compiled once for all layers and lengths.
 
 transformers' modules are the truth; these functions give what they give (tests/test_layers.py), in fewer kernels. They
-serve plain layers alone: whatever is adapted, quantised, offloaded or watched by hooks runs as its modules say.
+serve plain layers alone: layers that are adapted, quantised, offloaded or watched by hooks run as their modules say.
 """
 
 import threading
@@ -91,7 +91,7 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 def project(states: torch.Tensor, weights: Weights, sizes: list[int]) -> Weights:
-    """Products with matrices of so many rows, which may be laid together."""
+    """Products with matrices of a given number of rows, which may be laid together."""
     if len(weights) == 1:
         return linear(states, weights[0]).split(sizes, dim=-1)
     return tuple(linear(states, weight) for weight in weights)

@@ -71,7 +71,7 @@ def to_attention_mask(visible: torch.Tensor, implementation: str, dtype: torch.d
         dtype: of an additive mask.
 
     Raises:
-        ValueError: the implementation is none that Bard-VL is right with.
+        ValueError: Bard-VL does not support the attention implementation.
     """
     check_attention_implementation(implementation)
     visible = visible[:, None] if visible.ndim == 3 else visible

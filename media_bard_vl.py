@@ -1,4 +1,4 @@
-"""Pictures and videos as pixels, whatever holds them: the one place that opens and decodes media.
+"""Pictures and videos as pixels, from files, addresses, bytes or objects: only here media is opened and decoded.
 
 A picture is upright (EXIF), in RGB with 8 bits a channel, and white where it is transparent. A video is its frames and
 the times that they stand for. What an item of a message says of its frames is obeyed as in qwen_vl_utils.
@@ -118,7 +118,7 @@ def open_picture(source: Any, folder: str | os.PathLike[str] = "") -> Image.Imag
 
 
 def file_of(source: Any, folder: str | os.PathLike[str] = "") -> Any:
-    """A path, or an open file with the bytes, for whatever holds them; `FileNotFoundError` if nothing does."""
+    """A path, or an open file with the bytes, of any source; `FileNotFoundError` if there is none."""
     if isinstance(source, Mapping):  # of `datasets`
         source = next((source[key] for key in ("bytes", "path", "url") if source.get(key)), source)
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -216,13 +216,13 @@ def read_video(
     """Frames of a video, at least two, and the times that they stand for.
 
     Args:
-        source: the path or address of a video file or an animation, a folder with one picture a frame in the order of
+        source: the path or address of a video file or an animation, a folder with one picture per frame in the order of
             their names, bytes, a list of pictures, or an array (frames, ...). The options of `Media` say which frames
             of a file or an animation are taken (`fps` or `nframes`, `min_frames`, `max_frames`, `video_start`,
             `video_end`), and how many single frames stand for a second (`sample_fps`).
         sample: indices of the frames that are taken where no option says it, from a `VideoMetadata`.
         folder: where relative paths start.
-        is_sampled: `sample` is also for animations, of which two frames a second are taken otherwise, and for single
+        is_sampled: `sample` is also for animations, of which two frames per second are taken otherwise, and for single
             frames, which are all taken otherwise.
 
     Returns:
@@ -322,7 +322,7 @@ def read_animation(file: Any, choose: Callable[..., Any]) -> tuple[list[Image.Im
 
 
 def thinned(metadata: Any, **_: Any) -> list[int]:
-    """Every so many frames of an animation, about `FRAMES_PER_SECOND` and at least two."""
+    """Frames of an animation at equal steps, about `FRAMES_PER_SECOND` and at least two."""
     count = metadata.total_num_frames
     step = min(max(round(metadata.fps / FRAMES_PER_SECOND), 1), count // 2)
     return list(range(0, count, step))

@@ -1,4 +1,4 @@
-"""Chats in one form, whatever form they come in: every content a list of texts, pictures and videos.
+"""Chats in one form, from any that is known: every content a list of texts, pictures and videos.
 
 A template of transformers 4.57 drops what it does not know, later ones refuse some of it: here all of it is taken or
 refused by name.

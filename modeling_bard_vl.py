@@ -1,6 +1,6 @@
 """Bard-VL: Qwen3-VL with block-causal attention, a same-position loss and a block-diffusion `generate`.
 
-The modules and their weights are Qwen3-VL's (arXiv 2604.16514 adds no parameters); a class stands here only for what
+The modules and their weights are Qwen3-VL's (arXiv 2604.16514 adds no parameters); a class is here only for what
 differs.
 """
 
@@ -353,7 +353,7 @@ class BardVLForConditionalGeneration(BardVLGenerationMixin, PortableModel, Qwen3
 
         Raises:
             ValueError: an argument is unknown, no block size is stated, the mask cannot be derived, placeholders and
-                pixels differ in number, the attention implementation is none that follows the mask, or both `labels`
+                pixels differ in number, the attention implementation ignores the mask, or both `labels`
                 and `objective` are given.
         """
         if objective is not None and labels is not None:

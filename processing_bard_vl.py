@@ -157,7 +157,7 @@ class BardVLProcessor(Qwen3VLProcessor):
             bare = [video.source if isinstance(video, Media) else video for video in videos]
             return [at_least_two(frames_of(video)) for video in bare], {}
         is_known = [isinstance(video, (Media, str, os.PathLike)) or is_pair(video) for video in videos]
-        if not any(is_known):  # as in transformers, which takes them for 24 frames a second
+        if not any(is_known):  # as in transformers, which takes them for 24 frames per second
             return [at_least_two(frames_of(video)) for video in videos], {}
         if not all(is_known):
             raise ValueError("give every video of a call its metadata, or none")

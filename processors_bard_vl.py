@@ -3,7 +3,7 @@
 transformers chooses one token after another, and its processors look at those on the left. A block is open in many
 places, and several tokens commit together. So the choice walks through the block from left to right: a position sees
 its row, the tokens just chosen on its left, and those committed on its right. A block chosen so holds no banned phrase
-and no repeated n-gram, and no part of it does: whatever commits together, none comes out.
+and no repeated n-gram, and no part of it does: none comes out, however many tokens commit together.
 
 A biased phrase is another matter: where its bias depends on a position that is still open, the token must wait.
 `Choice.reads` says for which positions it waits, and `in_order` makes it.
@@ -26,7 +26,7 @@ Then = Callable[[torch.Tensor, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class Patterns:
-    """What must stand around a position for a token there to complete a phrase.
+    """The tokens around a position with which a token there would complete a phrase.
 
     Attributes:
         want: (patterns, 2 * radius + 1) ids around the position, which is in the middle.

@@ -26,7 +26,7 @@ from .rows_bard_vl import Decision, Denoiser, Rows
 
 logger = logging.get_logger(__name__)
 
-COLUMNS = 256  # recordings have a multiple of so many columns, so that calls of similar lengths share them
+COLUMNS = 256  # recordings have a multiple of this many columns, so that calls of similar lengths share them
 DEVICES = {"cuda"}  # that have graphs; elsewhere the same steps would run one launch after another
 NUM_WARM_UP_RUNS = 3  # of a step before it is recorded: kernels are compiled, libraries find their algorithms
 NUM_IDLE = 2  # recordings that wait for another call; the one that has waited longest goes first
@@ -145,7 +145,7 @@ class Recording:
     def step(self, num_main: int, num_extra: int) -> Outcome:
         """One step of `num_main` rows at most, of which `num_extra` at most carry a finished block.
 
-        Reads and writes nothing but what lies at fixed addresses. Returns the decision on the rows that run, in their
+        Reads and writes at fixed addresses only. Returns the decision on the rows that run, in their
         order, then on the spare one, and the confidence (rows, block) of what was chosen.
         """
         rows, size, device = self.rows, self.size, self.status.device

@@ -289,7 +289,7 @@ def in_order(commit: torch.Tensor, masked: torch.Tensor, quota: torch.Tensor, re
     A block so keeps its schedule: a choice waits only for positions on its left, and the leftmost for none.
 
     Args:
-        commit, masked: (batch, block) bool, what a rule would commit, and what is undecided.
+        commit, masked: (batch, block) bool, positions that a rule would commit, and undecided ones.
         quota: (batch,) positions to commit at least.
         reads: `Choice.reads`.
 

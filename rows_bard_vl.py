@@ -1,6 +1,6 @@
 """The rows of a batch while they are decoded: a table of tokens, where each row is in it, and what a step decides.
 
-Everything is on the device and by row. The last row is a spare one that never runs: what has no row refers to it.
+Everything is on the device and by row. The last row is a spare one that never runs; slots without a row refer to it.
 """
 
 from dataclasses import dataclass, fields
@@ -17,7 +17,7 @@ from .structured_bard_vl import BlockForm, Place
 
 @dataclass
 class Rows:
-    """State of a batch. Every row lies in the table from column 0 on: its prompt, its response, room to spare.
+    """State of a batch. Every row of the table starts at column 0: its prompt, its response, room to spare.
 
     Attributes:
         ids: (rows + 1, columns), the mask id where undecided.

@@ -185,7 +185,7 @@ class Spelling:
         for token, data in self.pieces.items():
             word_of[token] = words.setdefault(data.translate(kinds), len(words))
         steps = walk(columns, list(words))
-        steps[:, 0] = -1  # what is no text leads nowhere
+        steps[:, 0] = -1  # ids that are no text lead nowhere
         for state, token in self._spelt(delta, accepts):
             kept = steps[state, word_of[token]]
             steps[state] = -1

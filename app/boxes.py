@@ -53,7 +53,7 @@ class Thing:
         return len(self.place) == 4
 
     def relative(self, width: int, height: int) -> dict[str, Any]:
-        """As the model writes it, for a picture of so many pixels."""
+        """As the model writes it, for a picture of this size in pixels."""
         sides = (width, height) * (len(self.place) // 2)
         numbers = [round(SCALE * part / side) for part, side in zip(self.place, sides, strict=True)]
         return {"bbox_2d" if self.is_box else "point_2d": numbers, "label": self.label}

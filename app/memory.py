@@ -2,7 +2,7 @@
 
 The cache is counted exactly. Activations are counted as the tensors that are alive together at the widest moments of
 the code; allocators, kernels' own workspaces and compiled graphs are not. With transformers 5.23, peaks measured on a
-CPU lie within `TOLERANCE` of the estimate; older lines take less for pictures in bfloat16.
+CPU are within `TOLERANCE` of the estimate; older lines take less for pictures in bfloat16.
 """
 
 from dataclasses import dataclass, replace

@@ -53,7 +53,7 @@ class Answer:
 
     @property
     def num_forwards(self) -> int:
-        """Forwards of the language model, whatever they were for."""
+        """Forwards of the language model, of all kinds."""
         return sum(self.output.num_forwards.values())
 
     def summary(self) -> str:
@@ -143,7 +143,7 @@ class Session:
 
     @property
     def title(self) -> str:
-        """The checkpoint's name without what stands before it."""
+        """The checkpoint's name without its folders or owner."""
         return "Bard-VL, the small example" if self.is_example else self.name.rstrip("/").rpartition("/")[2]
 
     @property
@@ -346,7 +346,7 @@ def build_settings(named: dict[str, Any], others: list[str] | None = None) -> Ba
     """Settings from options (None is unset) and from texts NAME=VALUE, whose values are JSON or plain text.
 
     Raises:
-        UsageError: a setting is unknown or out of range, or none that a command leaves to its caller.
+        UsageError: a setting is unknown, out of range, or set by the command itself.
     """
     settings = {name: value for name, value in named.items() if value is not None}
     for text in others or []:

@@ -18,7 +18,7 @@ def counted(number: int, noun: str) -> str:
 class DraftStreamer(TextStreamer):
     """Prints finished blocks; on a terminal, also the block in progress in grey, with a glyph for each open token.
 
-    Where standard output is no terminal, or a plain one (`NO_COLOR`, `TERM=dumb`), nothing but the text is written.
+    Where standard output is no terminal, or a plain one (`NO_COLOR`, `TERM=dumb`), only the text is written.
     """
 
     def __init__(self, processor: Any):

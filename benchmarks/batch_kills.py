@@ -78,7 +78,7 @@ def parts_of(output: Path) -> Counter[str]:
 
 
 def wait_for(process: subprocess.Popen[bytes], earlier: Counter[str], further: int) -> bool:
-    """Wait for so many further answers on disk; False if the command ends first."""
+    """Wait for a number of further answers on disk; False if the command ends first."""
     output = Path(process.args[-1])  # type: ignore[index]
     deadline = time.monotonic() + DEADLINE_S
     while process.poll() is None and time.monotonic() < deadline:

@@ -1,7 +1,7 @@
 """Another checkout of the package as a contender: its `generate` in a process of its own, same weights, same prompts.
 
 A process imports one `bard_vl`. So `CheckoutContender` starts this file with the other checkout first on the path, and
-asks it for one call after another over pipes. What that adds, JSON of some thousand ids, is below a millisecond a call.
+asks it for one call after another over pipes. What that adds, JSON of some thousand ids, is under 1 ms per call.
 """
 
 import json
@@ -20,7 +20,7 @@ from shapes import SHAPES, build_model
 
 
 class CheckoutContender:
-    """`generate` of the package that lies in another folder; `settings` are further arguments of it.
+    """`generate` of the package in another folder; `settings` are further arguments of it.
 
     Args:
         name: what tables call it.

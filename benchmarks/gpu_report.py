@@ -38,7 +38,7 @@ def _machine(pieces: Pieces) -> list[str]:
 
 
 def _of(pieces: Pieces, prefix: str = "") -> Pieces:
-    """Results by what follows a prefix in their names; none of what failed."""
+    """Results by the rest of their names behind a prefix, without those that failed."""
     return {
         name.removeprefix(prefix): found
         for name, found in pieces.items()

@@ -145,8 +145,7 @@ Slots = Annotated[
     typer.Option(
         "--slot",
         metavar="NAME=A|B or NAME=JSON",
-        help='What may stand in the place of {name}: choices, or a form as JSON, for instance {"max_length": 20}. '
-        "Repeatable.",
+        help='What may fill {name}: choices, or a form as JSON, for instance {"max_length": 20}. Repeatable.',
         rich_help_panel=FORM,
     ),
 ]

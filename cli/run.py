@@ -1,4 +1,4 @@
-"""`bard-vl run`: one question about pictures, a video or nothing but text."""
+"""`bard-vl run`: one question about pictures or a video, or a question of text alone."""
 
 import json
 import sys
@@ -73,7 +73,7 @@ def run(
     memory: Annotated[
         str | None,
         typer.Option(
-            help="With --dry-run: whether it fits another machine, of so much free memory, such as 24GB.",
+            help="With --dry-run: whether it fits another machine, with this much free memory, such as 24GB.",
             metavar="SIZE",
             rich_help_panel=OUTPUT,
         ),

@@ -1,6 +1,6 @@
 """The cells of the study, as data: which stages of training, and how the result is decoded.
 
-Budgets are counted in units of so many optimizer steps (`Scale.unit`). All ways to one block size get the same number
+Budgets are counted in units of `Scale.unit` optimizer steps. All ways to one block size get the same number
 of units: one for each stage of progressive block merging, and one to finish.
 """
 

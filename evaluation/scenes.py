@@ -26,7 +26,7 @@ SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
 RADII = {"large": 27, "small": 17}  # pixels
 WORDS = ("bard", "song", "tale", "poem", "moon", "rain", "snow", "wind", "tree", "leaf", "rose", "bird", "wolf", "gold")
 NUMBERS = ("no", "one", "two", "three", "four", "five")
-HELD_OUT_SHARE = 16  # one scene in so many is never trained on
+HELD_OUT_SHARE = 16  # one scene in 16 is never trained on
 
 
 @dataclass(frozen=True)

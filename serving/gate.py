@@ -65,7 +65,7 @@ class Limits:
     Attributes:
         max_pixels: of all its pictures together, before they are made smaller.
         allow_addresses: whether they may be at an http(s) address, which the server then opens.
-        max_new_tokens: of a response, whatever a request asks for.
+        max_new_tokens: most tokens of a response, also if a request asks for more.
     """
 
     max_pixels: int

@@ -16,7 +16,7 @@ def chromium() -> Iterator[Any]:
     found = next(filter(None, map(shutil.which, NAMES)), None)
     assert found is not None, "these tests need Chromium: apt-get install chromium"
     with sync_playwright() as playwright:
-        # Root needs no sandbox; no host but this one is ever looked up.
+        # Root needs no sandbox; only this host is ever looked up.
         arguments = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"]
         browser = playwright.chromium.launch(executable_path=found, args=arguments)
         yield browser

@@ -2,7 +2,7 @@
 
     BARD_VL_TRANSFORMERS_DIRS=4.57.6:5.0.0 python tests/compatibility.py docs/compatibility.md --older datasets4
 
-It stands among the tests because it takes what they take: tiny checkpoints, extras, and the folders of
+It is among the tests because it needs what they need: tiny checkpoints, extras, and the folders of
 other lines that they take. A feature works where its function returns; on each line it runs in a process of its own,
 forked from one that has imported transformers and nothing of this package.
 """
@@ -366,7 +366,7 @@ def work(room: Path) -> Path:
 
 
 def offloaded(room: Path, limit: int) -> dict[str, str]:
-    """Compare what a model answers that may take so many bytes of memory; where its parts are."""
+    """Compare the answers of a model within a limit of memory in bytes; where its parts are."""
     limits = {"max_memory": {"cpu": limit}, "offload_folder": work(room) / "offload"}
     model, processor = load(room, device_map="auto", **limits)
     assert {*model.hf_device_map.values()} == {"cpu", "disk"}, f"the map is {model.hf_device_map}"

@@ -62,7 +62,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Any:
 
 
 def refuse_processes(event: str, arguments: tuple[Any, ...]) -> None:
-    """Audit hook: an unmarked test may start none but the quick ones."""
+    """Audit hook: an unmarked test may start only the quick ones."""
     if event in STARTS and _unmarked and arguments[:1] not in QUICK:
         raise RuntimeError(f"{_unmarked[0]} starts a process ({arguments[:2]}): mark it `process` or `compiled`")
 

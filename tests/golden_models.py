@@ -77,7 +77,7 @@ def slow_generate(
     process: Callable[[list[int], torch.Tensor], torch.Tensor] = lambda left, scores: scores,
     mask_token_id: int = MASK,
 ) -> SlowOutput:
-    """Greedy decoding of one prompt, one full forward a step; `process` maps (tokens left, scores (vocabulary,))."""
+    """Greedy decoding of one prompt, one full forward per step; `process` maps (tokens left, scores (vocabulary,))."""
     out, response = SlowOutput(), []
     steps = block_size if denoising_steps is None else denoising_steps
     while True:

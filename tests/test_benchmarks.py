@@ -312,7 +312,7 @@ def forwards_by_redeciding(
 
 
 def test_speculation_by_hand() -> None:
-    """Two tokens a step; the second step takes what the first predicts in the first block, and not in the second."""
+    """Two tokens per step; the second step takes what the first predicts in the first block, and not in the second."""
     decision = speculation.Decision("low_confidence_static", 0.0, torch.tensor([2, 2]), MASK)
 
     def state(block: int, step: int, ids: list[int], after: list[int], predicted: list[int]) -> speculation.State:

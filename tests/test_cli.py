@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_video(path: Path, frames: list[Image.Image]) -> None:
-    """Four frames a second."""
+    """Four frames per second."""
     import av
 
     with av.open(str(path), "w") as video:

@@ -34,7 +34,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines()]
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files that the commands name; on the Hub's names stand folders."""
+    """A folder with the files that the commands name; folders have the Hub's names."""
     folder = tmp_path_factory.mktemp("manual")
     shutil.copytree(ROOT / "examples", folder / "examples")
     (folder / "docs" / "images").mkdir(parents=True)

@@ -1,6 +1,6 @@
 """What this package needs of transformers, each need by itself: a test that fails says what a release changed.
 
-The whole file runs in seconds on any line, with nothing but transformers and torch.
+The whole file runs in seconds on any line, and needs only transformers and torch.
 """
 
 import ast
@@ -88,7 +88,7 @@ def test_an_untested_line_is_warned_of_once() -> None:
 
 
 def text_call(model: Any, length: int = 6) -> dict[str, Any]:
-    """Arguments of `encode_text` for so many tokens, which all see all."""
+    """Arguments of `encode_text` for tokens that all see all."""
     ids = torch.arange(20, 20 + length)[None]
     return {
         "embeds": model.get_input_embeddings()(ids),

@@ -472,7 +472,7 @@ def test_card_without_known_base_or_licence_guesses_no_base(tmp_path: Path, caps
 
 @pytest.mark.process
 def test_quick_start_of_the_card_runs(tmp_path: Path) -> None:
-    """The card's code as it stands, with a local picture for the remote one."""
+    """The card's code, with a local picture for the remote one."""
     source = cases.write_source(tmp_path / "source")
     output = cases.convert(source, tmp_path / "Bard-VL-tiny")
     code = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]

@@ -1,4 +1,4 @@
-"""Chats as training sees them: the tokens that inference would see, wherever they lie, and broken ones left out."""
+"""Chats as training sees them: the tokens that inference would see, from any storage, and broken ones left out."""
 
 import base64
 import io

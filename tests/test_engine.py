@@ -140,7 +140,7 @@ def test_chunks_cost_a_forward_each_and_the_last_one_holds_the_first_step(
     assert len(seen) == sum(output.num_forwards.values())
     assert max(forward["rows"] * forward["width"] for forward in seen) <= max(whole + size, 2 * size) * len(batch)
     steps, num_blocks = output.block_step_counts.sum(-1), (output.block_step_counts > 0).sum(-1)
-    # Every prompt token once, a block a step, and every block but a row's last one once more when it is finished.
+    # Every prompt token once, a block per step, and every block but a row's last one once more when it is finished.
     needed = sum(len(row.ids) for row in batch) + size * int((steps + num_blocks - 1).sum())
     assert sum(forward["rows"] * forward["width"] for forward in seen) == needed
     lengths = (output.confidences > 0).sum(-1)
@@ -175,7 +175,7 @@ def test_the_host_looks_once_a_step(num_rows: int, way: dict[str, Any]) -> None:
             )
         assert sum(output.num_forwards.values()) == 4 * num_blocks
         counts.append(checks.count)
-    # What a call reads once cancels out; ten blocks of four steps lie between the two.
+    # What a call reads once cancels out; the two are ten blocks of four steps apart.
     assert counts[1] - counts[0] == 40
 
 

@@ -134,7 +134,7 @@ def test_pictures_are_scenes_that_no_training_sees(path: Path) -> None:
 def test_the_checkpoint_answers_unseen_scenes() -> None:
     found = score(ROOT / "examples" / "checkpoint", None, num_scenes=48, threshold=None)
     assert found["shortest_answer"] > 16
-    assert found["checkpoint"]["exact"] >= 85  # of 96 answers; what all of them give stands in checkpoint_score.json
+    assert found["checkpoint"]["exact"] >= 85  # of 96 answers; checkpoint_score.json has what all of them give
     assert found["checkpoint"]["tokens_per_forward"] >= 10
 
 

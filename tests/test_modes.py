@@ -29,7 +29,7 @@ COMPANIONS = [
     Row().add_text(22, 8),
     Row().add_video((2, 4, 4), 5).add_text(2, 6),
 ]
-# Cases that share a graph stand side by side.
+# Cases that share a graph are side by side.
 CASES = sorted(cases_of("generate"), key=lambda case: (case[0], load(case[0])[2][case[1]]["arguments"]["block_size"]))
 
 graphs: Counter[str | None] = Counter()  # what this process has compiled, by model

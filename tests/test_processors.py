@@ -1,4 +1,4 @@
-"""Processors of the settings: transformers' own at one token a block, and what holds where tokens commit together.
+"""Processors of the settings: transformers' own at one token per block, and what holds where tokens commit together.
 
 transformers' processors are the truth. Beyond what they define, plain loops over the tokens that came out look for
 banned phrases and repeated n-grams, and whole blocks are compared with transformers' processors run from left to right.
@@ -199,7 +199,7 @@ def test_open_places_between_committed_tokens_are_filled_clean(
     choice = processors.choose(logits, ids, torch.tensor([length]), chooser_of(), then=record)
 
     def complete(known: list[int], place: int) -> bool:
-        """Whether a phrase or a repeated n-gram stands around a place, by its known tokens."""
+        """Whether a phrase or a repeated n-gram is around a place, by its known tokens."""
         spans = [(start, word) for word in words for start in range(place - len(word) + 1, place + 1) if start >= 0]
         if any(known[start : start + len(word)] == word for start, word in spans):
             return True

@@ -157,7 +157,7 @@ def status(page: Any) -> str:
 
 
 def wait_for_step(page: Any, step: int) -> None:
-    """Wait until so many steps are shown; the page lets no script of others look."""
+    """Wait until this many steps are shown; the page lets no script of others look."""
     deadline = time.monotonic() + 20
     while int(page.locator("#scrubber").input_value()) < step:
         assert time.monotonic() < deadline
@@ -359,7 +359,7 @@ def test_dictated_tokens_and_places_are_shown(browser: Any, formed: Recording, t
         assert tokens.nth(0).evaluate(style) == ["none", "solid"], "told without hue: a frame in the place of the bar"
         assert tokens.nth(1).evaluate(style) == ["linear", "none"]
         assert page.locator(".legend .dictated").count() == 1
-        # The box lies over its part of the picture, whatever the picture's size on the page.
+        # The box is over its part of the picture, whatever the picture's size on the page.
         place = (
             "node => { const { x, y, width, height } = node.getBoundingClientRect(); return [x, y, width, height]; }"
         )

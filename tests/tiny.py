@@ -220,7 +220,7 @@ def write_processor_files(path: str | Path, tokenizer: TokenizerName = "small") 
         "image_std": [0.5, 0.5, 0.5],
         "processor_class": "Qwen3VLProcessor",
     }
-    # 4 to 64 tokens an image, where the published files allow 64 to 16,384: tests stay quick.
+    # 4 to 64 tokens per image, where the published files allow 64 to 16,384: tests stay quick.
     image_size = {"longest_edge": 65_536, "shortest_edge": 4_096}
     image = {"size": image_size, **vision, "image_processor_type": "Qwen2VLImageProcessorFast"}
     write_json(path / "preprocessor_config.json", image)

@@ -36,7 +36,7 @@ RECIPES = Path(__file__).resolve().parent / "recipes"  # of the package
 
 
 class RecipeError(ValueError):
-    """A recipe, or what it names, cannot be run as it stands; nothing was computed or written."""
+    """A recipe, or what it names, cannot be run; nothing was computed or written."""
 
 
 # Settings of transformers' own, as patterns of names, that decide nothing about the weights: of devices, of how a batch
@@ -243,7 +243,7 @@ class BlockDiffusionArguments(TrainingArguments):
         None, "threshold of that decoding (unset: the model's)", decides=False
     )
     decode_denoising_steps: int | None = option(
-        None, "steps a block of that decoding (unset: the block size)", decides=False
+        None, "steps per block of that decoding (unset: the block size)", decides=False
     )
 
     def __post_init__(self) -> None:

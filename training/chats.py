@@ -28,7 +28,7 @@ from .packing import Sample, packed_length, truncate
 
 @dataclass(frozen=True)
 class Broken:
-    """What stands in a batch for a chat that was skipped.
+    """What a batch holds in place of a chat that was skipped.
 
     Attributes:
         sample_id: the chat's row in its data set, None in a stream.
@@ -127,7 +127,7 @@ class ChatEncoder:
 
     A chat is a mapping with `messages`: a list of {"role", "content"}, the content a string or a list of text, image
     and video items in any form that `BardVLProcessor.apply_chat_template` takes; or it has another form that
-    `messages_of` knows. Pictures stand in their items, or in columns `images` and `videos`, which fill the items
+    `messages_of` knows. Pictures are in their items, or in columns `images` and `videos`, which fill the items
     without one (and "<image>", "<video>" in string contents) in their order. A picture is a path, a URL, a data URI, a
     Pillow image, bytes, or the mapping of `datasets.Image`; a video a path, a URL or a list of frames. An assistant
     turn of `weight` 0 is no answer to learn. `tools`, if there, goes to the template.
@@ -290,7 +290,7 @@ class ChatEncoder:
             inputs = self.processor(text=chat.pieces, images=images or None, videos=chat.videos or None, **options)
         except ImportError:
             raise
-        except Exception as error:  # whatever the decoders of videos raise
+        except Exception as error:  # the decoders of videos have no common class
             if not (chat.videos or isinstance(error, ValueError)):
                 raise
             raise BrokenChat("broken video" if chat.videos else "broken image", str(error)) from error

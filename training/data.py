@@ -70,7 +70,7 @@ def open_chats(
 
 
 def open_files(path: Path, streaming: bool) -> Any:
-    """What lies in a file or in the files of a folder; `ValueError` if they cannot be read."""
+    """The rows of a file or of the files of a folder; `ValueError` if they cannot be read."""
     kind, files = data_files(path)
     patterns = {"train": [glob.escape(file) for file in files]}
     try:
@@ -155,7 +155,7 @@ class ChatSamples(torch.utils.data.Dataset):
     """The usable chats of a mapped data set, as samples.
 
     Measuring shows a progress bar, runs in `num_proc` processes and is kept in the cache of `datasets` for data sets
-    that lie on the disk; pixel limits, tokenizer, template and data are its key, the files that paths name are not, but
+    that are on the disk; pixel limits, tokenizer, template and data are its key, the files that paths name are not, but
     what was missing or broken is looked at again.
     Under several processes let the first one measure before the others.
 

@@ -81,7 +81,7 @@ def students(run: Run, settings: DistillArguments) -> dict[int, str]:
         require(len(sizes) == 1, f"`block_sizes` {sizes} are several, {name} is one checkpoint")
         return {sizes[0]: name}
     sizes = settings.block_sizes or sorted(found)[1:]
-    require(bool(sizes), f"{name} holds no stage but block size {min(found)}")
+    require(bool(sizes), f"{name} holds only the stage of block size {min(found)}")
     for size in sizes:
         require(size in found, f"`block_sizes` has {size}, {name} holds the stages {sorted(found)}")
     return {size: str(found[size]) for size in sizes}

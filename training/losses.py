@@ -52,7 +52,7 @@ def position_weights(
         corrupted: bool, S_t.
         probability: that a position is corrupted at its time, `sum(corruption_probabilities(kind, t))`.
         noisy: bool, the noisy response tokens.
-        sample: number of each position's sample, less than 0 for none; a sample lies in these positions as a whole.
+        sample: number of each position's sample, less than 0 for none; these positions hold a sample as a whole.
         is_response_padding: bool, what fills up a response's last block.
         padding_weight: factor on response padding, default 0.5 for "inverse_time" and 1 for the others.
         visible: bool, the noisy tokens that are not corrupted and learnt nevertheless; None for none of them.

@@ -1,4 +1,4 @@
-"""What a chat holds: its messages in one form, and its pictures and videos from wherever they lie."""
+"""What a chat holds: its messages in one form, and its pictures and videos, wherever they are stored."""
 
 import os
 import re
@@ -137,7 +137,7 @@ def contents_of(message: Mapping[str, Any]) -> list[Any]:
 
 
 def column_of(example: Mapping[str, Any], name: str) -> list[Any]:
-    """The column `images` or `videos` of an example as a list, empty if it is missing; one picture may stand alone.
+    """The column `images` or `videos` of an example as a list, empty if it is missing; one picture needs no list.
 
     Other forms than `messages` may have it as `image` or `video`.
     """

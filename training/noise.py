@@ -25,8 +25,8 @@ class Corrupted(NamedTuple):
 
     Attributes:
         ids: long, what the model sees.
-        masked: bool, True where the mask token stands now.
-        replaced: bool, True where another token stands now, never the original one.
+        masked: bool, True where the mask token is now.
+        replaced: bool, True where another token is now, never the original one.
         t: float32 time of each token, 1 where nothing was to be corrupted.
         drafted: bool, masked tokens whose place the model's own prediction is to take before it learns.
     """
@@ -108,7 +108,7 @@ def sample_times(
 def replacement_ids(
     vocab_size: int, mask_token_id: int, special_ids: Collection[int] = (), allow_special: bool = False
 ) -> torch.Tensor:
-    """Ids that may stand in for a token: all but the mask token, and special ones only if asked.
+    """Ids that may replace a token: all but the mask token, and special ones only if asked.
 
     Args:
         vocab_size: ids that mean something, `len(tokenizer)`; rows of the embedding beyond it were never trained.

@@ -1,12 +1,12 @@
 """Packed rows: several conversations in one row, every assistant turn trained, as inference would see it.
 
-A sample x with responses [s_k, e_k) lies in a row as (arXiv 2604.16514, figure 3b, extended to several turns)
+A sample x with responses [s_k, e_k) is laid out in a row as (arXiv 2604.16514, figure 3b, extended to several turns)
 
     base x[0 : a_last) | for each turn k: tail x[a_k : s_k), clean response, noisy response
 
 where a_k = floor(s_k / B) * B and all copies of a response are padded to a multiple of B; there may be a second noisy
-copy, blind to the first. Inference cuts the prompt of a turn into blocks from 0 up to s_k, so what lies behind a_k is
-in another block for every turn and is copied; what lies before is shared. With one turn this is
+copy, blind to the first. Inference cuts the prompt of a turn into blocks from 0 up to s_k, so what follows a_k is
+in another block for every turn and is copied; what precedes it is shared. With one turn this is
 [prompt | clean | noisy]. `visible` says who sees whom; it serves dense masks and FlexAttention alike.
 """
 
@@ -481,7 +481,7 @@ def _lay_out(sample: Sample, block_size: int, response_padding_id: int, noisy_co
         noisy = _part(start, start + width, stream=NOISY, **shared)
         noisy["twin"] = torch.arange(num_columns - width, num_columns)
         noisy["previous"] = noisy["twin"] - 1
-        if start == anchor:  # no tail: the token before the response lies in the base
+        if start == anchor:  # no tail: the token before the response is in the base
             noisy["previous"][0] = start - 1
         parts += [{**noisy, "view": torch.full_like(noisy["view"], view)} for view in range(noisy_copies)]
         num_columns += noisy_copies * width

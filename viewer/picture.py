@@ -74,7 +74,7 @@ def shared_palette(frames: list[Image.Image]) -> Image.Image:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a position of the response stands: left, top and width, in points."""
+    """Where a position of the response is drawn: left, top and width, in points."""
 
     x: float
     y: float

@@ -32,7 +32,7 @@ class RecordedStep:
 
 @dataclass(frozen=True)
 class Recording:
-    """The steps of one response, and what stands beside them.
+    """The steps of one response, and what is shown beside them.
 
     Attributes:
         steps: in order.

@@ -1,6 +1,6 @@
 """How vLLM is set up for Bard-VL: what must be so is set, and what was asked for and cannot be is refused by name.
 
-Most of what stands here would not fail by itself, it would give other tokens than `generate`.
+Most of these settings would not fail by themselves: they would give other tokens than `generate`.
 """
 
 import logging
