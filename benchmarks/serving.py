@@ -38,7 +38,10 @@ import openai
 from bard_vl.evaluation.scenes import scene
 
 QUESTION = "Describe the image."
-COUNTERS = {"forwards": "iteration_tokens_total_count", "steps": "diffusion_num_denoising_steps_total"}
+STEPS = "vllm:diffusion_num_denoising_steps_total"
+# vLLM's counters leave out forwards that no client gets a token of; its log has a line for each.
+LOGGED = ["--enable-logging-iteration-details"]
+FORWARD = re.compile(r" Iteration\(\d+\): ")
 
 
 @dataclass
@@ -70,7 +73,9 @@ class Server:
         place = ["--host", "127.0.0.1", "--port", str(port)]
         with log.open("w") as output:
             command = [sys.executable, "-m", *module, self.model, *place, *self.options]
-            process = subprocess.Popen(command, stdout=output, stderr=output)
+            command += LOGGED if self.is_vllm else []
+            variables = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
+            process = subprocess.Popen(command, stdout=output, stderr=output, env=variables)
         url = f"http://127.0.0.1:{port}"
         try:
             while not answers(f"{url}/health"):
@@ -148,11 +153,12 @@ def picture(index: int) -> str:
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-def counters(url: str) -> dict[str, int]:
-    """What vLLM has counted since it started."""
+def counters(url: str, log: Path) -> dict[str, int]:
+    """What vLLM has done since it started: forwards, and denoising steps of all requests together."""
     text = urllib.request.urlopen(f"{url}/metrics", timeout=60).read().decode()
-    found = {name: re.findall(rf"^vllm:{full}(?:{{.*}})? (\S+)$", text, re.M) for name, full in COUNTERS.items()}
-    return {name: int(sum(map(float, values))) for name, values in found.items() if values}
+    steps = re.findall(rf"^{STEPS}(?:{{.*}})? (\S+)$", text, re.M)
+    forwards = len(FORWARD.findall(log.read_text(encoding="utf-8", errors="replace")))
+    return {"forwards": forwards, **({"steps": int(sum(map(float, steps)))} if steps else {})}
 
 
 def ask(client: Any, server: Server, index: int, max_tokens: int, threshold: float | None) -> Reply:
@@ -182,11 +188,11 @@ def ask(client: Any, server: Server, index: int, max_tokens: int, threshold: flo
     return Reply(text, usage.completion_tokens if usage else len(times), times)
 
 
-def measure(server: Server, url: str, clients: int, arguments: argparse.Namespace) -> Result:
+def measure(server: Server, url: str, log: Path, clients: int, arguments: argparse.Namespace) -> Result:
     """Let `clients` ask at once, each `--requests` times in a row."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=3600)
     ask(client, server, 10_000, arguments.max_tokens, arguments.threshold)  # nobody waits for what happens once
-    before = counters(url) if server.is_vllm else {}
+    before = counters(url, log) if server.is_vllm else {}
     start = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
         asked = [
@@ -195,7 +201,8 @@ def measure(server: Server, url: str, clients: int, arguments: argparse.Namespac
         ]
         replies = [each.result() for each in asked]
     seconds = time.perf_counter() - start
-    counts = {name: value - before.get(name, 0) for name, value in (counters(url) if server.is_vllm else {}).items()}
+    after = counters(url, log) if server.is_vllm else {}
+    counts = {name: value - before.get(name, 0) for name, value in after.items()}
     return Result(server.name, clients, seconds, replies, counts)
 
 
@@ -258,8 +265,9 @@ def main(command: list[str]) -> None:
         if model is None:
             continue
         server = Server(name, model, arguments.options if name != "transformers" else [])
-        with server.running(arguments.logs / f"{name}.log") as url:
-            results += [measure(server, url, clients, arguments) for clients in arguments.clients]
+        log = arguments.logs / f"{name}.log"
+        with server.running(log) as url:
+            results += [measure(server, url, log, clients, arguments) for clients in arguments.clients]
     print(to_markdown(results, arguments.block_size))
     for clients, share in agreement(results).items():
         print(f"\n{clients} clients: {share:.0%} of the answers of `transformers` and `vllm` are the same")
