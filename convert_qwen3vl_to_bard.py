@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
@@ -39,22 +40,16 @@ EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 DEFAULT_BLOCK_SIZE = 4  # the anchor, where training from autoregressive weights starts
 DEFAULT_MASK_TOKEN_ID = 151_671
 PUBLISHED_THRESHOLDS = {16: 0.5}  # by block size: what the authors of the published checkpoints recommend
-# Greedy, which is what no temperature means; a stated 0 makes transformers' loader warn.
-GENERATION_SETTINGS = {
-    "remasking_strategy": "low_confidence_dynamic",
-    "confidence_threshold": 0.9,
-    "max_new_tokens": 256,
-}
-PROCESSOR_SETTINGS = {
-    "processor_class": "BardVLProcessor",
-    "auto_map": {"AutoProcessor": "processing_bard_vl.BardVLProcessor"},
-}
 MASK_ROWS = ("keep", "mean")
 COPIED_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.json", "chat_template.jinja"),
     *("preprocessor_config.json", "video_preprocessor_config.json"),
     *("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", ".gitattributes"),
+)
+OWN_FILES = (
+    *("configuration_bard_vl.py", "modeling_bard_vl.py", "processing_bard_vl.py"),
+    *("config.json", "generation_config.json", "model_card.md"),
 )
 # Folders named like a release are taken for it; any other folder's card names no base model.
 PUBLISHER = "fudan-generative-ai"
@@ -119,14 +114,15 @@ class Conversion:
         return self.config["model_type"] == "bard_vl"
 
     @property
-    def is_published(self) -> bool:
-        """Whether the source is one of the paper's checkpoints, by its name."""
-        return self.is_bard and self.name.startswith(f"{PUBLISHER}/")
-
-    @property
     def is_seed(self) -> bool:
         """Whether the weights have never been trained for block diffusion."""
         return not self.is_bard or self.config.get("trained") is False
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output matrix is the embedding; transformers 4 reads the text level, 5 the outer one."""
+        tied = self.config["text_config"].get("tie_word_embeddings")
+        return bool(self.config.get("tie_word_embeddings") if tied is None else tied)
 
 
 def convert(
@@ -150,8 +146,8 @@ def convert(
             full or read-only disk, a checksum that differs, a failed upload (only then does `output` exist).
     """
     require(mask_row in MASK_ROWS, f"mask_row must be 'keep' or 'mean', got {mask_row!r}")
-    is_target = push_to_hub is None or is_hub_id(push_to_hub)
-    require(is_target, f"push_to_hub must be a repository id such as me/Bard-VL-4B, got {push_to_hub!r}")
+    target = f"push_to_hub must be a repository id such as me/Bard-VL-4B, got {push_to_hub!r}"
+    require(push_to_hub is None or is_hub_id(push_to_hub), target)
     shard_limit = None if max_shard_size is None else parse_size(max_shard_size)
     output = Path(os.path.abspath(output))
     try:
@@ -182,7 +178,7 @@ def prepare(
     job.block_size = choose_block_size(job, block_size)
     tokens = tokenizer_entries(job.folder)
     tensors = read_tensors(job)
-    if is_tied(job.config) and HEAD in tensors:
+    if job.is_tied and HEAD in tensors:
         drop_tied_head(job, tensors)
     check_tensors(tensors, model_shapes(job, len(tensors)))
     job.tensors = list(tensors.values())
@@ -267,8 +263,7 @@ def refuse_quantised(what: str) -> None:
 def token_ids(value: Any, name: str) -> list[int]:
     """Ids that a setting states: one, several, or none."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    is_valid = value != [] and all(type(i) is int and i >= 0 for i in ids)
-    require(is_valid, f"{name} is {value!r} instead of a token id")
+    require(value != [] and all(type(i) is int and i >= 0 for i in ids), f"{name} is {value!r} instead of a token id")
     return ids
 
 
@@ -280,15 +275,9 @@ def check_companions(folder: Path) -> None:
     for name in COPIED_FILES:
         if name.endswith(".json"):
             read_json(folder / name, {})
-    for module in ("configuration_bard_vl.py", "modeling_bard_vl.py", "processing_bard_vl.py", "config.json"):
-        advice = f"{module} is missing beside {Path(__file__).name}: run it from a full checkout"
-        require((CODE_FOLDER / module).is_file(), advice)
-
-
-def is_tied(config: dict[str, Any]) -> bool:
-    """Whether the output matrix is the embedding; transformers 4 reads the text level, 5 the outer one."""
-    tied = config["text_config"].get("tie_word_embeddings")
-    return bool(config.get("tie_word_embeddings") if tied is None else tied)
+    for name in OWN_FILES:
+        advice = f"{name} is missing beside {Path(__file__).name}: run it from a full checkout"
+        require((CODE_FOLDER / name).is_file(), advice)
 
 
 def choose_block_size(job: Conversion, block_size: int | None) -> int:
@@ -310,8 +299,8 @@ def choose_mask_token_id(
     config: dict[str, Any], mask_token_id: int | None, vocab_size: int, tokens: dict[int, str]
 ) -> int:
     """Take the mask id from the argument, the source's config, or the default; it must be a free embedding row."""
-    stated = config.get("mask_token_id")
-    chosen = mask_token_id if mask_token_id is not None else DEFAULT_MASK_TOKEN_ID if stated is None else stated
+    candidates = (mask_token_id, config.get("mask_token_id"), DEFAULT_MASK_TOKEN_ID)
+    chosen: Any = next(each for each in candidates if each is not None)
     is_row = type(chosen) is int and 0 <= chosen < vocab_size
     require(is_row, f"mask_token_id must lie in the vocabulary, 0 to {vocab_size - 1}, got {chosen!r}")
     used = dict(tokens)
@@ -365,8 +354,8 @@ def read_tensors(job: Conversion) -> dict[str, Tensor]:
         for tensor in read_header(job.folder / file, job.to_rewrite):
             name, first = tensor.name, tensors.setdefault(tensor.name, tensor)
             require(first is tensor, f"duplicate tensor {name}: in {first.path.name} and {file}")
-    for name, file in weight_map.items():
-        require(name in tensors, f"{index.name} places {name} in {file}, which has no such tensor")
+    for name, stated in weight_map.items():
+        require(name in tensors, f"{index.name} places {name} in {stated}, which has no such tensor")
     for name, tensor in tensors.items():
         stated, file = weight_map.get(name), tensor.path.name
         require(stated == file, f"{name} is in {file}, but {index.name} says {stated}")
@@ -420,7 +409,7 @@ def model_shapes(job: Conversion, num_tensors: int) -> dict[str, tuple[int, ...]
         with code.torch.device("meta"):
             model = code.BardVLForConditionalGeneration(config)
         longest = config.text_config.max_position_embeddings
-        tied = {HEAD} if is_tied(job.config) else set()
+        tied = {HEAD} if job.is_tied else set()
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     except Exception as error:  # whatever transformers and torch raise at odd values
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -469,16 +458,14 @@ def plan_shards(job: Conversion, limit: int | None) -> dict[str, Content]:
     by_file: dict[Path, list[Tensor]] = {}
     for tensor in job.tensors:
         by_file.setdefault(tensor.path, []).append(tensor)
-    groups, are_kept = list(by_file.values()), True
-    if limit is not None and (job.to_rewrite or any(path.stat().st_size > limit for path in by_file)):
-        groups, are_kept = fill_shards(job.tensors, limit), False
+    is_refilled = limit is not None and (job.to_rewrite or any(path.stat().st_size > limit for path in by_file))
+    groups = fill_shards(job.tensors, limit) if is_refilled else list(by_file.values())
     files: dict[str, Content] = {}
     count, weight_map = len(groups), dict[str, str]()
     for number, group in enumerate(groups, 1):
         name = f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
-        path, start = group[0].path, group[0].start
-        is_copied = are_kept and path not in job.to_rewrite
-        header, tensors = (Span(path, 0, start), group) if is_copied else new_header(group)
+        is_rewritten = is_refilled or group[0].path in job.to_rewrite
+        header, tensors = new_header(group) if is_rewritten else (Span(group[0].path, 0, group[0].start), group)
         files[name] = [header, *(part for tensor in tensors for part in with_mask_row(job, tensor))]
         weight_map |= {tensor.name: name for tensor in group}
     if count > 1:
@@ -522,10 +509,9 @@ def with_mask_row(job: Conversion, tensor: Tensor) -> Content:
     row = job.mask_rows.get(tensor.name)
     if row is None:
         return [tensor]
-    before = job.mask_token_id * len(row)
-    end = before + len(row)
-    rest = Span(tensor.path, tensor.start + end, tensor.size - end)
-    return [Span(tensor.path, tensor.start, before), row, rest]
+    start = job.mask_token_id * len(row)
+    end = start + len(row)
+    return [Span(tensor.path, tensor.start, start), row, Span(tensor.path, tensor.start + end, tensor.size - end)]
 
 
 # --- The output -------------------------------------------------------------------------------------------------------
@@ -588,21 +574,17 @@ def write_and_verify(partial: Path, files: dict[str, Content], progress: bool) -
     shortage = f"{partial.parent} has {free / 1e6:,.0f} MB free, the output needs {needed / 1e6:,.0f} MB"
     require(free >= needed, shortage)
     with tqdm(total=2 * size, unit="B", unit_scale=True, desc="copying", disable=not progress) as bar:
-        digests = {name: write_file(partial / name, content, bar) for name, content in files.items()}
+        digests = {}
+        for name, content in files.items():
+            with (partial / name).open("wb") as file:
+                digests[name] = sha256(content, bar, file.write)
+                file.flush()
+                os.fsync(file.fileno())
+                if hasattr(os, "posix_fadvise"):  # out of the page cache, so that verifying reads the disk
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         sync(partial)
         bar.set_description("verifying")
         verify(partial, digests, bar)
-
-
-def write_file(path: Path, content: Content, bar: Any) -> str:
-    """Write a file, and return the SHA-256 that it must have."""
-    with path.open("wb") as file:
-        digest = sha256(content, bar, file.write)
-        file.flush()
-        os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):  # out of the page cache, so that verifying reads the disk
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return digest
 
 
 def sha256(content: Content, bar: Any = None, write: Callable[[Any], Any] | None = None) -> str:
@@ -642,8 +624,8 @@ def sync(folder: Path) -> None:
 def verify(folder: Path, digests: dict[str, str], bar: Any) -> None:
     """Read the whole output back: each file's SHA-256, and no file more."""
     for name, digest in digests.items():
-        is_written = sha256([whole(folder / name)], bar) == digest
-        require(is_written, f"verification failed: {name} is not what was written")
+        found = sha256([whole(folder / name)], bar)
+        require(found == digest, f"verification failed: {name} is not what was written")
     strays = {path.name for path in folder.iterdir()} - digests.keys()
     require(not strays, f"verification failed: unexpected files in {folder}: {', '.join(sorted(strays))}")
 
@@ -657,24 +639,26 @@ def other_files(job: Conversion, repo: str) -> dict[str, Content]:
     # The code's licence is not that of the weights; .gitignore keeps caches and the like out of later uploads.
     copies |= {"LICENSE-CODE": CODE_FOLDER / "LICENSE", ".gitignore": CODE_FOLDER / ".gitignore"}
     copies |= {path.name: path for path in sorted(CODE_FOLDER.glob("*_bard_vl.py"))}
-    generation, texts = generation_config(job), {}
-    texts["README.md"] = model_card(job, repo, generation).encode("utf-8", "backslashreplace")
+    files: dict[str, Content] = {name: [whole(path)] for name, path in copies.items() if path.is_file()}
     template, both_read_it = chat_template(job.folder)
     if template is None:
         job.notes.append("the source has no chat template, so neither has the output")
     elif not both_read_it:
-        texts["chat_template.jinja"] = template.encode("utf-8", "backslashreplace")
+        files["chat_template.jinja"] = [to_utf8(template)]
+    processor = read_json(job.folder / "processor_config.json", {})
     if not (job.folder / "preprocessor_config.json").is_file():
         job.notes.append(
             "the source's processor files were saved by transformers 5, and 4.57 cannot read them; "
             "to serve both, put the base model's original tokenizer and processor files into the source"
         )
-    ours = PROCESSOR_SETTINGS | {"mask_token_id": job.mask_token_id}
-    texts["processor_config.json"] = to_json(read_json(job.folder / "processor_config.json", {}) | ours)
-    texts["generation_config.json"] = to_json(generation)
-    texts["config.json"] = to_json(bard_config(job))
-    files: dict[str, Content] = {name: [whole(path)] for name, path in copies.items() if path.is_file()}
-    return files | {name: [text] for name, text in texts.items()}
+    processor["processor_class"], processor["mask_token_id"] = "BardVLProcessor", job.mask_token_id
+    processor["auto_map"] = {"AutoProcessor": "processing_bard_vl.BardVLProcessor"}
+    generation = generation_config(job)
+    files["README.md"] = [to_utf8(model_card(job, repo, generation))]
+    files["processor_config.json"] = [to_json(processor)]
+    files["generation_config.json"] = [to_json(generation)]
+    files["config.json"] = [to_json(bard_config(job))]
+    return files
 
 
 def chat_template(folder: Path) -> tuple[str | None, bool]:
@@ -702,7 +686,7 @@ def bard_config(job: Conversion) -> dict[str, Any]:
     rope = dict(text.get("rope_scaling") or modern)
     in_rope = rope.pop("rope_theta", modern.get("rope_theta", 5_000_000))
     text["rope_scaling"], text["rope_theta"] = rope, text.get("rope_theta", in_rope)
-    tied = is_tied(config)
+    tied = job.is_tied
     text |= {"tie_word_embeddings": tied, "model_type": "qwen3_vl_text"}
     vision["model_type"] = "qwen3_vl"  # the spelling of 4.57, which 5.x corrects when it loads
     head: dict[str, Any] = {"model_type": "bard_vl", "architectures": ["BardVLForConditionalGeneration"]}
@@ -714,32 +698,38 @@ def bard_config(job: Conversion) -> dict[str, Any]:
 
 
 def generation_config(job: Conversion) -> dict[str, Any]:
-    """The output's generation_config.json: the source's token ids, and greedy block decoding.
+    """The output's generation_config.json: the source's token ids, and greedy block decoding, as ours states it.
 
     Autoregressive sampling settings (temperature, top_p, top_k, penalties) are dropped: they were tuned for another
     decoding loop. A Bard-VL source keeps its threshold: its own, or what its authors recommend for a published name.
     """
-    path, ids = job.folder / "generation_config.json", {}
-    source = read_json(path, {})
+    path, own = job.folder / "generation_config.json", read_json(CODE_FOLDER / "generation_config.json")
+    source, settings = read_json(path, {}), {key: value for key, value in own.items() if not key.endswith("_token_id")}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = source.get(key, job.config["text_config"].get(key, job.config.get(key)))
         if token_ids(value, f"{path}: {key}"):
-            ids[key] = value
-    settings: dict[str, Any] = dict(GENERATION_SETTINGS)
+            settings[key] = value
     threshold = source.get("confidence_threshold") if job.is_bard else None
     if threshold is not None:
         is_share = type(threshold) in (int, float) and 0 <= threshold <= 1
         require(is_share, f"{path}: confidence_threshold is {threshold!r} instead of a number from 0 to 1")
-        settings["confidence_threshold"] = threshold
-    elif job.is_published and job.block_size in PUBLISHED_THRESHOLDS:
-        settings["confidence_threshold"] = threshold = PUBLISHED_THRESHOLDS[job.block_size]
+    elif job.is_bard and job.name.startswith(f"{PUBLISHER}/") and job.block_size in PUBLISHED_THRESHOLDS:
+        threshold = PUBLISHED_THRESHOLDS[job.block_size]
         advice = f"{threshold}, as the authors of {job.name} recommend at block size {job.block_size}"
         job.notes.append(f"the confidence threshold is {advice}")
-    return ids | settings
+    return settings if threshold is None else settings | {"confidence_threshold": threshold}
+
+
+SEEDED = """\
+**These weights are a starting point, not a finished model.** They come from an autoregressive model and have not been
+trained for block diffusion: until they are (block size {}), `generate` gives no sensible text."""
+TRAINED = """\
+The source is a Bard-VL checkpoint; this folder adds code and settings to it. Decode with the block size that it was
+trained with, here taken to be {}."""
 
 
 def model_card(job: Conversion, repo: str, generation: dict[str, Any]) -> str:
-    """The output's README.md, with the metadata that the Hub reads."""
+    """The output's README.md, model_card.md filled in, with the metadata that the Hub reads."""
     readme = job.folder / "README.md"
     text = readme.read_text("utf-8", errors="replace") if readme.is_file() else ""
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
@@ -747,74 +737,21 @@ def model_card(job: Conversion, repo: str, generation: dict[str, Any]) -> str:
     metadata = {"license": "apache-2.0", **dict(lines)}
     if "license" not in dict(lines):
         job.notes.append("the source's card states no licence: the output's says apache-2.0, Qwen3-VL's; check it")
-    metadata |= {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
     if job.hub_id:
         metadata |= {"base_model": job.hub_id, "base_model_relation": "finetune"}
-    tags = "[custom_code, block-diffusion, diffusion-language-model, vision-language]"
-    metadata |= {"language": "[en, zh]", "tags": tags}
-    edits = (
-        f" except the rows of the mask token in {' and '.join(job.mask_rows)}, set to the mean of the vocabulary's rows"
-    )
-    return "\n".join(["---", *(f"{key}: {value}" for key, value in metadata.items()), "---", ""]) + CARD.format(
+    rows = " and ".join(job.mask_rows)
+    return Template((CODE_FOLDER / "model_card.md").read_text("utf-8")).substitute(
+        generation,
+        metadata="\n".join(f"{key}: {value}" for key, value in metadata.items()),
         title=repo.split("/")[-1],
         path=repo,
-        name=job.name,
-        commit=f" at commit `{job.commit}`" if job.commit else "",
-        edits=edits if job.mask_rows else "",
-        state=(SEEDED if job.is_seed else TRAINED).format(block_size=job.block_size),
+        source=f"{job.name} at commit `{job.commit}`" if job.commit else job.name,
+        edits=f" except the rows of the mask token in {rows}, set to the mean of the vocabulary's rows" if rows else "",
+        state=(SEEDED if job.is_seed else TRAINED).format(job.block_size),
         licence=metadata["license"],
         block_size=job.block_size,
         mask_token_id=job.mask_token_id,
-        **{key: generation[key] for key in GENERATION_SETTINGS},
     )
-
-
-SEEDED = """\
-**These weights are a starting point, not a finished model.** They come from an autoregressive model and have not been
-trained for block diffusion: until they are (block size {block_size}), `generate` gives no sensible text."""
-
-TRAINED = """\
-The source is a Bard-VL checkpoint; this folder adds code and settings to it. Decode with the block size that it was
-trained with, here taken to be {block_size}."""
-
-CARD = """
-# {title}
-
-A Bard-VL model: Qwen3-VL's architecture with block-causal attention, which fills blocks of masked tokens in parallel.
-Converted from {name}{commit}; every tensor is byte for byte the source's{edits}.
-
-{state}
-
-## Quick start
-
-`pip install "transformers>=4.57,<6" torch torchvision pillow`
-
-```python
-import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-path = "{path}"  # this folder, or its Hub id
-device = "cuda" if torch.cuda.is_available() else "cpu"
-processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
-model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True, dtype=torch.bfloat16).to(device)
-image = "https://qianwen-res.oss-cn-beijing.aliyuncs.com/Qwen-VL/assets/demo.jpeg"
-content = [{{"type": "image", "url": image}}, {{"type": "text", "text": "Describe this image."}}]
-inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
-    tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt",
-).to(device)
-sequences = model.generate(**inputs, max_new_tokens={max_new_tokens})
-response = sequences[:, inputs["input_ids"].shape[1] :]
-print(processor.batch_decode(response, skip_special_tokens=True)[0])
-```
-
-Settings: block size {block_size}, for which a model is trained (config.json); mask token {mask_token_id}; greedy, up to
-{max_new_tokens} tokens, `{remasking_strategy}` with a `confidence_threshold` of {confidence_threshold}, where lower is
-faster (generation_config.json).
-
-The code runs with `trust_remote_code=True`: read the files, and pin a commit with `revision=`. The weights are under
-the source's licence ({licence}); the code (`*_bard_vl.py`) is under the MIT licence.
-"""
 
 
 # --- Small things -----------------------------------------------------------------------------------------------------
@@ -848,8 +785,13 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def to_json(content: dict[str, Any]) -> bytes:
-    """JSON as the Hub's repositories have it; half a surrogate pair, which UTF-8 lacks, as its escape."""
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+    """JSON as the Hub's repositories have it."""
+    return to_utf8(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def to_utf8(text: str) -> bytes:
+    """The bytes of a text; half a surrogate pair, which UTF-8 lacks, as its escape."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def parse_size(size: int | str) -> int:
@@ -864,14 +806,13 @@ def summary(job: Conversion, output: Path, num_shards: int) -> str:
     """What was done, in a few lines."""
     size = sum(tensor.size for tensor in job.tensors)
     changed = ", ".join(f"row {job.mask_token_id} of {name}" for name in job.mask_rows) or "none"
-    lines = [
-        f"converted {job.name} to {output}",
-        f"  {len(job.tensors)} tensors, {size:,} bytes in {num_shards} shard(s), all verified by SHA-256",
-        f"  block size {job.block_size}, mask token {job.mask_token_id}, changed rows: {changed}",
-    ]
-    if job.is_seed:
-        lines.append("  a seed: until it is trained for block diffusion (docs/training.md) it writes nonsense")
-    return "\n".join(lines)
+    seed = "\n  a seed: until it is trained for block diffusion (docs/training.md) it writes nonsense"
+    return (
+        f"converted {job.name} to {output}\n"
+        f"  {len(job.tensors)} tensors, {size:,} bytes in {num_shards} shard(s), all verified by SHA-256\n"
+        f"  block size {job.block_size}, mask token {job.mask_token_id}, changed rows: {changed}"
+        f"{seed if job.is_seed else ''}"
+    )
 
 
 def upload(folder: Path, repo: str, private: bool | None) -> None:
