@@ -2,14 +2,12 @@
 
 import contextlib
 import copy
-import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers.generation import GenerationConfig, LogitsProcessorList
+from transformers.generation import GenerationConfig
 
 from .cache_bard_vl import BardVLCache, WeightsPrint
 from .compat_bard_vl import CacheOutput, PortableGeneration, attention_of, one_cache
@@ -25,17 +23,7 @@ from .generation_config_bard_vl import (
     resolve_mask_token_id,
     setting,
 )
-from .hooks_bard_vl import (
-    DecodingHooks,
-    build_form,
-    build_generator,
-    build_stopping_criteria,
-    check_alone,
-    check_banned_tokens,
-    check_callables,
-    check_streamer,
-    take_over,
-)
+from .hooks_bard_vl import build_hooks
 from .inputs_bard_vl import (
     VISUAL_INPUTS,
     Prompt,
@@ -50,7 +38,6 @@ from .inputs_bard_vl import (
     visual_tensor,
 )
 from .masking_bard_vl import check_attention_implementation
-from .processors_bard_vl import build_processors
 from .recording_bard_vl import release_idle
 from .rows_bard_vl import Rows
 
@@ -201,91 +188,55 @@ class BardVLGenerationMixin(PortableGeneration):
             torch.OutOfMemoryError: the device has too little memory; the message says what takes less.
         """
         # 1. Settings and checks
-        past_key_values = one_cache(past_key_values, cache)
-        from_mapping = isinstance(inputs, Mapping)
+        cache, num_layers = one_cache(past_key_values, cache), self.config.text_config.num_hidden_layers
         call = self.read_call(inputs, generation_config, kwargs)
-        input_ids, config, settings, prompt = call.input_ids, call.config, call.settings, call.prompt
-        check_streamer(streamer, len(input_ids) * settings.num_return_sequences)
-        return_dict = setting(config, "return_dict_in_generate")
-        output_history = setting(config, "output_history")
+        settings, prompt, from_mapping = call.settings, call.prompt, isinstance(inputs, Mapping)
+        return_dict = setting(call.config, "return_dict_in_generate")
         for name in ("output_history", "return_step_stats"):
-            if setting(config, name) and not (return_dict or from_mapping):
+            if setting(call.config, name) and not (return_dict or from_mapping):
                 raise ValueError(f"`{name}=True` needs `return_dict_in_generate=True`, or the inputs as a mapping")
-        if past_key_values is not None and not hasattr(past_key_values, "shared_prefix"):
-            raise ValueError(
-                f"`past_key_values` must be a cache that `generate` returned, got {type(past_key_values).__name__}"
-            )
-        vocab_size = self.config.get_text_config().vocab_size
-        num_layers = self.config.text_config.num_hidden_layers
-        if past_key_values is not None and len(past_key_values.layers) != num_layers:
-            raise ValueError(f"`past_key_values` has {len(past_key_values.layers)} layers, the model has {num_layers}")
+        check_cache(cache, num_layers)
         warn_if_seed(self.config)
-        check_callables("logits_processor", logits_processor)
-        processors = LogitsProcessorList(logits_processor or [])
-        if processors and settings.block_size > 1:
-            processors = take_over(config, processors)
-        check_banned_tokens(config, settings, vocab_size)
-        longest = max(prompt.host_lengths) + settings.max_new_tokens + settings.block_size
-        own_processors = build_processors(config, settings, vocab_size, input_ids.device, longest)
-        form = build_form(structured, tokenizer, settings, call.limits, vocab_size, input_ids.device)
-        check_alone(form, own_processors)
-        stated = config.seed if seed is None else seed
-        hooks = DecodingHooks(
-            own_processors=own_processors,
-            processors=processors,
-            criteria=build_stopping_criteria(config, stopping_criteria, tokenizer),
+        hooks = build_hooks(
+            call.config,
+            settings,
+            prompt,
+            call.limits,
+            self.config.get_text_config().vocab_size,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
             streamer=streamer,
-            generator=build_generator(generator, stated if generator is None else seed, input_ids.device),
-            keep_history=output_history,
-            deadline=math.inf if config.max_time is None else time.monotonic() + config.max_time,
-            form=form,
+            generator=generator,
+            seed=seed,
+            tokenizer=tokenizer,
+            structured=structured,
         )
 
         # 2. Layout and reuse
-        cache = BardVLCache(self.config.text_config.num_hidden_layers) if past_key_values is None else past_key_values
-        track = return_dict or past_key_values is not None
-        contents = prompt.contents(self.config) if track else [prompt.input_ids[:0, 0].cpu()] * len(input_ids)
-        scheme = self._cache_scheme(settings.block_size, input_ids.device)
-        scheme = (*scheme, WeightsPrint(self)) if track else scheme
+        is_returned = return_dict or cache is not None
+        cache = BardVLCache(num_layers) if cache is None else cache
+        contents, scheme = self._cache_claims(call, is_returned)
         reused = cache.shared_prefix(contents, scheme)
 
         # 3. and 4. Decode
         with memory_advice(self, prompt, settings):
             if streamer is not None:
-                streamer.put(input_ids.cpu())
+                streamer.put(call.input_ids.cpu())
             engine = Engine(self, prompt, call.limits, settings, cache, hooks)
             with cache.generation(contents, scheme):
                 engine.run(reused)
-                if track:
+                if is_returned:
                     cache.contents = engine.encoded_contents(contents)
         if streamer is not None:
             streamer.end()
 
         # 5. Output
         responses, confidences = engine.responses()
-        prompts = input_ids.repeat_interleave(settings.num_return_sequences, dim=0)
+        prompts = call.input_ids.repeat_interleave(settings.num_return_sequences, dim=0)
         sequences = torch.cat([prompts, responses], dim=1)
         if return_dict:
-            return BardVLGenerationOutput(
-                sequences=sequences,
-                tokens_per_forward=engine.tokens_per_forward(),
-                cache=cache,
-                block_step_counts=engine.step_counts(),
-                num_forwards=dict(engine.num_forwards),
-                num_encoded_tokens=(prompt.lengths - reused).repeat_interleave(settings.num_return_sequences).cpu(),
-                confidences=confidences,
-                history=engine.history if output_history else None,
-                dictated=None if form is None else engine.dictated(),
-            )
-        if not from_mapping:
-            return sequences
-        extras: list[Any] = []
-        if output_history:
-            size, longest = settings.block_size, responses.shape[1]
-            extras.append([responses[:, :end].cpu() for end in range(size, longest + size, size)])
-        if setting(config, "return_step_stats"):
-            extras.append(engine.reference_statistics())
-        return (responses, *extras) if extras else responses
+            return output_of(engine, sequences, confidences, reused)
+        return with_extras(engine, responses, call.config) if from_mapping else sequences
 
     def warm_up(self, num_rows: int, prompt_length: int, **settings: Any) -> None:
         """Compile, and on a GPU record, what `generate` runs with `cache_implementation="static"`, ahead of its use.
@@ -423,11 +374,58 @@ class BardVLGenerationMixin(PortableGeneration):
             merged["block_size"] = merged.get("denoising_steps")
         return BardVLGenerationConfig(**merged)
 
+    def _cache_claims(self, call: Call, is_returned: bool) -> tuple[list[torch.Tensor], tuple]:
+        """What each row of a cache holds, and under what it was computed; a cache that nobody sees claims nothing."""
+        prompt = call.prompt
+        scheme = self._cache_scheme(call.settings.block_size, call.input_ids.device)
+        if is_returned:
+            return prompt.contents(self.config), (*scheme, WeightsPrint(self))
+        return [prompt.input_ids[:0, 0].cpu()] * len(call.input_ids), scheme
+
     def _cache_scheme(self, block_size: int, device: torch.device) -> tuple:
         """What keys and values of another call must have been computed under to serve in this one."""
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         inference = torch.is_inference_mode_enabled()
         return (block_size, self.model.get_input_embeddings().weight.dtype, device, autocast, inference)
+
+
+def check_cache(cache: Any, num_layers: int) -> None:
+    """Raise `ValueError` unless `cache` is None or what `generate` returned for a model of as many layers."""
+    if cache is None:
+        return
+    if not hasattr(cache, "shared_prefix"):
+        raise ValueError(f"`past_key_values` must be a cache that `generate` returned, got {type(cache).__name__}")
+    if len(cache.layers) != num_layers:
+        raise ValueError(f"`past_key_values` has {len(cache.layers)} layers, the model has {num_layers}")
+
+
+def output_of(
+    engine: Engine, sequences: torch.Tensor, confidences: torch.Tensor, reused: int
+) -> BardVLGenerationOutput:
+    """All that a call knows about its responses; `reused` columns of the prompts came from the cache."""
+    num_encoded = (engine.prompt.lengths - reused).repeat_interleave(engine.settings.num_return_sequences)
+    return BardVLGenerationOutput(
+        sequences=sequences,
+        tokens_per_forward=engine.tokens_per_forward(),
+        cache=engine.cache,
+        block_step_counts=engine.step_counts(),
+        num_forwards=dict(engine.num_forwards),
+        num_encoded_tokens=num_encoded.cpu(),
+        confidences=confidences,
+        history=engine.history if engine.hooks.keep_history else None,
+        dictated=None if engine.hooks.form is None else engine.dictated(),
+    )
+
+
+def with_extras(engine: Engine, responses: torch.Tensor, config: BardVLGenerationConfig) -> Any:
+    """The response ids, as the reference returns them: in a tuple with what else its arguments ask for."""
+    extras: list[Any] = []
+    if engine.hooks.keep_history:
+        size, longest = engine.settings.block_size, responses.shape[1]
+        extras.append([responses[:, :end].cpu() for end in range(size, longest + size, size)])
+    if setting(config, "return_step_stats"):
+        extras.append(engine.reference_statistics())
+    return (responses, *extras) if extras else responses
 
 
 def split_inputs(given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:

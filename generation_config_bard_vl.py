@@ -119,6 +119,11 @@ class Setting:
     reaches: tuple[str, ...] = ()
     owner: str = "user"
 
+    @property
+    def allowed(self) -> dict[str, Any]:
+        """What the check of a number or a choice allows: `minimum`, `low` and `high`, or `choices`; else empty."""
+        return getattr(self.check, "keywords", {})
+
 
 WARM_UP = ("warm_up",)
 SCORE = ("score", "warm_up")
@@ -386,16 +391,13 @@ BardVLGenerationConfig.__doc__ = f"{BardVLGenerationConfig.__doc__}\n{settings_t
 
 @dataclass(frozen=True)
 class DecodingSettings:
-    """Every setting of one call of `generate`, resolved and checked against the model."""
+    """Every setting of one call of `generate`, resolved and checked against the model; `bound` is that of the rule."""
 
     block_size: int
     denoising_steps: int
     max_new_tokens: int
     remasking_strategy: str
-    confidence_threshold: float
-    entropy_bound: float
-    factor: float
-    frechet_bound: float
+    bound: float
     revision: str | None
     revision_threshold: float
     temperature: float
@@ -412,6 +414,11 @@ class DecodingSettings:
     def samples(self) -> bool:
         """Whether tokens are drawn."""
         return self.temperature != 0
+
+    @property
+    def overwrite_threshold(self) -> float | None:
+        """How probable a token must be that takes the place of a committed one; None where none does."""
+        return self.revision_threshold if self.revision == "overwrite" else None
 
     @classmethod
     def resolve(cls, config: BardVLGenerationConfig, model_config: Any, prompt_length: int) -> "DecodingSettings":
@@ -453,6 +460,7 @@ class DecodingSettings:
             "block_size": block_size,
             "denoising_steps": block_size if denoising_steps is None else denoising_steps,
             "max_new_tokens": max_new_tokens,
+            "bound": setting(config, REMASKING_RULES[resolved["remasking_strategy"]].bound),
             "revision": config.revision,
             "revision_threshold": REVISION_THRESHOLDS.get(config.revision, 0.0) if threshold is None else threshold,
             "temperature": 1.0 if temperature is None else temperature,

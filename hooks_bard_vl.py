@@ -1,6 +1,7 @@
 """What callers plug into the decoding loop: processors, criteria, streamers, generators; checked before any compute."""
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,9 @@ from transformers.generation import (
 )
 
 from .forms_bard_vl import Form
-from .generation_config_bard_vl import BardVLGenerationConfig, DecodingSettings, check_seed, python_value
-from .processors_bard_vl import TokenProcessors
+from .generation_config_bard_vl import BardVLGenerationConfig, DecodingSettings, check_seed, python_value, setting
+from .inputs_bard_vl import Prompt
+from .processors_bard_vl import TokenProcessors, build_processors
 from .spelling_bard_vl import spelling_of
 from .structured_bard_vl import BlockForm, build_forms
 
@@ -51,6 +53,52 @@ class DecodingHooks:
     def any(self) -> bool:
         """Whether something looks at the steps on the host."""
         return self.watch_blocks or bool(self.processors) or self.keep_history
+
+
+def build_hooks(
+    config: BardVLGenerationConfig,
+    settings: DecodingSettings,
+    prompt: Prompt,
+    limits: list[int],
+    vocab_size: int,
+    *,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    streamer: Any,
+    generator: Any,
+    seed: int | None,
+    tokenizer: Any,
+    structured: Any,
+) -> DecodingHooks:
+    """What a call of `generate` plugs in, by its arguments of these names; `config` learns what `take_over` says.
+
+    Raises:
+        ValueError: one of them is wrong, or cannot be heeded beside another.
+    """
+    device = prompt.input_ids.device
+    check_streamer(streamer, len(limits) * settings.num_return_sequences)
+    check_callables("logits_processor", logits_processor)
+    processors = LogitsProcessorList(logits_processor or [])
+    if processors and settings.block_size > 1:
+        processors = take_over(config, processors)
+    check_banned_tokens(config, settings, vocab_size)
+    longest = max(prompt.host_lengths) + settings.max_new_tokens + settings.block_size
+    own_processors = build_processors(config, settings, vocab_size, device, longest)
+    form = build_form(structured, tokenizer, settings, limits, vocab_size, device)
+    check_alone(form, own_processors)
+    criteria = build_stopping_criteria(config, stopping_criteria, tokenizer)
+    if seed is None and generator is None:
+        seed = config.seed
+    return DecodingHooks(
+        own_processors=own_processors,
+        processors=processors,
+        criteria=criteria,
+        streamer=streamer,
+        generator=build_generator(generator, seed, device),
+        keep_history=setting(config, "output_history"),
+        deadline=math.inf if config.max_time is None else time.monotonic() + config.max_time,
+        form=form,
+    )
 
 
 def check_streamer(streamer: Any, num_rows: int) -> None:
@@ -204,14 +252,4 @@ def build_generator(
     return torch.Generator(device=device).manual_seed(python_value(seed))
 
 
-__all__ = [
-    "DecodingHooks",
-    "build_form",
-    "build_generator",
-    "build_stopping_criteria",
-    "check_alone",
-    "check_banned_tokens",
-    "check_callables",
-    "check_streamer",
-    "take_over",
-]
+__all__ = ["DecodingHooks", "build_form", "build_hooks", "check_alone", "check_banned_tokens"]

@@ -129,12 +129,37 @@ class BardVLModel(PortableModel, Qwen3VLModel):
         check_tensors(visual_index=visual_index)
         if not isinstance(attention_mask, BlockMask):
             check_tensors(attention_mask=attention_mask)
-        input_ids = None if input_ids is None else input_ids.long()
-        cache = one_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
+        input_ids, cache = None if input_ids is None else input_ids.long(), one_cache(past_key_values, cache)
         tokens = next(given for given in (input_ids, inputs_embeds) if given is not None)
         cached = cache.get_seq_length() if cache is not None else 0
+        self._check_visual(input_ids, visual_index, tokens, visual_inputs)
+        mask = self.get_block_mask(tokens, cached, attention_mask, block_size, block_ids)
+        if position_ids is None:
+            whole = input_ids if visual_index is None and not cached else None
+            position_ids = self._derived_positions(whole, attention_mask, visual_inputs)
+        check_positions(position_ids, *tokens.shape[:2])
+        features = None
+        if visual_index is not None:
+            features = self.encode_indexed(visual_index, visual_inputs)
+        elif input_ids is not None:
+            features = self.encode_visual(input_ids, visual_inputs)
+        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds, deepstack = (embeds, {}) if features is None else features.show(embeds)
+        found = encode_text(self.language_model, embeds, mask, position_ids, cache, **deepstack, **kwargs)
+        others = (found.get(name) for name in ("hidden_states", "attentions"))
+        outputs = BardVLModelOutput(found[0], cache_of(found), *others)
+        return outputs if return_dict is None or return_dict else outputs.to_tuple()
+
+    def _check_visual(
+        self,
+        input_ids: torch.Tensor | None,
+        visual_index: torch.Tensor | None,
+        tokens: torch.Tensor,
+        visual_inputs: Mapping[str, torch.Tensor | None],
+    ) -> None:
+        """Raise `ValueError` unless the tokens, or the index beside them, say what shows each image and video."""
         if visual_index is not None:
             check_visual_inputs(self.config, None, **visual_inputs)
             check_visual_index(self.config, visual_index, tokens, visual_inputs)
@@ -142,28 +167,22 @@ class BardVLModel(PortableModel, Qwen3VLModel):
             check_visual_inputs(self.config, input_ids, **visual_inputs)
         elif any(value is not None for value in visual_inputs.values()):
             raise ValueError("`inputs_embeds` do not tell which tokens show images and videos: pass `visual_index`")
-        mask = self.get_block_mask(tokens, cached, attention_mask, block_size, block_ids)
-        if position_ids is None:
-            if cached or input_ids is None or visual_index is not None:
-                raise ValueError(
-                    "with cached tokens, `inputs_embeds` or `visual_index` the positions cannot be derived: pass "
-                    "`position_ids` (4, batch, length), for instance the last columns of `get_position_ids` of the "
-                    "whole sequence"
-                )
-            padding = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
-            position_ids = self.get_position_ids(input_ids, padding, **grids_of(visual_inputs))
-        else:
-            check_positions(position_ids, *tokens.shape[:2])
-        if visual_index is None:
-            features = None if input_ids is None else self.encode_visual(input_ids, visual_inputs)
-        else:
-            features = self.encode_indexed(visual_index, visual_inputs)
-        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        embeds, deepstack = (embeds, {}) if features is None else features.show(embeds)
-        found = encode_text(self.language_model, embeds, mask, position_ids, cache, **deepstack, **kwargs)
-        others = (found.get(name) for name in ("hidden_states", "attentions"))
-        outputs = BardVLModelOutput(found[0], cache_of(found), *others)
-        return outputs if return_dict is None or return_dict else outputs.to_tuple()
+
+    def _derived_positions(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | BlockMask | None,
+        visual_inputs: Mapping[str, torch.Tensor | None],
+    ) -> torch.Tensor:
+        """Positions by the ids of a whole sequence; `ValueError` where there are none."""
+        if input_ids is None:
+            raise ValueError(
+                "with cached tokens, `inputs_embeds` or `visual_index` the positions cannot be derived: pass "
+                "`position_ids` (4, batch, length), for instance the last columns of `get_position_ids` of the "
+                "whole sequence"
+            )
+        padding = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
+        return self.get_position_ids(input_ids, padding, **grids_of(visual_inputs))
 
     def get_block_mask(
         self,

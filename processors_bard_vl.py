@@ -332,7 +332,6 @@ def build_processors(
     if not (words or banned or biases or ngram_size) and penalty == 1:
         return None
     radius = max([1, ngram_size, *map(len, [*phrases, *sequences])]) - 1
-    overwrite_threshold = settings.revision_threshold if settings.revision == "overwrite" else None
     named = {token for phrase in phrases for token in phrase}
     places = [(phrase, place) for phrase in phrases for place in range(len(phrase))]
     return TokenProcessors(
@@ -348,10 +347,10 @@ def build_processors(
         ngram_size=ngram_size,
         radius=radius,
         num_free=vocab_size - len({*banned, *named, settings.mask_token_id}),
-        overwrite_threshold=overwrite_threshold,
+        overwrite_threshold=settings.overwrite_threshold,
         made_of=(
             settings.mask_token_id, penalty, tuple(phrases), tuple(sorted(banned)), tuple(sorted(biases.items())),
-            ngram_size, overwrite_threshold,
+            ngram_size, settings.overwrite_threshold,
         ),
     )  # fmt: skip
 

@@ -126,21 +126,25 @@ class Recording:
         processors: TokenProcessors | None = None,
     ):
         self.embed, self.lm_head, self.processors = model.get_input_embeddings(), model.lm_head, processors
-        self.layers, self.denoiser, self.size = layers, denoiser, denoiser.size
-        self.num_rows, num_columns = shape
+        self.layers, self.denoiser = layers, denoiser
+        num_rows, num_columns = shape
         form, weight = layers.form, self.embed.weight
         device = weight.device
-        state = weight.new_zeros(self.num_rows, form.key_heads, num_columns, form.size)
+        state = weight.new_zeros(num_rows, form.key_heads, num_columns, form.size)
         self.buffers: list[Buffers] = [(torch.zeros_like(state), torch.zeros_like(state)) for _ in layers.layers]
         self.cache_layers = [BlockCacheLayer() for _ in layers.layers]
         for layer, pair in zip(self.cache_layers, self.buffers, strict=True):
             layer.lend(pair)
-        self.rows = blank_rows(self.num_rows, num_columns, denoiser.settings, device)
+        self.rows = blank_rows(num_rows, num_columns, denoiser.settings, device)
         self.generator = torch.Generator(device)
-        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        self.outcomes: dict[tuple[int, int], Outcome] = {}
+        self.steps: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Outcome]] = {}  # by their numbers of slots
         self.status = torch.zeros(2, dtype=torch.long, device=device)
         self.seen = [torch.zeros(2, dtype=torch.long, pin_memory=device.type == "cuda") for _ in range(2)]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a call, the spare one aside."""
+        return self.rows.spare
 
     def step(self, num_main: int, num_extra: int) -> Outcome:
         """One step of `num_main` rows at most, of which `num_extra` at most carry a finished block.
@@ -148,7 +152,7 @@ class Recording:
         Reads and writes at fixed addresses only. Returns the decision on the rows that run, in their
         order, then on the spare one, and the confidence (rows, block) of what was chosen.
         """
-        rows, size, device = self.rows, self.size, self.status.device
+        rows, size, device = self.rows, self.denoiser.size, self.status.device
         owner = torch.cat(
             [in_front(~rows.ended[:-1], num_main, rows.spare), in_front(rows.carries[:-1], num_extra, rows.spare)]
         )
@@ -234,13 +238,14 @@ class Recording:
     def _replay(self, num_main: int, num_extra: int) -> Outcome:
         if not self.status.is_cuda:
             return self.step(num_main, num_extra)
-        if (num_main, num_extra) not in self.graphs:
-            self._record(num_main, num_extra)
-        self.graphs[num_main, num_extra].replay()
-        return self.outcomes[num_main, num_extra]
+        if (num_main, num_extra) not in self.steps:
+            self.steps[num_main, num_extra] = self._record(num_main, num_extra)
+        graph, outcome = self.steps[num_main, num_extra]
+        graph.replay()
+        return outcome
 
-    def _record(self, num_main: int, num_extra: int) -> None:
-        """Record a step, while no row runs."""
+    def _record(self, num_main: int, num_extra: int) -> tuple[torch.cuda.CUDAGraph, Outcome]:
+        """Record a step, while no row runs: its graph, and the tensors that each replay writes."""
         kept = [each.clone() for each in vars(self.rows).values()]
         state = self.generator.get_state()
         self.rows.ended.fill_(True)
@@ -256,11 +261,11 @@ class Recording:
             graph = torch.cuda.CUDAGraph()
             graph.register_generator_state(self.generator)
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.outcomes[num_main, num_extra] = self.step(num_main, num_extra)
-            self.graphs[num_main, num_extra] = graph
+                outcome = self.step(num_main, num_extra)
         self.generator.set_state(state)
         for each, value in zip(vars(self.rows).values(), kept, strict=True):
             each.copy_(value)
+        return graph, outcome
 
 
 def _read(event: Any, seen: torch.Tensor) -> tuple[int, int]:

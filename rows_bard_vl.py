@@ -137,7 +137,6 @@ class Denoiser:
         self.schedule = transfer_schedule(self.size, settings.denoising_steps).to(device)
         self.eos = torch.tensor(settings.eos_token_ids, dtype=torch.long, device=device)
         self.rule = REMASKING_RULES[settings.remasking_strategy]
-        self.bound = getattr(settings, self.rule.bound)
         self.chooser = Chooser(
             settings.mask_token_id,
             settings.temperature,
@@ -165,9 +164,8 @@ class Denoiser:
             _, columns = rows.cells(owner, self.size)
             scores = logits.float() if processors is None else processors.process(logits, rows.ids[owner], columns)
             scores = scores if then is None else then(scores, 0)
-            threshold = self.settings.revision_threshold if self.settings.revision == "overwrite" else None
             held, place = rows.ids[rows.cells(owner, self.size)], self.place(rows, owner)
-            return form.choose(scores, held, place, self.chooser, generator, threshold)
+            return form.choose(scores, held, place, self.chooser, generator, self.settings.overwrite_threshold)
         if processors is not None:
             return processors.choose(logits, rows.ids[owner], rows.start[owner], self.chooser, generator, then)
         logits = logits if then is None else then(logits.float(), 0)
@@ -212,7 +210,7 @@ class Denoiser:
         masked = (block == settings.mask_token_id) & running[:, None]
         is_last = rows.steps[step] >= len(self.schedule) - 1
         quota = torch.where(is_last, size, self.schedule[rows.steps[step].clamp(max=len(self.schedule) - 1)])
-        commit = self.rule.commit(choice.measure, masked, quota, self.bound)
+        commit = self.rule.commit(choice.measure, masked, quota, settings.bound)
         if choice.reads is not None:
             commit = in_order(commit, masked, quota, choice.reads)
         revised = self._revise(block, ~masked & running[:, None], is_last, choice)

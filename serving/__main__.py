@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .. import BardVLConfig, BardVLForConditionalGeneration, BardVLGenerationConfig
 from ..app.checkpoints import complete_settings, read_config
+from ..app.session import build_settings
 from ..configuration_bard_vl import check_integer
 
 logger = logging.get_logger(__name__)
@@ -53,6 +54,12 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, BardVLGen
     parser = argparse.ArgumentParser(PROGRAM, f"{PROGRAM} MODEL [OPTIONS]", __doc__, add_help=False, allow_abbrev=False)
     parser.add_argument("--block-size", type=int, help="default: as the checkpoint's config.json or its name says")
     parser.add_argument("--threshold", type=float, help="confidence_threshold, default: the checkpoint's")
+    parser.add_argument(
+        "--set",
+        action="append",
+        metavar="NAME=VALUE",
+        help="any other setting that requests begin with, for instance remasking_strategy=margin; repeatable",
+    )
     parser.add_argument("--allow-addresses", action="store_true", help="open pictures at http(s) addresses, too")
     parser.add_argument(
         "--max-picture-pixels",
@@ -72,7 +79,8 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, BardVLGen
     if "--help" in others:
         parser.print_help()
     try:
-        settings = BardVLGenerationConfig(block_size=stated.block_size, confidence_threshold=stated.threshold)
+        named = {"block_size": stated.block_size, "confidence_threshold": stated.threshold}
+        settings = build_settings(named, stated.set)
         check_integer("--max-picture-pixels", stated.max_picture_pixels, minimum=1)
         check_integer("--max-new-tokens", stated.max_new_tokens, minimum=1)
     except ValueError as error:

@@ -1,6 +1,7 @@
 """What all fronts share: settings by a checkpoint's name, devices, quantised weights and their bytes."""
 
 import ast
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from bard_vl.app.checkpoints import PUBLISHED, WEIGHTS, complete_settings, read_
 from bard_vl.app.devices import find_device, free_memory
 from bard_vl.app.memory import TOLERANCE, certain_bytes, read_prompt, readable, weight_bytes
 from bard_vl.app.quantization import bytes_of, check_quantization, saved_bytes
-from bard_vl.app.session import Session
+from bard_vl.app.session import Session, build_settings
+from bard_vl.generation_config_bard_vl import SETTINGS, Setting, passes
 from fresh import ROOT
 from PIL import Image
 
@@ -209,3 +211,29 @@ def test_too_little_memory_is_advised_on_lighter_weights() -> None:
         session.memory = int((weights + least) * TOLERANCE) + 1
         with pytest.raises(ValueError, match=f"{readable(session.memory)} free.*; or {words}"):
             session.check_memory(inputs)
+
+
+SOME_VALUES = (2, 0.25, "x", [5], [[5, 6]], [[[5], 0.5]])
+
+
+@pytest.mark.parametrize("row", SETTINGS.values(), ids=SETTINGS)
+def test_a_row_of_the_table_reaches_every_program(row: Setting) -> None:
+    """A value that the row's check takes arrives from the command line, the server's start, the page and lmms-eval."""
+    from bard_vl.serving.__main__ import parse_arguments
+    from bard_vl.viewer.demo import CONTROLS, read_controls
+
+    value = next(value for value in (*row.allowed.get("choices", ()), *SOME_VALUES) if passes(row, value))
+    text, given = f"{row.name}={json.dumps(value)}", ["low_confidence_static", 0.5, 1, 8, 0.0]
+    assert len(CONTROLS) == len(given)
+    if row.owner == "program":
+        with pytest.raises(UsageError, match=f"`{row.name}`"):
+            build_settings({}, [text])
+    else:
+        assert build_settings({}, [text]).explicit() == {row.name: value}
+        assert parse_arguments(["model", "--set", text])[1].explicit() == {row.name: value}
+    if row.owner == "user":
+        assert read_controls((*given, f"\n {text}\n"))[row.name] == value
+    else:
+        with pytest.raises(UsageError, match=f"`{row.name}` is the server's"):
+            read_controls((*given, text))
+    assert BardVLGenerationConfig(**{row.name: value}).explicit() == {row.name: value}  # what lmms-eval's model asks

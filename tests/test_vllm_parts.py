@@ -123,7 +123,7 @@ def test_a_request_states_what_generate_takes() -> None:
     served = model_config(override_generation_config={"confidence_threshold": 0.7, "max_new_tokens": None})
     read_checkpoint(served)
     plain = request_settings(params(), served.hf_config)
-    assert (plain.confidence_threshold, plain.denoising_steps, plain.samples) == (0.7, 4, False)
+    assert (plain.bound, plain.denoising_steps, plain.samples) == (0.7, 4, False)
     own = {"confidence_threshold": 0.1, "denoising_steps": 2, "remasking_strategy": "factor", "factor": 2.0}
     stated = asdict(request_settings(params(temperature=0.5, top_k=-1, extra_args=own), served.hf_config))
     assert {name: stated[name] for name in own} == own
@@ -161,7 +161,7 @@ def test_block_size_and_threshold_of_a_published_name() -> None:
     assert stated_block_size(published.hf_config) == 16
     (notice,) = read_checkpoint(published)
     assert "confidence threshold 0.5" in notice
-    assert request_settings(params(), published.hf_config).confidence_threshold == 0.5
+    assert request_settings(params(), published.hf_config).bound == 0.5
     published.hf_config.block_size, published.hf_config._name_or_path = None, "some-folder"
     with pytest.raises(ValueError, match=r"some-folder: neither config.json nor the name states the block size"):
         stated_block_size(published.hf_config)

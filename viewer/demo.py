@@ -14,9 +14,9 @@ import torch
 
 from ..app.checkpoints import PICTURES, QUESTIONS
 from ..app.conversation import Conversation
-from ..app.session import Session
-from ..generation_config_bard_vl import DEFAULTS
-from ..remasking_bard_vl import REMASKING_RULES
+from ..app.errors import UsageError
+from ..app.session import Session, build_settings
+from ..generation_config_bard_vl import DEFAULTS, SETTINGS
 from .page import frame_of, write_html
 from .picture import write_gif
 from .recording import Recording
@@ -33,6 +33,14 @@ KNOWN = (
     "answers each alone, and to anything else it says anything. `bard-vl demo --model` names another checkpoint."
 )
 PLAYER_HEIGHT = 640  # pixels
+# The settings that have a control of their own, with its label; the text below them takes every other.
+CONTROLS = {
+    "remasking_strategy": "Which tokens a step commits",
+    "confidence_threshold": "Commit what is more probable than",
+    "denoising_steps": "Steps per block at most",
+    "max_new_tokens": "Longest answer in tokens",
+    "temperature": "Temperature, 0 is greedy",
+}
 KEPT_S = 3600  # of a conversation with nobody at the page; and of files that were downloaded
 Turn = dict[str, Any]  # a message of the chat
 
@@ -160,39 +168,33 @@ def build_page(session: Session, pictures: Sequence[str | Path] = ()) -> gr.Bloc
 
 
 def add_settings(stored: dict[str, Any], block_size: int) -> list[Any]:
-    """The controls of generation, from what is stated: rule, threshold, steps, longest answer, temperature."""
-    heat, longest_answer = temperature_of(stored), stored.get("max_new_tokens", DEFAULTS["max_new_tokens"])
+    """The controls of generation, from what is stated: those of `CONTROLS`, then a text for other settings."""
+    shown = {**DEFAULTS, "denoising_steps": block_size, **stored, "temperature": temperature_of(stored)}
+    longest = {"denoising_steps": max(block_size, 2), "max_new_tokens": 1024, "temperature": 2}  # of the sliders
     with gr.Accordion("Settings", open=False):
-        return [
-            gr.Dropdown(
-                list(REMASKING_RULES),
-                value=stored.get("remasking_strategy", DEFAULTS["remasking_strategy"]),
-                label="Which tokens a step commits (remasking_strategy)",
-            ),
-            gr.Slider(
-                0,
-                1,
-                value=stored.get("confidence_threshold", DEFAULTS["confidence_threshold"]),
-                step=0.01,
-                label="Commit what is more probable than (confidence_threshold)",
-            ),
-            gr.Slider(
-                1,
-                max(block_size, 2),
-                value=stored.get("denoising_steps", block_size),
-                step=1,
-                interactive=block_size > 1,
-                label="Steps per block at most (denoising_steps)",
-            ),
-            gr.Slider(
-                1,
-                max(1024, longest_answer),
-                value=longest_answer,
-                step=1,
-                label="Longest answer in tokens (max_new_tokens)",
-            ),
-            gr.Slider(0, max(2, heat), value=heat, step=0.05, label="Temperature, 0 is greedy"),
-        ]
+        controls = [add_control(name, shown[name], longest.get(name, 1)) for name in CONTROLS]
+        others = gr.Textbox(label="Other settings, NAME=VALUE, one a line", lines=2, elem_id="others")
+    return [*controls, others]
+
+
+def add_control(name: str, value: Any, longest: float) -> Any:
+    """The control of a setting, within what the table allows; a slider goes up to `longest`, or to a larger `value`."""
+    allowed, label = SETTINGS[name].allowed, f"{CONTROLS[name]} ({name})"
+    if "choices" in allowed:
+        return gr.Dropdown(allowed["choices"], value=value, label=label)
+    step, least = (1, allowed["minimum"]) if "minimum" in allowed else (0.01, allowed["low"])
+    return gr.Slider(least, max(longest, value), value=value, step=step, label=label)
+
+
+def read_controls(values: Sequence[Any]) -> dict[str, Any]:
+    """The settings that the values of `add_settings` state; `UsageError` if one is wrong. The text may be missing."""
+    named = dict(zip(CONTROLS, values, strict=False))
+    named = {name: int(value) if "minimum" in SETTINGS[name].allowed else value for name, value in named.items()}
+    others = [line.strip() for text in values[len(CONTROLS) :] for line in text.splitlines() if line.strip()]
+    for name in (line.partition("=")[0] for line in others):
+        if name in SETTINGS and SETTINGS[name].owner != "user":
+            raise UsageError(f"`{name}` is the server's to set")
+    return {"do_sample": named["temperature"] > 0, **build_settings(named, others).explicit()}
 
 
 def temperature_of(settings: dict[str, Any]) -> float:
@@ -227,24 +229,12 @@ def answer_in_steps(
     talk: Talk | None,
     picture: Any,
     prompt: str,
-    rule: str,
-    threshold: float,
-    steps: int,
-    longest: int,
-    temperature: float,
+    *values: Any,
 ) -> Iterator[tuple[Any, ...]]:
-    """The talk, its chat, the question's box and the player as HTML, as the answer grows.
+    """The talk, its chat, the question's box and the player as HTML, as the answer grows; `values` are the settings'.
 
     A new picture begins a new talk. What goes wrong is said in the answer's place.
     """
-    settings = {
-        "remasking_strategy": rule,
-        "confidence_threshold": threshold,
-        "denoising_steps": int(steps),
-        "max_new_tokens": int(longest),
-        "temperature": temperature,
-        "do_sample": temperature > 0,
-    }
     shown = None if picture is None else picture.convert("RGB")
     if talk is None or talk.picture != shown:
         talk = Talk(Conversation(session), shown)
@@ -263,6 +253,7 @@ def answer_in_steps(
 
     def work() -> None:
         try:
+            settings = read_controls(values)
             outcome.append(talk.conversation.ask(prompt, streamer=streamer, output_history=True, **settings))
         except Exception as error:  # shown on the page
             outcome.append(error)

@@ -42,7 +42,7 @@ class Blocks:
         self.settings[slot] = settings
         self.ids[slot], self.step[slot] = self.mask_token_id, 0
         self.num_steps[slot] = settings.denoising_steps
-        self.bound[slot] = getattr(settings, REMASKING_RULES[settings.remasking_strategy].bound)
+        self.bound[slot] = settings.bound
         if settings.samples:
             self.generators[slot] = torch.Generator(device=self.device).manual_seed(seed)
 
