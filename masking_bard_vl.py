@@ -27,25 +27,6 @@ def partition_prompt(attention_mask: torch.Tensor, block_size: int) -> torch.Ten
     return blocks.masked_fill(~real, PADDING_BLOCK)
 
 
-def partition_sequence(prompt_lengths: torch.Tensor, num_columns: int, block_size: int) -> torch.Tensor:
-    """Block of every column when each row holds its prompt from column 0 and its response right after it.
-
-    The prompt is cut from position 0, its last block may be short; response blocks begin at the prompt's end.
-
-    Args:
-        prompt_lengths: (batch,) prompt tokens of each row.
-        num_columns: columns to number.
-        block_size: tokens per block.
-
-    Returns:
-        (batch, num_columns) block numbers, ascending along each row.
-    """
-    columns = torch.arange(num_columns, device=prompt_lengths.device)[None]
-    lengths = prompt_lengths[:, None]
-    prompt_blocks = (lengths + block_size - 1) // block_size
-    return torch.where(columns < lengths, columns // block_size, prompt_blocks + (columns - lengths) // block_size)
-
-
 def block_visibility(query_blocks: torch.Tensor, key_blocks: torch.Tensor) -> torch.Tensor:
     """Block-causal visibility.
 
@@ -119,6 +100,5 @@ __all__ = [
     "check_block_mask",
     "check_explicit_mask",
     "partition_prompt",
-    "partition_sequence",
     "to_attention_mask",
 ]

@@ -145,6 +145,37 @@ class Place:
     left: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Ways:
+    """Steps of an automaton, each from a state to a state.
+
+    Attributes:
+        source, target: (ways,) states.
+        ends: (ways,) bool, whether the form is complete behind it.
+    """
+
+    source: torch.Tensor
+    target: torch.Tensor
+    ends: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Classes of tokens that lead to the same states from everywhere.
+
+    Attributes:
+        of: (vocabulary,) the class of each token.
+        token: (classes,) a token of each.
+        size: (classes,) tokens of each.
+        tokens: the tokens of each that leads anywhere.
+    """
+
+    of: torch.Tensor
+    token: torch.Tensor
+    size: torch.Tensor
+    tokens: Groups
+
+
 class BlockForm:
     """The forms of a batch as one automaton on a device.
 
@@ -172,20 +203,20 @@ class BlockForm:
         def on_device(values: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(values)).long().to(device)
 
-        self.table, self.class_of = on_device(table), on_device(class_of)
-        token_of = np.zeros(num_classes, dtype=np.int64)
-        token_of[class_of] = np.arange(len(class_of))
-        self.token_of = on_device(token_of)
-        self.class_size = on_device(np.bincount(class_of, minlength=num_classes))
-        self.distance = on_device(self.distances)
         is_end = np.concatenate([np.arange(each.num_states) == each.num_states - 1 for each in different])
-        self.edge_source, self.edge_target = on_device(source), on_device(target)
-        self.edge_class, self.edge_pair = on_device(edge_class), on_device(pair_of.reshape(-1))
-        self.pair_source, self.pair_target = on_device(pairs // num_states), on_device(pairs % num_states)
-        self.pair_ends = on_device(is_end[pairs % num_states]).bool()
-        self.edge_ends = on_device(is_end[target]).bool()
+
+        def ways(source: np.ndarray, target: np.ndarray) -> Ways:
+            return Ways(on_device(source), on_device(target), on_device(is_end[target]).bool())
+
+        token = np.zeros(num_classes, dtype=np.int64)
+        token[class_of] = np.arange(len(class_of))
+        size = np.bincount(class_of, minlength=num_classes)
         leads = (table >= 0).any(0)
-        self.tokens = Groups(np.where(leads[class_of], class_of, -1), num_classes, device)
+        grouped = Groups(np.where(leads[class_of], class_of, -1), num_classes, device)
+        self.classes = Classes(on_device(class_of), on_device(token), on_device(size), grouped)
+        self.table, self.distance = on_device(table), on_device(self.distances)
+        self.edges, self.edge_class = ways(source, target), on_device(edge_class)
+        self.pairs = ways(pairs // num_states, pairs % num_states)
         self.edges_of_class = Groups(edge_class, num_classes, device)
         self.edges_of_pair = Groups(pair_of.reshape(-1), len(pairs), device)
         self.into = Groups(pairs % num_states, num_states, device, width=None)
@@ -231,8 +262,8 @@ class BlockForm:
         """
         scores = scores.clamp_(min=FLOOR)
         is_open = held == chooser.mask_token_id
-        lists = self.tokens.lists(scores)
-        by_class = total(self.tokens.climb(lists, total)[-1])
+        lists = self.classes.tokens.lists(scores)
+        by_class = total(self.classes.tokens.climb(lists, total)[-1])
         around = self._around(by_class, held, is_open, place)
         if overwrite_threshold is not None:
             rival, sure = self._rivals(scores, by_class, around)
@@ -245,28 +276,28 @@ class BlockForm:
             confidence = self._share(scores, by_class, around, ids)
         measure = confidence
         if chooser.measure is not probability:
-            measure = chooser.measure(scores + take(around, self.class_of), confidence)
+            measure = chooser.measure(scores + take(around, self.classes.of), confidence)
         present = self._share(scores, by_class, around, held) if chooser.keeps_present else None
         return Choice(ids, confidence, measure, present, form_state=after)
 
     def dictates(self, held: torch.Tensor, place: Place, mask_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The open positions (n, block) at which every completable path has the same token, and that token."""
         is_open = held == mask_token_id
-        free = self.class_of.new_zeros(*held.shape, len(self.class_size), dtype=torch.float32)
+        free = self.classes.of.new_zeros(*held.shape, len(self.classes.size), dtype=torch.float32)
         by_class = self._committed(free, held, is_open)
         pairs = self._pairs(by_class, place, largest)
         forwards, backwards = self._forwards(pairs, place, largest), self._backwards(pairs, place, largest)
-        through = take(forwards[:, :-1], self.edge_source) + take(backwards[:, 1:], self.edge_target)
-        through = through.masked_fill(self._behind(held, place)[..., None] & ~self.edge_ends, float("-inf"))
+        through = take(forwards[:, :-1], self.edges.source) + take(backwards[:, 1:], self.edges.target)
+        through = through.masked_fill(self._behind(held, place)[..., None] & ~self.edges.ends, float("-inf"))
         ways = self.edges_of_class.reduce(through, largest) + by_class > float("-inf")
-        return is_open & ((ways * self.class_size).sum(-1) == 1), self.token_of[ways.int().argmax(-1)]
+        return is_open & ((ways * self.classes.size).sum(-1) == 1), self.classes.token[ways.int().argmax(-1)]
 
     # --- the parts -------------------------------------------------------------------------------------------------
 
     def _committed(self, by_class: torch.Tensor, held: torch.Tensor, is_open: torch.Tensor) -> torch.Tensor:
         """Scores (n, block, classes) with only the held token's class where a position is not open."""
         classes = torch.arange(by_class.shape[-1], device=held.device)
-        is_held = classes == self.class_of[held][..., None]
+        is_held = classes == self.classes.of[held][..., None]
         known = torch.where(is_held, 0.0, float("-inf")).to(by_class.dtype)
         return torch.where(is_open[..., None], by_class, known)
 
@@ -278,7 +309,7 @@ class BlockForm:
         """(n, block, pairs) scores of the steps from state to state."""
         pairs = self.edges_of_pair.reduce(take(by_class, self.edge_class), how)
         behind = self._behind(by_class[..., 0], place)[..., None]
-        return torch.where(behind, torch.where(self.pair_ends, 0.0, float("-inf")).to(pairs.dtype), pairs)
+        return torch.where(behind, torch.where(self.pairs.ends, 0.0, float("-inf")).to(pairs.dtype), pairs)
 
     def _forwards(self, pairs: torch.Tensor, place: Place, how: Reduce) -> torch.Tensor:
         """(n, block + 1, states) scores of the ways from the block's begin."""
@@ -286,7 +317,7 @@ class BlockForm:
         here = torch.where(states == place.state[:, None], 0.0, float("-inf")).to(pairs.dtype)
         found = [here]
         for step in pairs.unbind(1):
-            found.append(self.into.reduce(take(found[-1], self.pair_source) + step, how))
+            found.append(self.into.reduce(take(found[-1], self.pairs.source) + step, how))
         return torch.stack(found, 1)
 
     def _backwards(self, pairs: torch.Tensor, place: Place, how: Reduce) -> torch.Tensor:
@@ -294,29 +325,29 @@ class BlockForm:
         can_end = self.distance <= place.left.clamp(min=0)[:, None]
         found = [torch.where(can_end, 0.0, float("-inf")).to(pairs.dtype)]
         for step in reversed(pairs.unbind(1)):
-            found.append(self.out_of.reduce(take(found[-1], self.pair_target) + step, how))
+            found.append(self.out_of.reduce(take(found[-1], self.pairs.target) + step, how))
         return torch.stack(found[::-1], 1)
 
     def _around(self, by_class: torch.Tensor, held: torch.Tensor, is_open: torch.Tensor, place: Place) -> torch.Tensor:
         """(n, block, classes) scores of all ways around a position of which a token of the class is there."""
         pairs = self._pairs(self._committed(by_class, held, is_open), place, total)
         forwards, backwards = self._forwards(pairs, place, total), self._backwards(pairs, place, total)
-        through = take(forwards[:, :-1], self.edge_source) + take(backwards[:, 1:], self.edge_target)
-        through = through.masked_fill(self._behind(held, place)[..., None] & ~self.edge_ends, float("-inf"))
+        through = take(forwards[:, :-1], self.edges.source) + take(backwards[:, 1:], self.edges.target)
+        through = through.masked_fill(self._behind(held, place)[..., None] & ~self.edges.ends, float("-inf"))
         return self.edges_of_class.reduce(through, total)
 
     def _share(
         self, scores: torch.Tensor, by_class: torch.Tensor, around: torch.Tensor, ids: torch.Tensor
     ) -> torch.Tensor:
         """(n, block) share of the paths that have the tokens `ids`, each while the others are as committed."""
-        ways = scores.gather(-1, ids[..., None]) + around.gather(-1, self.class_of[ids][..., None])
+        ways = scores.gather(-1, ids[..., None]) + around.gather(-1, self.classes.of[ids][..., None])
         return (ways[..., 0] - (by_class + around).logsumexp(-1)).exp().nan_to_num(0.0).clamp(max=1.0)
 
     def _rivals(
         self, scores: torch.Tensor, by_class: torch.Tensor, around: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, block) the token of the largest share at each position, and its share."""
-        rival = (scores + take(around, self.class_of)).argmax(-1)
+        rival = (scores + take(around, self.classes.of)).argmax(-1)
         return rival, self._share(scores, by_class, around, rival)
 
     def _path(
@@ -334,13 +365,13 @@ class BlockForm:
         how = total if samples else largest
         if samples:
             scores = (scores - scores.amax(-1, keepdim=True)) / max(chooser.temperature, 1e-30)
-            lists = self.tokens.lists(filter_scores(scores, chooser.top_k, chooser.top_p).clamp(min=FLOOR))
-        levels = self.tokens.climb(lists, how)
+            lists = self.classes.tokens.lists(filter_scores(scores, chooser.top_k, chooser.top_p).clamp(min=FLOOR))
+        levels = self.classes.tokens.climb(lists, how)
         by_class = self._committed(how(levels[-1]), held, is_open)
         pairs = self._pairs(by_class, place, how)
         backwards = self._backwards(pairs, place, how)
         draw: Reduce = partial(_noisy, generator=generator) if samples else _as_they_are
-        steps, targets = padded(pairs), torch.nn.functional.pad(self.pair_target, [0, 1])
+        steps, targets = padded(pairs), torch.nn.functional.pad(self.pairs.target, [0, 1])
         states = [place.state]
         for position in range(held.shape[1]):
             ways = self.out_of.members[states[-1]]
@@ -350,7 +381,7 @@ class BlockForm:
         path = torch.stack(states, 1)
         leads = self.table[path[:, :-1]] == path[:, 1:, None]
         chosen = draw(by_class.masked_fill(~leads, float("-inf"))).argmax(-1)
-        ids = self.tokens.descend(levels, chosen, draw)
+        ids = self.classes.tokens.descend(levels, chosen, draw)
         ids = torch.where(self._behind(held, place), self.eos, ids)
         return torch.where(is_open, ids, held), path[:, -1]
 

@@ -118,3 +118,22 @@ def response(output: BardVLGenerationOutput, batch: list[Row], row: int, eos: li
     tokens = output.sequences[row, max(len(prompt.ids) for prompt in batch) :].tolist()
     ends = [place for place, token in enumerate(tokens) if token in eos]
     return tokens[: ends[0] + 1] if ends else tokens
+
+
+def partition_sequence(prompt_lengths: torch.Tensor, num_columns: int, block_size: int) -> torch.Tensor:
+    """Block of every column when each row holds its prompt from column 0 and its response right after it.
+
+    The prompt is cut from position 0, its last block may be short; response blocks begin at the prompt's end.
+
+    Args:
+        prompt_lengths: (batch,) prompt tokens of each row.
+        num_columns: columns to number.
+        block_size: tokens per block.
+
+    Returns:
+        (batch, num_columns) block numbers, ascending along each row.
+    """
+    columns = torch.arange(num_columns, device=prompt_lengths.device)[None]
+    lengths = prompt_lengths[:, None]
+    prompt_blocks = (lengths + block_size - 1) // block_size
+    return torch.where(columns < lengths, columns // block_size, prompt_blocks + (columns - lengths) // block_size)

@@ -11,10 +11,10 @@ import pytest
 import ragged
 import torch
 from bard_vl import BardVLGenerationOutput, DenoisingStep
-from bard_vl.masking_bard_vl import block_visibility, partition_prompt, partition_sequence, to_attention_mask
+from bard_vl.masking_bard_vl import block_visibility, partition_prompt, to_attention_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ragged import Row, generate, load
+from ragged import Row, generate, load, partition_sequence
 
 
 @dataclass

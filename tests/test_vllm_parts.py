@@ -10,14 +10,15 @@ import torch
 from bard_vl import BardVLConfig, BardVLGenerationConfig
 from bard_vl.generation_config_bard_vl import DecodingSettings
 from bard_vl.inputs_bard_vl import Prompt
-from bard_vl.masking_bard_vl import block_visibility, partition_sequence
+from bard_vl.masking_bard_vl import block_visibility
 from bard_vl.remasking_bard_vl import REMASKING_RULES
 from bard_vl.rows_bard_vl import Denoiser, Rows
 from bard_vl.serving.vllm import canvas_length, is_tested
 from bard_vl.serving.vllm import denoising as parts
 from bard_vl.serving.vllm.denoising import Blocks
 from bard_vl.serving.vllm.pieces import cut, whole_blocks
-from bard_vl.serving.vllm.settings import OF_REQUESTS, read_checkpoint, request_settings, stated_block_size
+from bard_vl.serving.vllm.settings import BOUNDS, OF_REQUESTS, read_checkpoint, request_settings, stated_block_size
+from ragged import partition_sequence
 from tiny import IDS, qwen3vl_config
 
 MASK, VOCABULARY = 30, 32
@@ -124,10 +125,14 @@ def test_a_request_states_what_generate_takes() -> None:
     read_checkpoint(served)
     plain = request_settings(params(), served.hf_config)
     assert (plain.bound, plain.denoising_steps, plain.samples) == (0.7, 4, False)
-    own = {"confidence_threshold": 0.1, "denoising_steps": 2, "remasking_strategy": "factor", "factor": 2.0}
-    stated = asdict(request_settings(params(temperature=0.5, top_k=-1, extra_args=own), served.hf_config))
-    assert {name: stated[name] for name in own} == own
-    assert (stated["temperature"], stated["top_k"]) == (0.5, 0)
+    own = {"confidence_threshold": 0.1, "denoising_steps": 2, "remasking_strategy": "low_confidence_dynamic"}
+    for rule, bound in (({}, 0.1), ({"remasking_strategy": "factor", "factor": 2.0}, 2.0)):
+        asked = params(temperature=0.5, top_k=-1, extra_args={**own, **rule})
+        stated = asdict(request_settings(asked, served.hf_config))
+        wanted = {**own, **rule, "bound": bound, "temperature": 0.5, "top_k": 0}
+        assert {name: stated[name] for name in wanted if name in stated} == {
+            name: value for name, value in wanted.items() if name not in BOUNDS
+        }
 
 
 @pytest.mark.parametrize(
