@@ -12,7 +12,7 @@ import pytest
 import yaml
 from bard_vl import BardVLGenerationConfig
 from bard_vl.app.session import Session
-from bard_vl.training import distill, merge_and_distill, merge_blocks
+from bard_vl.training import distill, merge_and_distill, merge_blocks, what_fits
 from bard_vl.training.arguments import RecipeError, parse_recipe
 from bard_vl.training.stages import Run, build_trainer
 from tiny import draw_scene
@@ -313,7 +313,7 @@ def documented_commands() -> list[list[str]]:
     """The training commands of the manual, in words."""
     text = (RECIPES.parents[1] / "docs" / "training.md").read_text()
     lines = [line for block in text.split("```bash\n")[1:] for line in block.split("```")[0].splitlines()]
-    return [shlex.split(line) for line in lines if " -m bard_vl.training." in line]
+    return [shlex.split(line) for line in lines if " -m bard_vl.training." in line and "--train_data" in line]
 
 
 @pytest.mark.parametrize("command", documented_commands(), ids=lambda command: command[-5])
@@ -342,6 +342,8 @@ def test_the_command_to_try_first_trains_the_small_checkpoint(tmp_path, monkeypa
     shutil.copytree(chats_file().parent, tmp_path, dirs_exist_ok=True)
     assert merge_blocks.main(command[command.index("-m") + 2 :]) == 0
     assert json.loads((tmp_path / "tried/block-32/config.json").read_text())["block_size"] == 32
+    exec((folder / "docs" / "training.md").read_text().split("```python\n")[1].split("```")[0], {})
+    assert (tmp_path / "from-python" / "block-32" / "config.json").is_file()
 
 
 @pytest.mark.process
@@ -362,3 +364,16 @@ def test_help_needs_no_recipe(capsys):
         merge_blocks.main(["--help"])
     assert stopped.value.code == 0
     assert "--block_sizes" in capsys.readouterr().out
+
+
+def test_the_manual_says_what_fits(monkeypatch):
+    manual = (RECIPES.parents[1] / "docs" / "training.md").read_text()
+    monkeypatch.setattr(what_fits, "SIZES", {"2B": what_fits.SIZES["2B"]})
+    for line in what_fits.table(4096).splitlines()[2:]:
+        assert line.removesuffix(" |") in manual
+    assert [what_fits.card(gigabytes * 1e9) for gigabytes in (21, 22, 72, 73)] == [
+        "24 GB",
+        "80 GB",
+        "80 GB",
+        "too much for 80 GB",
+    ]

@@ -47,17 +47,18 @@ class Cost:
         tokens = math.prod(shape)
         sharding = sharding_of(trainer)
         parameters = count_parameters(model)
-        memory = state_memory(model, sharding, args.world_size)
-        if trainer.teacher is not None:
-            memory["teacher"] = sum(p.numel() * p.element_size() for p in trainer.teacher.model.parameters())
-        config = trainer.bare_model.config
-        if args.bf16 and sharding == "none":
-            memory["weights in bfloat16"] = autocast_memory(model)
-        memory |= activation_memory(config, tokens, 2 if args.bf16 else 4, args.gradient_checkpointing)
-        # Logits, their logarithms and gradients, in bfloat16 too; of a teacher the same, and the divergence.
-        tensors = (4 if args.bf16 else 3) + (4 if trainer.teacher is not None else 0)
-        memory["logits"] = 4 * args.loss_chunk_size * config.text_config.vocab_size * tensors
-        memory["attention mask"] = mask_memory(trainer.uses_flex_mask, *shape) * (1 if trainer.teacher is None else 2)
+        memory = memory_of(
+            model,
+            trainer.bare_model.config,
+            shape,
+            sharding,
+            args.world_size,
+            bf16=args.bf16,
+            checkpointing=args.gradient_checkpointing,
+            loss_chunk_size=args.loss_chunk_size,
+            flex=trainer.uses_flex_mask,
+            teacher=None if trainer.teacher is None else trainer.teacher.model,
+        )
         return cls(parameters, args.global_batch_size, length, tokens, args.max_steps, sharding, memory)
 
     def table(self, title: str) -> str:
@@ -77,6 +78,33 @@ class Cost:
             lines.append(f"    {name:<26}{size / GIB:>16.2f} GiB")
         lines.append(f"    {'in all':<26}{sum(self.memory.values()) / GIB:>16.2f} GiB")
         return "\n".join(lines)
+
+
+def memory_of(
+    model: nn.Module,
+    config: Any,
+    shape: tuple[int, int],
+    sharding: str,
+    num_processes: int,
+    *,
+    bf16: bool,
+    checkpointing: bool,
+    loss_chunk_size: int,
+    flex: bool,
+    teacher: nn.Module | None = None,
+) -> dict[str, float]:
+    """Bytes on each process by what they are for, at a micro-batch of `shape`, rows and columns."""
+    memory = state_memory(model, sharding, num_processes)
+    if teacher is not None:
+        memory["teacher"] = sum(p.numel() * p.element_size() for p in teacher.parameters())
+    if bf16 and sharding == "none":
+        memory["weights in bfloat16"] = autocast_memory(model)
+    memory |= activation_memory(config, math.prod(shape), 2 if bf16 else 4, checkpointing)
+    # Logits, their logarithms and gradients, in bfloat16 too; of a teacher the same, and the divergence.
+    tensors = (4 if bf16 else 3) + (4 if teacher is not None else 0)
+    memory["logits"] = 4 * loss_chunk_size * config.text_config.vocab_size * tensors
+    memory["attention mask"] = mask_memory(flex, *shape) * (1 if teacher is None else 2)
+    return memory
 
 
 def largest_batch(trainer: Any) -> tuple[int, int]:
