@@ -17,6 +17,13 @@ KEPT = (
     "model.visual",
 )  # in the checkpoint's dtype: a small part of the weights, and the first to lose by it
 NEEDS = {"int8": ("torchao", "accelerate"), "nf4": ("bitsandbytes", "accelerate")}
+# What transformers loads weights with that were saved in fewer bits.
+STORED_NEEDS = {
+    "gptq": ("gptqmodel", "optimum"),
+    "awq": ("gptqmodel",),
+    "bitsandbytes": ("bitsandbytes", "accelerate"),
+    "torchao": ("torchao", "accelerate"),
+}
 GROUP, GROUPS = 64, 256  # weights that share a scale in nf4, and such scales that share one in turn
 
 
@@ -29,6 +36,16 @@ def check_quantization(kind: str | None) -> None:
     missing = [name for name in NEEDS[kind] if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f'--quantize {kind} needs {", ".join(missing)}: pip install "bard-vl[quantize]"')
+
+
+def check_stored(name: str, config: Any) -> None:
+    """Raise `UsageError` if the weights of a checkpoint are quantised, and a package that reads them is missing."""
+    stated = getattr(config, "quantization_config", None)
+    stated = stated if isinstance(stated, dict) or stated is None else stated.to_dict()
+    method = str((stated or {}).get("quant_method", ""))
+    missing = [package for package in STORED_NEEDS.get(method, ()) if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UsageError(f"{name} has {method.upper()} weights: pip install {' '.join(missing)}")
 
 
 def quantization_config(kind: str, dtype: torch.dtype) -> Any:
@@ -55,7 +72,7 @@ def quantized_bytes(model: Any, kind: str) -> int:
         count, rows = module.weight.numel(), module.weight.shape[0]
         if kind == "int8":  # a scale per row
             total += count + rows * module.weight.element_size()
-        else:  # two weights a byte, a byte per group, a scale per group of groups
+        else:  # two weights per byte, a byte per group, a scale per group of groups
             groups = -(-count // GROUP)
             total += -(-count // 2) + groups + 4 * -(-groups // GROUPS)
     return total

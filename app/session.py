@@ -22,7 +22,7 @@ from .checkpoints import EMBEDDED, complete_settings, find_checkpoint, read_conf
 from .devices import find_device, free_memory
 from .errors import UsageError, one_line
 from .memory import MemoryEstimate, check_fits, estimate, read_prompt, readable, weight_bytes
-from .quantization import check_quantization, quantization_config, saved_bytes, stored_bytes
+from .quantization import check_quantization, check_stored, quantization_config, saved_bytes, stored_bytes
 from .terminal import counted
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # of accelerate
@@ -131,6 +131,7 @@ class Session:
         self.dtype = find_dtype(dtype, self.config)
         self.quantize, self.device_map, self.memory = quantize, device_map, memory
         check_quantization(quantize)
+        check_stored(self.name, self.config)
         if quantize and self.is_quantized:
             raise UsageError(f"--quantize {quantize}: the weights of {self.name} are quantised already")
         if device_map not in (None, *DEVICE_MAPS):

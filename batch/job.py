@@ -36,7 +36,7 @@ class Plan:
 
     Attributes:
         batch_size: requests decoded together.
-        num_workers: processes with the model; None for one a GPU.
+        num_workers: processes with the model; None for one per GPU.
         address: of a Ray cluster; None for this machine.
     """
 

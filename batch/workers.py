@@ -96,7 +96,7 @@ class Worker:
         }
 
     def answer(self, requests: list[Request]) -> list[Record]:
-        """One answer a request; what cannot be answered says why, and leaves the others alone."""
+        """One answer per request; what cannot be answered says why, and leaves the others alone."""
         chats = list(self.readers.map(self.read, requests))
         asked = [(request, chat) for request, chat in zip(requests, chats, strict=True) if isinstance(chat, list)]
         with self.decoding:

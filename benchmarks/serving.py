@@ -109,7 +109,7 @@ class Result:
 
     Attributes:
         seconds: from the first request to the last part.
-        replies: one a request, in the order of the pictures.
+        replies: one per request, in the order of the pictures.
         counts: what vLLM counted: forwards, and denoising steps of all requests together.
     """
 

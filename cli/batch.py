@@ -99,7 +99,7 @@ def batch(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes with the model. Default: one a GPU, else 1.", rich_help_panel=WORK),
+        typer.Option(min=1, help="Processes with the model. Default: one per GPU, else 1.", rich_help_panel=WORK),
     ] = None,
     ray_address: Annotated[
         str | None,

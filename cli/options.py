@@ -45,7 +45,7 @@ SETTINGS = {
     "denoising_steps": Annotated[
         int | None,
         typer.Option(
-            "--steps", help="Denoising steps per block at most. Default: one a token.", rich_help_panel=GENERATION
+            "--steps", help="Denoising steps per block at most. Default: one per token.", rich_help_panel=GENERATION
         ),
     ],
     "max_new_tokens": Annotated[

@@ -48,6 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(bard, folder / name, ignore=shutil.ignore_patterns("*.safetensors"))
     config = folder / "unstated" / "config.json"
     config.write_text(re.sub(r'\s*"block_size": 4,', "", config.read_text()))
+    awq = shutil.copytree(folder / "weightless", folder / "awq") / "config.json"
+    awq.write_text(json.dumps(json.loads(awq.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
     draw_scene(folder / "photo.png")
     draw_scene(folder / "other.png", (128, 64), seed=1)
     (folder / "text.png").write_text("no picture")
@@ -405,6 +407,7 @@ def test_undecided_tokens_are_those_of_the_mask_id_in_force(run: Any, folder: Pa
         ("run photo.png --model weightless --min-pixels 9 --max-pixels 8", 2, "--min-pixels 9 is more than --max-"),
         ("run photo.png --model weightless --html absent/a.html", 2, "absent/a.html cannot be written: no such folder"),
         ("run photo.png --model weightless --png frames", 2, "frames cannot be written: a folder"),
+        ("run photo.png --model awq", 2, "awq has AWQ weights: pip install gptqmodel"),
         ("run photo.png --each --html a.html", 2, "--each gives several answers, --html is about one: leave one of"),
         (
             "run photo.png --num-samples 2 --compare bard",

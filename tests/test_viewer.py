@@ -395,7 +395,7 @@ def test_it_fits_the_width(page: Any, width: int) -> None:
 
 @pytest.fixture(scope="module")
 def long_recording() -> Recording:
-    """1024 tokens in blocks of 4, one a step."""
+    """1024 tokens in blocks of 4, one per step."""
     steps = [
         RecordedStep(block, [" word"] * (place + 1) + [None] * (3 - place), [place], [], [0.9] * 4)
         for block in range(256)

@@ -103,7 +103,7 @@ def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
 
 
 def losses(stage: Path) -> list[float]:
-    """The losses of a finished stage, one a step."""
+    """The losses of a finished stage, one per step."""
     return [entry["loss"] for entry in history(stage) if "loss" in entry]
 
 

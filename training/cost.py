@@ -17,7 +17,7 @@ STEPS_LOOKED_AT = 64
 
 @dataclass
 class Cost:
-    """Numbers of a stage; memory in bytes a process.
+    """Numbers of a stage; memory in bytes per process.
 
     Attributes:
         parameters: by group, (all, trainable).

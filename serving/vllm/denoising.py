@@ -82,7 +82,7 @@ class Blocks:
             if self.settings[slot].samples:
                 chosen[place] = self._draw(slot, logits[place])
         measure = rule.measure(logits, probability_of(logits, chosen))
-        quota, bound = self.quotas[self.num_steps[own], self.step[own]], cast(float, self.bound[own])  # one a row
+        quota, bound = self.quotas[self.num_steps[own], self.step[own]], cast(float, self.bound[own])  # one per row
         commit = rule.commit(measure, held == self.mask_token_id, quota, bound)
         return torch.where(commit, chosen, held)
 
