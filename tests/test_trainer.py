@@ -467,7 +467,7 @@ def test_every_pass_sees_every_sample():
 # --- What a stage leaves ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.process
+@pytest.mark.process(group="lines")
 def test_a_finished_stage_is_a_checkpoint_with_code(tmp_path):
     run = train(tmp_path / "run", block_sizes=[8], max_steps=1)
     folder = run / "block-8"
