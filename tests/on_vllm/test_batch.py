@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import tiny
-from oracle import IDS, Oracle, make_checkpoint
-
-pytest.importorskip("pyarrow", reason="bard-vl[batch] is not in this environment")
 from bard_vl.batch.requests import Asking, Request
 from bard_vl.batch.workers import Recipe, VllmWorker, Worker
+from oracle import IDS, Oracle, make_checkpoint
 
 pytestmark = pytest.mark.process  # vLLM asks what CPU it runs on
 
