@@ -16,7 +16,7 @@ Buffers = tuple[torch.Tensor, torch.Tensor]  # keys and values of one layer
 
 @dataclass
 class Writing:
-    """Where one forward writes its keys and values, and what its attention is given to read.
+    """The places of one forward's new keys and values, and the columns that its attention reads.
 
     Attributes:
         rows, columns: (tokens,) place of each new key and value, in the order of the tokens.
@@ -253,7 +253,7 @@ class BardVLCache(Cache):
 
 
 def version(tensor: torch.Tensor) -> int | None:
-    """How often a tensor was written to in place; None for one of inference mode, which does not count."""
+    """The number of writes to a tensor in place; None for one of inference mode, which does not count."""
     return None if tensor.is_inference() else tensor._version
 
 

@@ -1,4 +1,4 @@
-"""What moves between releases of transformers, or is private there. No other root file names it.
+"""The names that move between releases of transformers, or are private there. Only this root file has them.
 
 The processor's share is in processing_bard_vl.py under a heading of its own. tests/test_compat.py says in plain words
 what a release broke.
@@ -154,7 +154,7 @@ def register_attention(name: str, function: Callable[..., Any]) -> None:
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Whatever needs a mask is given one."""
+    """Make no mask: the caller passes one to the layers that need it."""
 
 
 def attention_of(config: Any) -> str | None:
@@ -195,7 +195,7 @@ class SettingsFile(GenerationConfig):
 
     @classmethod
     def read_settings(cls, settings: dict[str, Any], json_file: Any) -> dict[str, Any]:
-        """What is kept of the settings in a file; all, unless a subclass says otherwise."""
+        """The settings that are kept in a file; all, unless a subclass says otherwise."""
         return settings
 
     @classmethod
@@ -223,7 +223,7 @@ def plain_defaults() -> dict[str, list[Any]]:
 
 
 class PortableGeneration:
-    """What transformers calls on a model beside `generate`."""
+    """The methods that transformers calls on a model beside `generate`."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

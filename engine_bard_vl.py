@@ -238,7 +238,7 @@ class SlotEncoder:
 
 @dataclass
 class Progress:
-    """Where each row is, as the host has last read it.
+    """The progress of each row, as the host has last read it.
 
     Attributes:
         lengths, limits: prompt tokens, and response tokens at most.
@@ -267,8 +267,8 @@ class Progress:
 class Engine:
     """One call of `generate`: a batch from prompts to responses.
 
-    The rows' state is on the device. The host reads after each step who ended and who moved on, or, where steps are
-    recorded and nobody looks at them, one step late.
+    The rows' state is on the device. The host reads after each step which rows ended or moved on; one step late if
+    steps are recorded and no caller follows them.
 
     Args:
         model: the whole model.
@@ -588,7 +588,7 @@ class Engine:
         }
 
     def encoded_contents(self, contents: list[torch.Tensor]) -> list[torch.Tensor]:
-        """What the cache holds of each row in the partition of a later prompt, which is cut from position 0.
+        """The cached part of each row in the partition of a later prompt, which is cut from position 0.
 
         A response's blocks begin where its prompt ended: only behind a prompt of whole blocks they fit that partition.
         """

@@ -94,7 +94,7 @@ class Form:
         return "".join(escape(name) if form is None else f"(?P<{name}>{form.expression})" for name, form in self.value)
 
     def parse(self, text: str) -> Any:
-        """What a complete answer says: the text, the JSON value, or the values of the slots by name.
+        """The value of a complete answer: the text, the JSON value, or the values of the slots by name.
 
         Raises:
             ValueError: the answer does not have the form, as where a stop string or a time limit cut it.

@@ -1,4 +1,4 @@
-"""What callers plug into the decoding loop: processors, criteria, streamers, generators; checked before any compute."""
+"""Hooks of callers in the decoding loop: processors, criteria, streamers, generators; checked before any compute."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""What comes in: prompts checked before any compute, and realigned to column 0; images and videos as one feature table.
+"""Inputs: prompts checked before any compute, and realigned to column 0; images and videos as one feature table.
 
 Inside the package a batch is padded on the right: then column and text position agree, and block edges of all rows are
 in the same columns.
@@ -199,7 +199,7 @@ class VisualItem:
 
 @dataclass(frozen=True)
 class PromptSize:
-    """What the memory that a batch of prompts takes depends on.
+    """The sizes of a batch of prompts on which its memory depends.
 
     Attributes:
         lengths: tokens of each row.

@@ -48,7 +48,7 @@ def is_plain(text_model: Any) -> bool:
 
 @dataclass(frozen=True)
 class Form:
-    """What all layers share.
+    """The settings of all layers.
 
     Attributes:
         heads, key_heads, size: of attention.

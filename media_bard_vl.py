@@ -66,7 +66,7 @@ class Media:
 
 
 def describe(source: Any) -> str:
-    """What a picture or video is called in an error: its place, or what it is."""
+    """The name of a picture or video in an error: its place, or its kind."""
     if isinstance(source, Media):
         return describe(source.source)
     if isinstance(source, Mapping):
@@ -158,7 +158,7 @@ def exists(path: Path) -> bool:
 
 
 def bytes_of_data_uri(uri: str) -> bytes:
-    """What a `data:` address holds, with a media type or without."""
+    """The content of a `data:` address, with a media type or without."""
     head, comma, data = uri.partition(",")
     if not comma:
         raise ValueError("a data: address needs a comma before its data")

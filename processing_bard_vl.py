@@ -396,7 +396,7 @@ class OneByOne:
         return getattr(self.processor, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> BatchFeature:
-        """What the processor gives for all of them together."""
+        """The processor's result for all of them together."""
         media = args[0] if args else kwargs.pop(self.kind)
         metadata = kwargs.pop("video_metadata", None)
         parts = []

@@ -151,7 +151,7 @@ class TokenProcessors:
         windows = columns[..., None] + torch.arange(self.radius, 3 * self.radius + 1, device=ids.device)
         surroundings = table.gather(1, windows.flatten(1)).view(windows.shape)
         strict = self._strict_rows(columns, ids.shape[1], chooser, then)
-        # What is masked again is so while others commit by it: there every position counts, not the decided ones alone.
+        # Remasked positions are masked while others commit: every position counts then, not only the decided ones.
         kept = self._kept(~undecided, ~undecided | chooser.keeps_present, strict)
         scores, tokens, sure = torch.empty_like(logits), [], []
         for place in range(logits.shape[1]):
@@ -161,7 +161,7 @@ class TokenProcessors:
             bias, bans = self._beside(table, windows[:, place], logits.shape[-1])
             processed = self._process(logits[:, place], None if seen is None else seen[:, place], bias, bans)[:, None]
             scores[:, here] = processed if then is None else then(processed, place)
-            # Where everything is banned, the first id comes out, as from transformers; but never the mask.
+            # If everything is banned, the first id comes out, as from transformers, but never the mask.
             token = chooser.pick(scores[:, here], generator)
             tokens.append(token.masked_fill(token == self.mask_token_id, int(self.mask_token_id == 0)))
             taken = undecided[:, here]
@@ -257,7 +257,7 @@ class TokenProcessors:
         """
         if then is not None or (len(self.sequences) and chooser.temperature):
             return torch.ones_like(columns[:, :1], dtype=torch.bool)
-        # What is banned at a position is in a banned phrase, or in the row.
+        # A token banned at a position is in a banned phrase, or in the row.
         if not (len(self.phrases) or self.ngram_size) or self.num_free > num_columns * bool(self.ngram_size):
             return None
         return self.num_free <= (columns[:, -1:] + 1) * bool(self.ngram_size)

@@ -36,7 +36,7 @@ ALWAYS_TWO = 8  # rows up to which every step has two slots a row: weights rule,
 
 @dataclass
 class Kept:
-    """What is kept for a model as long as it lives."""
+    """The state that is kept for a model as long as it lives."""
 
     layers: Layers | None = None
     idle: list[tuple[tuple, "Recording"]] = field(default_factory=list)

@@ -84,7 +84,7 @@ def frechet(measure: torch.Tensor, masked: torch.Tensor, quota: torch.Tensor, bo
 
     By Fréchet's inequality the first bracket is the least probability that all n tokens have together, however they
     hang on each other; the second is what the least sure one leaves to other tokens (Kasa et al. 2026,
-    arXiv 2606.02955). Where all are equally sure, 0 commits what `factor` commits at 1. The measure is the probability.
+    arXiv 2606.02955). If all are equally sure, 0 commits what `factor` commits at 1. The measure is the probability.
     """
     rank = rank_by_confidence(measure, masked)
     doubt = torch.zeros_like(measure).scatter(-1, rank, 1 - measure)  # in ascending order
@@ -231,7 +231,7 @@ def filter_scores(scores: torch.Tensor, top_k: int, top_p: float) -> torch.Tenso
 
 
 class Choice(NamedTuple):
-    """What a forward predicts for each row's block; all are (batch, block).
+    """The predictions of a forward for each row's block; all are (batch, block).
 
     Attributes:
         ids: the token that each position would take.

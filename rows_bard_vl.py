@@ -112,7 +112,7 @@ def _with_spare(states: torch.Tensor, dim: int) -> torch.Tensor:
 
 @dataclass
 class Decision:
-    """What a step did to the blocks of n rows.
+    """The changes of a step in the blocks of n rows.
 
     Attributes:
         ids: (n, block) after it.
@@ -184,7 +184,7 @@ class Denoiser:
         return Choice(ids, confidence, measure, present=None)
 
     def place(self, rows: Rows, owner: torch.Tensor) -> Place:
-        """Where the blocks of the rows `owner` (n,) are in the rows' forms."""
+        """The progress of the rows `owner` (n,) in their forms, at the start of their blocks."""
         ahead = rows.limit[owner] - (rows.start[owner] - rows.length[owner])
         return Place(rows.form_state[owner], ahead.clamp(max=self.size), ahead - self.size)
 
@@ -201,7 +201,7 @@ class Denoiser:
     def decide(self, rows: Rows, owner: torch.Tensor, choice: Choice, form: BlockForm | None = None) -> Decision:
         """Commit tokens in the blocks of the rows `owner` (n,), and move the rows on, in place.
 
-        What the form dictates once they are committed is committed with them.
+        Tokens that the form then dictates are committed with them.
         """
         settings, size, cell = self.settings, self.size, rows.cells(owner, self.size)
         offset = rows.start[owner] - rows.length[owner]

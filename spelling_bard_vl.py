@@ -104,7 +104,7 @@ def tokens_to(table: np.ndarray, end: int) -> np.ndarray:
 
 @dataclass
 class Spelling:
-    """How a tokenizer spells texts.
+    """The spelling of texts by a tokenizer.
 
     Attributes:
         tokenizer: of byte-level pieces, as Qwen's.

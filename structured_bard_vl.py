@@ -132,7 +132,7 @@ def take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the blocks of n rows are in their forms.
+    """The progress of n rows in their forms.
 
     Attributes:
         state: (n,) in front of the block.

@@ -1,1 +1,1 @@
-"""What command line, viewer, serving and examples share: sessions, memory, chats, errors, text on a terminal."""
+"""Shared by command line, viewer, serving and examples: sessions, memory, chats, errors, text on a terminal."""

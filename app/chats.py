@@ -1,4 +1,4 @@
-"""What a chat must be to be answered, wherever it comes from."""
+"""The checks of a chat before it is answered, from any source."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 def check_chat(messages: Any) -> None:
     """Raise `ValueError` unless it is a list of turns that say who speaks, the last of which asks for an answer.
 
-    What the turns hold is the processor's to read.
+    The processor reads the content of the turns.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"`messages` must be a list of turns with something in it, got {messages!r:.80}")

@@ -15,7 +15,7 @@ from .terminal import counted
 
 @dataclass(frozen=True)
 class Compared:
-    """What a decoder of one token per forward wrote.
+    """The answer of a decoder of one token per forward.
 
     Attributes:
         name: of the checkpoint.
@@ -32,13 +32,13 @@ class Compared:
     seconds: float
 
     def summary(self) -> str:
-        """What it took, in a line."""
+        """Tokens, forwards and time, in a line."""
         number = len(self.tokens)
         took = f"{counted(number, 'token')} in {counted(self.num_forwards, 'forward')}, {self.seconds:.1f} s"
         return f"{self.name}: {took}, {number / self.seconds:.0f} tokens/s"
 
     def as_dict(self) -> dict[str, Any]:
-        """What `--json` prints about it."""
+        """The facts that `--json` prints."""
         number = len(self.tokens)
         numbers = {"num_tokens": number, "num_forwards": self.num_forwards, "seconds": self.seconds}
         return {"model": self.name, "response": self.text, **numbers, "tokens_per_second": number / self.seconds}

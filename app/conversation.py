@@ -7,7 +7,7 @@ from .session import Answer, Session
 
 
 class Conversation:
-    """What was said so far, the cache that has encoded it, and the form of the answers to come.
+    """The turns so far, the cache that has encoded them, and the form of the answers to come.
 
     Args:
         session: the checkpoint that answers.

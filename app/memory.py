@@ -1,4 +1,4 @@
-"""How much memory a call of `generate` takes, known before it: weights, cache, activations; and what would fit.
+"""The memory of a call of `generate`, known before it: weights, cache, activations; and what would fit.
 
 The cache is counted exactly. Activations are counted as the tensors that are alive together at the widest moments of
 the code; allocators, kernels' own workspaces and compiled graphs are not. With transformers 5.23, peaks measured on a
@@ -61,7 +61,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(model: Any, inputs: Any, generation_config: Any = None, **settings: Any) -> MemoryEstimate:
-    """What `model.generate(inputs, generation_config, **settings)` takes, if no cache is passed.
+    """The memory of `model.generate(inputs, generation_config, **settings)`, if no cache is passed.
 
     Args:
         model: a Bard-VL model; one on the meta device does, so that no weights need to be loaded.

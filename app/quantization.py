@@ -49,7 +49,7 @@ def check_stored(name: str, config: Any) -> None:
 
 
 def quantization_config(kind: str, dtype: torch.dtype) -> Any:
-    """What `from_pretrained` takes as its `quantization_config`: linear layers of the language model alone."""
+    """The `quantization_config` of `from_pretrained`: linear layers of the language model alone."""
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     if kind == "int8":

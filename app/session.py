@@ -57,7 +57,7 @@ class Answer:
         return sum(self.output.num_forwards.values())
 
     def summary(self) -> str:
-        """What it took, in a line; also if nothing was said."""
+        """Tokens, forwards and time, in a line; also of an empty answer."""
         if not self.text.strip():
             said = f"an empty answer, of {counted(self.num_tokens, 'token')}"
             return f"{said}; prompt of {counted(self.prompt_length, 'token')}"
@@ -70,7 +70,7 @@ class Answer:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """What `--json` prints about an answer."""
+        """The facts that `--json` prints about an answer."""
         return {
             "response": self.text,
             "finish_reason": self.finish_reason,
@@ -188,7 +188,7 @@ class Session:
         return read_prompt(self.shape, inputs, self.settings)[1].max_new_tokens
 
     def estimate(self, inputs: Any, **settings: Any) -> MemoryEstimate:
-        """What answering takes, without the weights being read; `settings` are those of one answer."""
+        """The memory of an answer, without reading the weights; `settings` are those of this answer."""
         return estimate(self.shape, *read_prompt(self.shape, inputs, self.settings, **settings), self.weights)
 
     def check_memory(self, inputs: Any, **settings: Any) -> None:
@@ -268,7 +268,7 @@ class Session:
 
     @property
     def spelling(self) -> Spelling:
-        """How the checkpoint's tokenizer spells forms."""
+        """The spelling of forms by the checkpoint's tokenizer."""
         vocab_size = self.config.get_text_config().vocab_size
         return spelling_of(self.processor.tokenizer, vocab_size, self.decoding.eos_token_ids[0])
 
@@ -329,7 +329,7 @@ def finish_reason(response: list[int], limit: int, eos_token_ids: Collection[int
 
 
 def out_of_memory(device: torch.device, estimate: MemoryEstimate) -> str:
-    """What is said when an answer needs more memory than its estimate let expect."""
+    """The error of an answer that needs more memory than was estimated."""
     return (
         f"{device} ran out of memory; a prompt of {estimate.prompt_tokens} tokens and a response of "
         f"{estimate.new_tokens} were expected to take {readable(estimate.total)}, weights included: lower --max-pixels "

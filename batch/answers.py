@@ -214,7 +214,7 @@ def ends_whole(place: str) -> bool:
 
 
 def read_run(place: str) -> Record:
-    """What the parts were begun with; `ValueError` if the file is damaged."""
+    """The settings with which the parts were begun; `ValueError` if the file is damaged."""
     try:
         with files.open_file(place) as file:
             return json.loads(file.read())

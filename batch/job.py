@@ -32,7 +32,7 @@ QUIET = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run is laid out.
+    """The layout of a run.
 
     Attributes:
         batch_size: requests decoded together.

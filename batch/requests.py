@@ -1,4 +1,4 @@
-"""What is asked: the rows of an input, whatever it is, as requests."""
+"""The rows of an input of any kind, as requests."""
 
 import functools
 import hashlib
@@ -52,7 +52,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Asking:
-    """What holds for all requests of an input.
+    """The settings of all requests of an input.
 
     Attributes:
         prompt: the question of rows that have none.
@@ -185,7 +185,7 @@ def read_bodies(piece: Piece) -> Iterator[Record]:
 
 
 def folder_of(piece: Piece) -> str:
-    """Where relative paths of a piece start."""
+    """The folder at which relative paths of a piece start."""
     return piece.place if piece.kind == PICTURES else piece.place.rpartition("/")[0]
 
 
@@ -285,7 +285,7 @@ def fetch(source: str, folder: str, kind: str) -> str | bytes:
 
 @dataclass
 class Inventory:
-    """What an input has, known before anything is asked.
+    """Facts about an input, known before anything is asked.
 
     Attributes:
         pieces: with the rows before them counted.

@@ -1,4 +1,4 @@
-"""Who answers: a process of Ray with the model, by `generate` or by vLLM."""
+"""The workers: a process of Ray with the model, by `generate` or by vLLM."""
 
 import pickle
 import threading
@@ -23,7 +23,7 @@ ELSEWHERE = {*OF_VLLM, "block_size", "do_sample", "stop_strings"}  # settings th
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a worker is made of; it travels to other machines.
+    """The settings of a worker; they travel to other machines.
 
     Attributes:
         model: folder or Hub id.
@@ -96,7 +96,7 @@ class Worker:
         }
 
     def answer(self, requests: list[Request]) -> list[Record]:
-        """One answer per request; what cannot be answered says why, and leaves the others alone."""
+        """One answer per request; an error says why, and leaves the others alone."""
         chats = list(self.readers.map(self.read, requests))
         asked = [(request, chat) for request, chat in zip(requests, chats, strict=True) if isinstance(chat, list)]
         with self.decoding:

@@ -18,7 +18,7 @@ from speculation import Count, add_decoding_arguments, decoding_settings, encode
 
 @dataclass
 class Ways:
-    """What one batch takes, prompts aside."""
+    """The work of one batch, prompts aside."""
 
     lock_step: Count
     padded_cursors: Count

@@ -15,7 +15,7 @@ MOST_OFFSET = 7  # tokens that a prompt may be longer or shorter in another roun
 
 @dataclass(frozen=True)
 class Task:
-    """What to decode: the names and defaults of the reference's `generate`."""
+    """The task to decode: the names and defaults of the reference's `generate`."""
 
     max_new_tokens: int = 256
     block_size: int = 4
@@ -54,7 +54,7 @@ def static_task(shape: Shape, max_new_tokens: int, block_size: int, steps: int) 
 
 @dataclass
 class Decoded:
-    """What a call gave.
+    """The result of a call.
 
     Attributes:
         tokens: response ids of each prompt.
@@ -158,7 +158,7 @@ def rounds_of_prompts(
 ) -> Callable[[int], list[torch.Tensor]]:
     """Prompts for each round, of about these lengths: others than in the rounds before, and of other lengths.
 
-    What an engine keeps per length or per prompt would otherwise be ready when it is timed, as no user finds it.
+    Otherwise an engine's stores per length or per prompt would be filled when it is timed; users find them empty.
     """
 
     def prompts(number: int) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What the kernels of a step take by themselves: matrix products, attention by backend, the package's slot kernel."""
+"""The times of single kernels of a step: matrix products, attention by backend, the package's slot kernel."""
 
 import os
 import warnings

@@ -32,7 +32,7 @@ class Late(BaseException):
 
 
 class Bench:
-    """What the pieces of a part share.
+    """The state that the pieces of a part share.
 
     Attributes:
         chosen: the command line.
@@ -68,7 +68,7 @@ class Bench:
         return torch.randn(*size, device=self.device, dtype=self.dtype)
 
     def seconds_left(self, most: float = float("inf")) -> float:
-        """What a child process may take: at most what the part has left, and a little for its results."""
+        """The time of a child process: at most the rest of its part, and a little for its results."""
         return max(min(self.ends_at - time.monotonic() - 3, most), 1)
 
     def save(self, piece: str, found: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from contenders import Contender, Decoded, Task
 
 @dataclass
 class Result:
-    """What was measured of one contender on one task.
+    """The measurements of one contender on one task.
 
     Attributes:
         name: of the contender.

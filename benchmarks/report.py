@@ -75,7 +75,7 @@ def table_row(result: dict[str, Any], base: dict[str, Any]) -> str:
 
 
 def notes(results: list[dict[str, Any]]) -> list[str]:
-    """What did not run, and whether the tokens are the same."""
+    """The runs that failed, and whether the tokens are the same."""
     said = [f"{result['name']} did not run: {result['error']}" for result in results if result["error"]]
     if any(result["agreement"] is None and not result["error"] for result in results):
         said.append(f"The first block of autoregressive decoding is its first {results[0]['block_size']} tokens.")

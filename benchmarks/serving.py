@@ -105,7 +105,7 @@ class Reply:
 
 @dataclass
 class Result:
-    """What was measured of a server with a number of clients.
+    """The measurements of a server with a number of clients.
 
     Attributes:
         seconds: from the first request to the last part.
@@ -231,7 +231,7 @@ def to_markdown(results: list[Result], block_size: int) -> str:
 
 
 def read_arguments(arguments: list[str]) -> argparse.Namespace:
-    """What is asked for."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--transformers", metavar="BARD", help="serve this Bard-VL by transformers")
     parser.add_argument("--vllm", metavar="BARD", help="serve this Bard-VL by vLLM")

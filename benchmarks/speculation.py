@@ -121,7 +121,7 @@ def drafts(state: State, decision: Decision, depth: int) -> Iterator[torch.Tenso
 
 @dataclass
 class Count:
-    """What decoding took: forwards, and response tokens in them."""
+    """The cost of decoding: forwards, and response tokens in them."""
 
     forwards: int = 0
     tokens: int = 0
@@ -162,7 +162,7 @@ def table(counts: dict[int, Count], num_tokens: int, size: int) -> str:
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to decode, and how."""
+    """The command line: the task and its settings."""
     add = parser.add_argument
     add("model", help="folder or Hub id of a trained checkpoint")
     add("--image", nargs="+", type=Path, help="pictures to ask about (default: none)")

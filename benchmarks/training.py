@@ -36,7 +36,7 @@ COLUMN_MULTIPLE = 128  # tiles of FlexAttention
 
 @dataclass
 class Result:
-    """What was measured of one form at one length.
+    """The measurements of one form at one length.
 
     Attributes:
         name: of the form.

@@ -21,7 +21,7 @@ MASKS = ("dense", "flex")
 
 @dataclass(frozen=True)
 class Form:
-    """How a step is computed.
+    """A way to compute a step.
 
     Attributes:
         name: in the tables.

@@ -25,7 +25,7 @@ WHERE = ("revision", "device", "dtype", "max_pixels", "min_pixels", "quantize", 
 
 
 class Engine(str, Enum):
-    """What a worker decodes with."""
+    """The engine of a worker."""
 
     generate = "generate"
     vllm = "vllm"
@@ -119,7 +119,7 @@ def batch(
     """Answer every row of an input, and resume where an earlier run stopped.
 
     A row is a prompt with images, or a chat under messages. Answers are on disk as they come: the same command goes on
-    after any interruption. What cannot be answered gets an error. The exit code is 3 if there is any.
+    after any interruption. Rows that cannot be answered get an error. The exit code is 3 if there is any.
     """
     if importlib.util.find_spec("ray") is None:
         raise Misuse('batches need Ray: pip install "bard-vl[batch]"')

@@ -1,4 +1,4 @@
-"""How a command ends: exit codes, and one line on standard error that a script can rely on."""
+"""The end of a command: exit codes, and one line on standard error that a script can rely on."""
 
 import contextlib
 import os

@@ -57,7 +57,7 @@ SETTINGS = {
     ],
     "seed": Annotated[int | None, typer.Option(help="Repeat a sampled response.", rich_help_panel=GENERATION)],
 }
-# What the commands that open a checkpoint have in common, in the order of their help.
+# Options of all commands that open a checkpoint, in the order of their help.
 OPTIONS: dict[str, Any] = {
     "model": Annotated[
         str | None,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 OUTPUT = "Output"
 QUESTIONS = {"image": "Describe the picture.", "video": "Describe the video."}
-"""What is asked where the command line asks nothing."""
+"""Questions for a command line without one."""
 
 
 @opens_session
@@ -222,7 +222,7 @@ def check_sampling(session: "Session", num_samples: int) -> None:
 
 @dataclass
 class Asker:
-    """How questions are put, and answers printed.
+    """Puts questions, and prints answers.
 
     Attributes:
         session: that answers.
@@ -243,7 +243,7 @@ class Asker:
     quiet: bool
 
     def question(self, content: list[dict[str, Any]]) -> str:
-        """What is asked about pictures and videos."""
+        """The question about pictures and videos."""
         return self.prompt or QUESTIONS[content[0]["type"]]
 
     def messages(self, content: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -286,7 +286,7 @@ class Asker:
 
 
 def ask_each(asker: Asker, places: list[str]) -> int:
-    """Ask about each place alone; the exit code. What cannot be answered is told, and the next one asked."""
+    """Ask about each place alone; the exit code. An error is printed, and the next place asked about."""
     from bard_vl.cli.media import read
 
     code = 0

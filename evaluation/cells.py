@@ -55,7 +55,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are written."""
+    """The settings of decoding."""
 
     threshold: float
     revision: Literal["overwrite", "remask"] | None = None

@@ -1,4 +1,4 @@
-"""What a cell of the study is made of: samples, one stage of training, one measurement."""
+"""The parts of a cell of the study: samples, one stage of training, one measurement."""
 
 import time
 from collections.abc import Iterable, Sequence

@@ -297,7 +297,7 @@ def group_by(items: Any, key: Any) -> list[list[Any]]:
 
 
 def manifest() -> Any:
-    """What lmms-eval registers."""
+    """The entry that lmms-eval registers."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     chat, simple = (f"{__name__}.{cls.__name__}" for cls in (BardVL, SimpleBardVL))

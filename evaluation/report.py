@@ -84,7 +84,7 @@ def write_report(results: Path, output: Path) -> Path:
 
 
 def heading(runs: dict[str, list[Run]]) -> str:
-    """What was measured on what."""
+    """The models and the data of the measurements."""
     every = [run for group in runs.values() for run in group]
     if not every:
         return "# The small-scale study\n\nNo cell has been run yet."

@@ -61,7 +61,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: things in reading order, and at most one word."""
+    """The content of a picture: things in reading order, and at most one word."""
 
     things: tuple[Thing, ...]
     word: Word | None

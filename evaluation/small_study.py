@@ -49,7 +49,7 @@ NORMAL, LARGE = Shape(), Shape(hidden=192, intermediate=576)
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a study is.
+    """The size of a study.
 
     Attributes:
         name: also of its folder in the work folder.
@@ -205,14 +205,14 @@ class Study:
         return load(folder), [self.how(stages[: number + 1]) for number in range(len(stages))]
 
     def how(self, stages: tuple[Stage, ...]) -> dict[str, float]:
-        """What the last of `stages` took; one whose folder is damaged is trained again."""
+        """The cost of the last of `stages`; one whose folder is damaged is trained again."""
         folder = self.stage_folder(stages)
         if damage(folder) is not None:
             self.trained(stages)
         return json.loads((folder / "how.json").read_text())
 
     def stage_folder(self, stages: tuple[Stage, ...]) -> Path:
-        """Where the result of `stages` is kept: one folder for each history."""
+        """The folder of the result of `stages`: one for each history."""
         digest = hashlib.sha256(repr((self.seed, stages)).encode()).hexdigest()[:12]
         return self.work / "stages" / f"block-{stages[-1].block_size}-{digest}"
 

@@ -33,12 +33,12 @@ STREAMED = {
         "content": {"close_pattern": r"\s*(?:<\|im_end\|>|<\|endoftext\|>)", "content": "text"},
     },
 }
-"""How transformers' parser of responses finds calls in a stream."""
+"""The pattern by which transformers' parser of responses finds calls in a stream."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a request asks of its answer.
+    """The form that a request asks for.
 
     Attributes:
         form: that it must have, None for any.
@@ -106,7 +106,7 @@ class Wanted:
 
 
 WANTED: ContextVar[Wanted] = ContextVar("wanted", default=Wanted())  # noqa: B039  # it cannot be changed
-"""What the request asks for that is being handled."""
+"""The form of the request that is being handled."""
 
 
 def check_size(schema: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a client may ask of our server: requests are checked before `transformers serve` reads them, faults told as 4xx.
+"""The limits of our server: requests are checked before `transformers serve` reads them, faults told as 4xx.
 
 `transformers serve` opens any path and any address that a request names, loads any model, runs any chat template, and
 answers most of a client's faults with 500.
@@ -45,8 +45,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 TEXTS = ("text", "input_text", "output_text")
 PICTURES = ("image_url", "input_image")
 TEMPLATE_SETTINGS = ("add_vision_id", "enable_thinking")
-# What reading a request raises if it is wrong: our checks, those of `generate`, a template, and code that takes a
-# request for what it should be.
+# Errors of reading a wrong request: of our checks, of those of `generate`, of a template, and of code that expects a
+# right one.
 FAULTS = (
     ValueError,
     LookupError,
@@ -60,7 +60,7 @@ FAULTS = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for.
+    """The limits of a request.
 
     Attributes:
         max_pixels: of all its pictures together, before they are made smaller.
@@ -304,7 +304,7 @@ def open_picture(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def read_address(address: Any, limits: Limits) -> bytes:
-    """What is at a picture's address; `ValueError` if it may not be there."""
+    """The bytes at a picture's address; `ValueError` if it may not be there."""
     if not isinstance(address, str):
         raise ValueError(f"`image_url` must be an address, got {address!r:.80}")
     if limits.allow_addresses and address.startswith(("http://", "https://")):
@@ -320,7 +320,7 @@ def read_address(address: Any, limits: Limits) -> bytes:
 
 
 def download(address: str) -> bytes:
-    """What is at an http(s) address; `ValueError` if nothing is, or too much."""
+    """The bytes at an http(s) address; `ValueError` if there are none, or too many."""
     data = b""
     try:
         with httpx.stream("GET", address, timeout=TIMEOUT, follow_redirects=True) as answer:

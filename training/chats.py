@@ -98,7 +98,7 @@ class ChatLimits:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of a chat before its pixels are decoded.
+    """Facts about a chat before its pixels are decoded.
 
     Attributes:
         length: tokens up to the end of its last assistant turn.

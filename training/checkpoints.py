@@ -52,7 +52,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the files of a folder: a size that is not the mark's, unreadable JSON or weights; or None."""
+    """The fault of the files of a folder: a size that is not the mark's, unreadable JSON or weights; or None."""
     try:
         mark = folder / COMPLETE
         stated = read_json(mark)["sizes"] if mark.exists() else sizes_of(folder)
@@ -77,7 +77,7 @@ def sizes_of(folder: Path) -> dict[str, int]:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; `ValueError` names the file if it is none."""
+    """The content of a JSON file; `ValueError` names the file if it is none."""
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

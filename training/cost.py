@@ -1,4 +1,4 @@
-"""What a run costs, before it starts: parameters, tokens, steps, memory of each GPU."""
+"""The cost of a run, before it starts: parameters, tokens, steps, memory of each GPU."""
 
 import itertools
 import math
@@ -145,7 +145,7 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def sharding_of(trainer: Any) -> str:
-    """How weights, gradients and optimizer states are spread over processes."""
+    """The spread of weights, gradients and optimizer states over processes."""
     if trainer.is_fsdp_enabled:
         return "fsdp"
     if trainer.is_deepspeed_enabled:

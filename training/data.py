@@ -94,7 +94,7 @@ def data_files(path: Path) -> tuple[str, list[str]]:
 
 
 def media_folder_of(source: str | os.PathLike[str]) -> Path | None:
-    """Where relative paths in the data of `source` start: the folder of a file, the folder itself, else None."""
+    """The start of relative paths in the data of `source`: the folder of a file, the folder itself, else None."""
     path = Path(source)
     return path.parent if path.is_file() else path if path.is_dir() else None
 
@@ -270,7 +270,7 @@ def enumerate_shares(sizes: Iterable[int], weights: Sequence[float], seed: int) 
 
 
 def measuring_key(encoder: ChatEncoder) -> str:
-    """What the measures of a chat depend on, beside the chat."""
+    """The settings on which the measures of a chat depend."""
     processor = encoder.processor
     settings = [part.to_dict() for part in (processor.image_processor, processor.video_processor) if part is not None]
     vocabulary = sorted(encoder.tokenizer.get_vocab().items())

@@ -191,7 +191,7 @@ def check_distillation(
 
 
 class LinearLosses(NamedTuple):
-    """What `linear_losses` returns.
+    """The result of `linear_losses`.
 
     Attributes:
         loss: scalar, the weighted sum over positions; divide it by the normaliser. Always part of the graph.

@@ -1,4 +1,4 @@
-"""What a chat holds: its messages in one form, and its pictures and videos, wherever they are stored."""
+"""The content of a chat: its messages in one form, and its pictures and videos, wherever they are stored."""
 
 import os
 import re
@@ -165,7 +165,7 @@ def items_of(message: Mapping[str, Any], kinds: list[str]) -> list[dict[str, Any
 def read_item(
     item: dict[str, Any], waiting: dict[str, Iterator[Any]], sources: dict[str, list[Media]], is_response: bool
 ) -> dict[str, Any]:
-    """What the template sees of an item; a picture's source goes to `sources`, taken from `waiting` if it has none."""
+    """An item as the template sees it; a picture's source goes to `sources`, taken from `waiting` if it has none."""
     kind = item["type"]
     if kind == "text":
         return {"type": "text", "text": item["text"]}
@@ -234,7 +234,7 @@ def fetched(source: Any) -> Any:
 
 
 def broken(kind: str, error: ValueError) -> BrokenChat:
-    """What a picture that cannot be read makes of its chat."""
+    """The broken chat that an unreadable picture makes."""
     if isinstance(error.__cause__, FileNotFoundError):
         return BrokenChat(f"missing {kind}", str(error).partition(" cannot be read")[0])
     return BrokenChat(f"broken {kind}", str(error))

@@ -55,7 +55,7 @@ class Sample:
 
 
 class Layout(NamedTuple):
-    """What decides who sees whom; every member has the same shape.
+    """The numbers that decide which tokens see which; every member has the same shape.
 
     Attributes:
         sample: number of the sample; every padding token is a sample of its own.
@@ -97,8 +97,8 @@ def fair(student: Layout, teacher: Layout, shown: torch.Tensor, sees_own: bool =
     """Whether a teacher of smaller blocks sees all that the student sees, for noisy tokens (rows, length) bool.
 
     Under both masks of one packed row the teacher sees, of the student's block, its own smaller block as it is, and
-    those before it clean. What the student sees beyond that are the shown tokens of smaller blocks behind: where there
-    are none, a position is fair.
+    those before it clean. Beyond that the student sees the shown tokens of later smaller blocks: a position without
+    any is fair.
 
     Args:
         student, teacher: layouts of one packed row, members (rows, length).
@@ -145,7 +145,7 @@ def _tiles(layout: Layout, queries: slice, tile: int) -> tuple[torch.Tensor, tor
 
 
 def _listed(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many tiles of keys each tile of queries has, and which: (rows, 1, tiles) and (rows, 1, tiles, tiles)."""
+    """Tiles of keys of each tile of queries, number and indices: (rows, 1, tiles) and (rows, 1, tiles, tiles)."""
     order = tiles.int().argsort(dim=-1, descending=True, stable=True)
     return tiles.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
 
@@ -203,7 +203,7 @@ class PackedRows:
         return torch.where(self.sample < 0, -1, self.sample * (int(self.view.max()) + 1) + self.view)
 
     def layout(self, block_size: int | None = None) -> Layout:
-        """Who sees whom under a block size: the rows' own by default, or another that divides it (a teacher's).
+        """Which tokens see which at a block size: the rows' own by default, or another that divides it (a teacher's).
 
         Raises:
             ValueError: `block_size` does not divide the rows' own: its prompt blocks would cross the tails' edges.

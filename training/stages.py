@@ -88,7 +88,7 @@ class Stage:
 
     @property
     def run_folder(self) -> Path:
-        """Where checkpoints on the way and logs are kept."""
+        """The folder of checkpoints on the way and of logs."""
         return self.output.parent / "runs" / self.output.name
 
 
@@ -410,7 +410,7 @@ def whole_models() -> Iterator[None]:
 
 
 def decisive_settings(run: Run, stage: Stage) -> dict[str, Any]:
-    """What a stage's result depends on, in JSON's types."""
+    """The settings on which a stage's result depends, in JSON's types."""
     settings = decisive(run.args) | decisive(run.model) | decisive(run.data)
     settings |= {"global_batch_size": run.args.global_batch_size, "steps": stage.steps}
     if run.data.streaming:  # the workers share a stream, and so have a part in its order
@@ -422,7 +422,7 @@ def decisive_settings(run: Run, stage: Stage) -> dict[str, Any]:
 
 
 def decisive_data(trainer: BlockDiffusionTrainer) -> dict[str, Any]:
-    """What a stage's result depends on and its data say: how many steps, and which chats of which lengths."""
+    """The facts about a stage's data on which its result depends: steps, and the chats with their lengths."""
     chats = trainer.train_dataset
     found = {"optimizer steps": trainer.args.max_steps}
     if not isinstance(chats, torch.utils.data.IterableDataset):
@@ -484,7 +484,7 @@ def finish(trainer: BlockDiffusionTrainer, run: Run, stage: Stage) -> None:
 
 
 def farewell(history: list[dict[str, float]], stage: Stage) -> str:
-    """What a finished stage says: its first and last logged loss, and what to type next."""
+    """The report of a finished stage: its first and last logged loss, and the next command."""
     logged = [entry for entry in history if "loss" in entry]
     losses = f": loss {logged[0]['loss']:.4f} at step {logged[0]['step']}" if logged else ""
     if len(logged) > 1:

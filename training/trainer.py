@@ -251,8 +251,8 @@ class BlockDiffusionTrainer(Trainer):
     """Trains one stage: one model at one block size (arXiv 2604.16514, equations of sections 3.1 to 3.3).
 
     A step corrupts its micro-batches before the first forward, so that the loss is normalised over all accumulation
-    steps and processes exactly; the noise of a sample depends on (seed, step, sample) alone, and for one that comes
-    several times in a step on which time it is.
+    steps and processes exactly; the noise of a sample depends only on (seed, step, sample), and on the
+    repetition if a sample occurs several times in a step.
 
     Args:
         model: a Bard-VL model, or PEFT's wrapper around one.
@@ -349,7 +349,7 @@ class BlockDiffusionTrainer(Trainer):
         )
 
     def full_rows(self) -> FullRows:
-        """How the samples of the run are dealt out."""
+        """The rows into which the samples of the run are dealt."""
         args = self.args
         data: Any = self.train_dataset
         collator: Any = self.data_collator

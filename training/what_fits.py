@@ -1,4 +1,4 @@
-"""What fits on which GPUs: the estimates of `cost` for the published sizes, as a table in Markdown.
+"""The models that fit on a GPU: the estimates of `cost` for the published sizes, as a table in Markdown.
 
 python -m bard_vl.training.what_fits [--columns 4096]
 """

@@ -92,7 +92,7 @@ class QueueStreamer:
 
 @dataclass
 class Talk:
-    """What one visitor said and was told.
+    """The conversation of one visitor.
 
     Attributes:
         conversation: that the model has seen.
@@ -233,7 +233,7 @@ def answer_in_steps(
 ) -> Iterator[tuple[Any, ...]]:
     """The talk, its chat, the question's box and the player as HTML, as the answer grows; `values` are the settings'.
 
-    A new picture begins a new talk. What goes wrong is said in the answer's place.
+    A new picture begins a new talk. Errors are shown in the answer's place.
     """
     shown = None if picture is None else picture.convert("RGB")
     if talk is None or talk.picture != shown:
@@ -295,7 +295,7 @@ def files_of(talk: Talk | None) -> Iterator[tuple[Any, Any]]:
 
 
 def restarted() -> tuple[Any, ...]:
-    """What the page shows of a new conversation."""
+    """The page of a new conversation."""
     return (None, [], gr.skip(), "", *hidden())
 
 

@@ -37,7 +37,7 @@ def frame_of(recording: Recording, height: int = 660) -> str:
 
 
 def as_json(recording: Recording) -> dict[str, Any]:
-    """What the page's script reads."""
+    """The data that the page's script reads."""
     steps = [
         {
             "block": step.block,

@@ -74,7 +74,7 @@ def shared_palette(frames: list[Image.Image]) -> Image.Image:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a position of the response is drawn: left, top and width, in points."""
+    """The box of a position of the response: left, top and width, in points."""
 
     x: float
     y: float
@@ -131,7 +131,7 @@ class Drawing:
                     x, y = self.left, y + LINE
 
     def final_texts(self) -> list[str]:
-        """What each position reads in the end."""
+        """The final text of each position."""
         return [
             text or "" for index in self.recording.last_steps().values() for text in self.recording.steps[index].texts
         ]

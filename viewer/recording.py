@@ -131,7 +131,7 @@ class Recording:
 
 
 def guesses(step: Any, mask_token_id: int, decode: Callable[[list[int]], str]) -> list[str]:
-    """What the undecided positions of a step of a history would have taken, as texts."""
+    """The tokens that undecided positions of a step of a history would have taken, as texts."""
     undecided = (step.ids == mask_token_id).tolist()
     texts = (decode([chosen]) for chosen in step.chosen.tolist())
     return [text if is_open and "\ufffd" not in text else "" for text, is_open in zip(texts, undecided, strict=True)]

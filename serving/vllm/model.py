@@ -43,7 +43,7 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
 
     @staticmethod
     def get_model_state_cls() -> type["BardVLModelState"]:
-        """Where vLLM asks what is particular about this model's requests."""
+        """The class that vLLM asks about this model's requests."""
         return BardVLModelState
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:

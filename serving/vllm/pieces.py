@@ -1,4 +1,4 @@
-"""Where the attention of a step is cut: pure numbers.
+"""The pieces into which the attention of a step is cut: pure numbers.
 
 A request's tokens see their whole block and all before it. vLLM's kernels know requests that see all their keys: every
 block of a request is handed to them as a request of its own, whose keys end with the block.

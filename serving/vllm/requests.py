@@ -1,4 +1,4 @@
-"""What vLLM lets a request of Bard-VL ask for, checked where requests arrive, before anything is computed."""
+"""The checks of requests of Bard-VL in vLLM, where requests arrive, before anything is computed."""
 
 from typing import Any
 
