@@ -52,7 +52,8 @@ def check(
     ordered = sorted(samples.lengths)
     columns = {"median": ordered[len(ordered) // 2], "largest": ordered[-1], "in all": sum(ordered)}
     if as_json:
-        print(json.dumps({**found, "block_size": size, "max_length": max_length, "columns": columns}))
+        places = {"number": samples.places.num_places, "look_like_pixels": samples.places.are_pixels}
+        print(json.dumps({**found, "places": places, "block_size": size, "max_length": max_length, "columns": columns}))
         return
     print(f"{counted(found['chats'], 'chat')}, {found['usable']:,} can be trained on")
     for reason, count in samples.skipped.counts.most_common():

@@ -24,6 +24,19 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
 RADII = {"large": 27, "small": 17}  # pixels
+OUTLINES: dict[str, list[tuple[float, float]]] = {
+    "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+    "triangle": [(0, -1), (1, 0.8), (-1, 0.8)],
+    "diamond": [(0, -1), (0.7, 0), (0, 1), (-0.7, 0)],
+    "cross": [
+        *((-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3)),
+        *((0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)),
+    ],
+    "star": [
+        (length * math.sin(math.pi * i / 5), -length * math.cos(math.pi * i / 5))
+        for i, length in enumerate([1.0, 0.42] * 5)
+    ],
+}
 WORDS = ("bard", "song", "tale", "poem", "moon", "rain", "snow", "wind", "tree", "leaf", "rose", "bird", "wolf", "gold")
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 HELD_OUT_SHARE = 16  # one scene in 16 is never trained on
@@ -43,6 +56,13 @@ class Thing:
     def cell(self) -> str:
         """The name of its cell, as on a chessboard, row 1 on top."""
         return f"{COLUMNS[self.column]}{self.row + 1}"
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of the shape, in pixels."""
+        x, y, radius = (self.column + 0.5) * CELL, (self.row + 0.5) * CELL, RADII[self.size]
+        across, down = zip(*OUTLINES.get(self.shape, [(-1, -1), (1, 1)]), strict=True)
+        return x + radius * min(across), y + radius * min(down), x + radius * max(across), y + radius * max(down)
 
     @property
     def phrase(self) -> str:
@@ -123,20 +143,7 @@ def draw_shape(canvas: ImageDraw.ImageDraw, shape: str, centre: tuple[float, flo
     if shape == "circle":
         canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
         return
-    outlines: dict[str, list[tuple[float, float]]] = {
-        "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
-        "triangle": [(0, -1), (1, 0.8), (-1, 0.8)],
-        "diamond": [(0, -1), (0.7, 0), (0, 1), (-0.7, 0)],
-        "cross": [
-            *((-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3)),
-            *((0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)),
-        ],
-        "star": [
-            (length * math.sin(math.pi * i / 5), -length * math.cos(math.pi * i / 5))
-            for i, length in enumerate([1.0, 0.42] * 5)
-        ],
-    }
-    canvas.polygon([(x + radius * dx, y + radius * dy) for dx, dy in outlines[shape]], fill=colour)
+    canvas.polygon([(x + radius * dx, y + radius * dy) for dx, dy in OUTLINES[shape]], fill=colour)
 
 
 def any_scene(rng: random.Random) -> Scene:

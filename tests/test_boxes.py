@@ -6,20 +6,11 @@ from typing import Any
 import pytest
 from bard_vl.app.boxes import Thing, draw_things, find_things, read_things, things_schema
 from bard_vl.evaluation import scenes
+from bard_vl.evaluation.grounding import things_of
 from bard_vl.forms_bard_vl import Form
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
-
-
-def things_of(scene: scenes.Scene) -> list[Thing]:
-    """The shapes of a scene with the boxes of their cells."""
-    side = scenes.CELL
-    cells = [
-        (side * thing.column, side * thing.row, side * (thing.column + 1), side * (thing.row + 1))
-        for thing in scene.things
-    ]
-    return [Thing(thing.shape, cell) for thing, cell in zip(scene.things, cells, strict=True)]
+from PIL import Image, ImageChops
 
 
 @given(st.integers(1, 4000), st.integers(1, 4000), st.lists(st.floats(0, 1), min_size=4, max_size=4))
@@ -37,10 +28,10 @@ def test_places_survive_the_way_to_the_model_and_back(width: int, height: int, s
 def test_boxes_of_scenes_hold_their_shapes_after_resizing(size: tuple[int, int]) -> None:
     scene = scenes.scene(True, 1, 3)
     told = [thing.relative(256, 256) for thing in things_of(scene)]
-    form = Form.read({"json_schema": things_schema(labels=list(scenes.SHAPES))})
+    form = Form.read({"json_schema": things_schema(labels=[thing.label for thing in things_of(scene)])})
     picture = scene.draw().resize(size, Image.Resampling.NEAREST)
     found = read_things(form.parse(json.dumps(told)), *size)
-    assert [thing.label for thing in found] == [thing.shape for thing in scene.things]
+    assert [thing.label for thing in found] == [f"{each.size} {each.colour} {each.shape}" for each in scene.things]
     for thing, shown in zip(found, scene.things, strict=True):
         left, top, right, bottom = thing.place
         middle = picture.getpixel((round((left + right) / 2), round((top + bottom) / 2)))
@@ -50,6 +41,14 @@ def test_boxes_of_scenes_hold_their_shapes_after_resizing(size: tuple[int, int])
     left, top, right, bottom = (round(part) for part in found[0].place)
     assert drawn.getpixel((right - 1, (top + bottom) // 2)) == (0xE6, 0x19, 0x4B)
     assert picture.getpixel((right - 1, (top + bottom) // 2)) == (255, 255, 255), "the picture itself is as it was"
+
+
+@pytest.mark.parametrize("shape", scenes.SHAPES)
+def test_the_box_of_a_shape_is_what_it_fills(shape: str) -> None:
+    thing = scenes.Thing(1, 2, "large", "red", shape)
+    picture = scenes.Scene((thing,), None).draw()
+    filled = ImageChops.difference(picture, Image.new("RGB", picture.size, "white")).getbbox()
+    assert filled == pytest.approx(thing.box, abs=1.5)
 
 
 def test_places_are_found_in_whatever_text_holds_them() -> None:

@@ -23,6 +23,9 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode adds no folder for tiny.py
 import tiny
 from bard_vl import BardVLConfig, BardVLForConditionalGeneration, BardVLProcessor
+from bard_vl.app.boxes import read_things
+from bard_vl.evaluation import scenes
+from bard_vl.evaluation.grounding import write_chats
 from bard_vl.training import data
 from bard_vl.training.chats import Broken, ChatEncoder, ChatLimits
 from bard_vl.training.data import ChatSamples, Mixture, PackingCollator, limit_pixels, open_chats, stream_chats
@@ -352,6 +355,89 @@ def test_a_broken_chat_is_named_by_its_fault(name: str, encoder: ChatEncoder, tm
     measured = encoder.measure(given)
     seen_without_pixels = name != "half an image"
     assert measured["reason"] == (reason if seen_without_pixels else None)
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="datasets 4.6 and older refuse a column of texts and lists")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_answers_that_are_json_stay_texts_beside_lists(tmp_path: Path, streaming: bool) -> None:
+    answers = ["5", "[]", "null", "true", "red", '{"a": 1.50}', '[{"bbox_2d": [1, 2, 3, 4]}]', "[1]"]
+    answers.append('[{"bbox_2d": [1, 2, 3, 4], "text": "exit"}]')
+    given = [chat(user("Where?"), assistant(answer)) for answer in answers]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(each) + "\n" for each in given))
+    read = [each["messages"] for each in open_chats(tmp_path / "chats.jsonl", streaming=streaming)]
+    assert [message["content"] for _, message in read] == answers
+    assert [message["content"] for message, _ in read] == [[text("Where?")]] * len(answers)
+
+
+# --- boxes and points ------------------------------------------------------------------------------------------------
+
+
+def located(numbers: Any, size: tuple[int, int] = (96, 64), kind: str = "bbox_2d") -> dict[str, Any]:
+    answer = json.dumps([{kind: numbers, "label": "a"}])
+    picture = {"bytes": bytes_of(tiny.draw(size)), "path": None}
+    return chat(user({"type": "image"}, "Where?"), assistant(answer), images=[picture])
+
+
+@pytest.mark.parametrize(
+    ("answer", "detail"),
+    [
+        ('[{"bbox_2d": [20, 40, 1300, 90], "label": "a"}]', "`bbox_2d` [20, 40, 1300, 90] must be from 0 to 1000"),
+        ('Here: {"point_2d":[-3,5]}', "`point_2d` [-3,5] must be from 0"),
+        ('{"bbox_2d": [200, 300, 100, 50]}', "must be left, top, right, bottom"),
+        ('{"bbox_2d": [2, 3]}', "must have 4 numbers"),
+        ('{"bbox_2d": [2, , 3, 4]}', "is no list of numbers"),
+        ('{"point_2d": [2, 3]}, {"point_2d": [2, 1001]}', "[2, 1001]"),
+    ],
+)
+def test_coordinates_that_cannot_be_relative_are_named(encoder: ChatEncoder, answer: str, detail: str) -> None:
+    given = chat(*ANSWERED, user("Where?"), assistant(answer))
+    broken = encoder.encode(given, 5)
+    assert isinstance(broken, Broken)
+    assert broken.reason == "coordinates"
+    assert detail in broken.detail
+    samples = ChatSamples(mapped([given, chat(*ANSWERED)]), encoder)
+    assert (len(samples), dict(samples.skipped.counts)) == (1, {"coordinates": 1})
+
+
+def test_coordinates_that_look_like_pixels_are_told(encoder: ChatEncoder, caplog: Any) -> None:
+    pixels = [located([n, n, 60 + n, 50 + n]) for n in range(8)]
+    assert ChatSamples(mapped(pixels), encoder).places.are_pixels
+    assert "coordinates look like pixels: none of 8 boxes and points lies beyond its picture's own size" in caplog.text
+    caplog.clear()
+    large = [located([n, n, 60 + n, 50 + n], (1024, 32)) for n in range(8)]
+    for relative in ([*pixels, located([500, 500], kind="point_2d")], pixels[:2], large):
+        assert not ChatSamples(mapped(relative), encoder).places.are_pixels
+    assert "pixels" not in caplog.text
+    encoder.limits = replace(LIMITS, coordinates="any")
+    assert len(ChatSamples(mapped([*pixels, located([1, 2, 3000, 4])]), encoder)) == 9
+    assert "pixels" not in caplog.text
+    silent = chat(user("How?"), assistant('Write "bbox_2d": [x1, y1, x2, y2].'))
+    assert isinstance(encoder.encode(silent), Sample), "no numbers, no place"
+
+
+def test_relative_coordinates_stay_true_when_pictures_are_resized(encoder: ChatEncoder, tmp_path: Path) -> None:
+    write_chats(tmp_path / "places", 3)
+    rows = [json.loads(line) for line in (tmp_path / "places" / "chats.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        shown = scenes.scene(False, 0, number)
+        picture = shown.draw().resize((300, 170), Image.Resampling.NEAREST)  # of no shape that the model sees
+        row["messages"][0]["content"][0]["image"] = bytes_of(picture)
+        told = row["messages"][1]["content"]
+        answers, sizes = set(), set()
+        for most in (4096, 16_384, 65_536):
+            limited = ChatEncoder(limit_pixels(encoder.processor, 4096, most), CONFIG, LIMITS)
+            sample = encoded(limited, row)
+            ((start, end),) = sample.responses
+            answers.add(limited.tokenizer.decode(sample.input_ids[start:end]))
+            _, height, width = (16 * sample.visual_inputs["image_grid_thw"][0]).tolist()
+            sizes.add((width, height))
+            seen = picture.resize((width, height), Image.Resampling.NEAREST)
+            for thing, place in zip(shown.things, read_things(told, width, height), strict=True):
+                left, top, right, bottom = place.place
+                middle = seen.getpixel((int((left + right) / 2), int((top + bottom) / 2)))
+                assert "#{:02x}{:02x}{:02x}".format(*middle) == scenes.COLOURS[thing.colour]
+        assert len(sizes) == 3
+        assert answers == {told + "<|im_end|>"}
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_the_recipe_for_own_chats_has_ten_lines():
     assert len((RECIPES / "finetune.yaml").read_text().splitlines()) <= 10
 
 
-@pytest.mark.parametrize("name", ["finetune.yaml", "lora.yaml"])
+@pytest.mark.parametrize("name", ["finetune.yaml", "grounding.yaml", "lora.yaml"])
 def test_published_checkpoints_keep_their_noise(name):
     model, _, args, _ = parse(merge_blocks, name, use_cpu="true")
     assert "-Mask-" in model.model_name_or_path
@@ -126,7 +126,7 @@ def test_recipes_of_the_package_go_by_name(tmp_path):
     by_path = parse_recipe(merge_blocks.RECIPE, [str(RECIPES / "lora.yaml"), *flags])
     assert by_name[0] == by_path[0]
     assert by_name[0].use_lora
-    with pytest.raises(RecipeError, match=r"`--recipe` must be one of distill_2b, .*, lora, .* got 'lore'"):
+    with pytest.raises(RecipeError, match=r"`--recipe` must be one of distill_2b, .*, grounding, lora, .* got 'lore'"):
         parse_recipe(merge_blocks.RECIPE, ["--recipe", "lore", *flags])
 
 

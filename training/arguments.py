@@ -146,6 +146,9 @@ class DataArguments:
     max_pixels: int | None = option(None, "largest area that an image is scaled to (unset: the processor's)")
     min_short_side: int | None = option(None, "chats with an image of a shorter side are left out, in pixels")
     max_aspect_ratio: float | None = option(None, "chats with an image of a greater aspect ratio are left out")
+    coordinates: Literal["relative", "any"] = option(
+        "relative", "leave out chats whose answers have a `bbox_2d` or `point_2d` that is not from 0 to 1000, or any"
+    )
     pad_to_multiple_of: int = option(1, "rows are padded to a multiple of this number of columns")
     measuring_processes: int | None = option(
         None, "processes that measure chats before training (unset: one)", decides=False

@@ -8,7 +8,7 @@ tokenising a prompt as a whole, the chat is left out. Nothing here knows where c
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..modeling_bard_vl import BardVLModel
 from ..processing_bard_vl import stated_size
 from .messages import BrokenChat, decode_image, is_trained, open_image, open_video, read_messages
 from .packing import Sample, packed_length, truncate
+from .places import Places, places_in
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class ChatLimits:
         min_short_side: pixels; chats with a picture of a shorter side are left out.
         max_aspect_ratio: chats with a picture of a longer side over shorter side above it are left out.
         noisy_copies: of each response in a packed row.
+        coordinates: "relative" leaves out chats whose boxes or points are not from 0 to 1000, "any" none.
     """
 
     block_size: int
@@ -62,11 +64,13 @@ class ChatLimits:
     min_short_side: int | None = None
     max_aspect_ratio: float | None = None
     noisy_copies: int = 1
+    coordinates: Literal["relative", "any"] = "relative"
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for a limit that no chat could meet."""
-        if self.overlong not in ("drop", "truncate"):
-            raise ValueError(f"`overlong` must be 'drop' or 'truncate', got {self.overlong!r}")
+        for name, known in (("overlong", ("drop", "truncate")), ("coordinates", ("relative", "any"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` must be {known[0]!r} or {known[1]!r}, got {getattr(self, name)!r}")
         for name in ("block_size", "max_length", "max_total_length", "min_short_side", "max_aspect_ratio"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -79,6 +83,8 @@ class ChatLimits:
             raise BrokenChat("picture too small", f"its shorter side has {short} pixels, below {self.min_short_side}")
         if self.max_aspect_ratio is not None and ratio is not None and ratio > self.max_aspect_ratio:
             raise BrokenChat("picture too long", f"an aspect ratio of {ratio:.4g}, above {self.max_aspect_ratio}")
+        if self.coordinates == "relative" and measured.places.fault is not None:
+            raise BrokenChat("coordinates", measured.places.fault)
         if self.max_total_length is not None and length > self.max_total_length:
             raise BrokenChat("too many tokens", f"{length}, above `max_total_length` {self.max_total_length}")
         columns = self.columns(measured)
@@ -105,12 +111,14 @@ class Measured:
         responses: [start, end) of every assistant turn.
         short_side: pixels of the shortest side of its pictures, None without pictures.
         aspect_ratio: largest longer side over shorter side of its pictures.
+        places: the boxes and points of its answers.
     """
 
     length: int
     responses: list[tuple[int, int]]
     short_side: int | None = None
     aspect_ratio: float | None = None
+    places: Places = field(default_factory=Places)
 
 
 @dataclass
@@ -176,7 +184,7 @@ class ChatEncoder:
             return {**row, "reason": error.reason, "detail": error.detail}
         starts, ends = zip(*measured.responses, strict=True)
         known = {"length": measured.length, "short_side": measured.short_side, "aspect_ratio": measured.aspect_ratio}
-        return {**row, **known, "starts": starts, "ends": ends}
+        return {**row, **known, **asdict(measured.places), "starts": starts, "ends": ends}
 
     def read(self, example: Mapping[str, Any]) -> Chat:
         """Render a chat and open its pictures, whose pixels are not decoded yet.
@@ -257,6 +265,7 @@ class ChatEncoder:
             responses=responses,
             short_side=min((short for short, _ in sides), default=None),
             aspect_ratio=max((long / short for short, long in sides), default=None),
+            places=places_in(chat.pieces[1::2], chat.images[0].source.size if len(chat.images) == 1 else None),
         )
 
     def _piece_lengths(self, chat: Chat) -> list[int]:
@@ -322,6 +331,10 @@ MEASURED_FEATURES = {
     "ends": datasets.List(datasets.Value("int64")),
     "short_side": datasets.Value("int64"),
     "aspect_ratio": datasets.Value("float64"),
+    "fault": datasets.Value("string"),
+    "num_places": datasets.Value("int64"),
+    "num_beyond": datasets.Value("int64"),
+    "log_chance": datasets.Value("float64"),
     "reason": datasets.Value("string"),
     "detail": datasets.Value("string"),
 }

@@ -12,7 +12,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import accumulate, chain, islice, repeat
 from pathlib import Path
@@ -24,9 +24,11 @@ from datasets.fingerprint import Hasher
 from pyarrow import ArrowException
 
 from .. import __version__
+from ..messages_bard_vl import ADDRESSES
 from .chats import MEASURED_FEATURES, Broken, ChatEncoder, Measured
-from .messages import FORMS, BrokenChat
+from .messages import FORMS, PLACEHOLDERS, BrokenChat
 from .packing import PackedRows, Sample, pack
+from .places import Places
 
 logger = logging.getLogger(__name__)
 
@@ -118,10 +120,38 @@ def without_decoding(chats: Any) -> Any:
     return chats
 
 
+if hasattr(datasets, "Json"):  # from datasets 4.7 on
+
+    @dataclass
+    class Contents(datasets.Json):
+        """Contents of messages, of which some are texts and some are lists.
+
+        `datasets` stores both as JSON, and a text that is JSON itself, as `5` or `[{"bbox_2d": ...}]`, as it is. What
+        is no content once it is read was such a text.
+        """
+
+        def decode_example(self, example_data: str | None, token_per_repo_id: Any = None) -> Any:
+            """A text or a list of items."""
+            value = super().decode_example(example_data, token_per_repo_id)
+            is_list = isinstance(value, list) and value and all(map(is_item, value))
+            return value if is_list or isinstance(value, str) else example_data
+
+
+def is_item(value: Any) -> bool:
+    """Whether a value is an item of a content: a text, or a mapping that says what it is."""
+    if not isinstance(value, Mapping):
+        return isinstance(value, str)
+    return not {"type", *PLACEHOLDERS, *ADDRESSES}.isdisjoint(value) or {*value} == {"text"}
+
+
 def undecoded(feature: Any) -> Any:
-    """A feature of `datasets`, or a tree of them, that leaves media as they are stored."""
+    """A feature of `datasets`, or a tree of them, that leaves media as they are stored, and texts among contents."""
     if isinstance(feature, Mapping):
-        return {name: undecoded(member) for name, member in feature.items()}
+        is_json = {name: type(member).__name__ == "Json" for name, member in feature.items()}
+        return {
+            name: Contents() if name == "content" and is_json[name] else undecoded(member)
+            for name, member in feature.items()
+        }
     if isinstance(feature, list):
         return [undecoded(member) for member in feature]
     changed = copy.copy(feature)
@@ -163,6 +193,7 @@ class ChatSamples(torch.utils.data.Dataset):
         indices: row in the data set of every usable chat; also its `sample_id`.
         lengths: columns that each takes in a packed row.
         skipped: what was left out, by reason.
+        places: the boxes and points of the answers; a warning says so if they look like pixels.
 
     Args:
         chats: from `open_chats`, or any `datasets.Dataset` with a column `messages`.
@@ -178,6 +209,7 @@ class ChatSamples(torch.utils.data.Dataset):
         self.indices: list[int] = []
         self.lengths: list[int] = []
         self.skipped = SkippedChats()
+        self.places = Places()
         batches = self._measured(num_proc).with_format("arrow").iter(MEASURED_AT_ONCE)
         for index, row in enumerate(row for batch in batches for row in batch.to_pylist()):
             if str(row["reason"]).startswith(FAULTS_OF_FILES):  # the cache cannot know of files that came since
@@ -188,11 +220,18 @@ class ChatSamples(torch.utils.data.Dataset):
             else:
                 self.indices.append(index)
                 self.lengths.append(found)
+                self.places += places_of(row)
         num_skipped = len(self.chats) - len(self.indices)
         if not self.indices:
             raise ValueError(f"none of the {len(self.chats)} chats can be used: {self.skipped}")
         if num_skipped:
             logger.warning("skipped %d of %d chats: %s", num_skipped, len(self.chats), self.skipped)
+        if self.places.are_pixels and encoder.limits.coordinates == "relative":
+            logger.warning(
+                "coordinates look like pixels: none of %d boxes and points lies beyond its picture's own size, as some "
+                "from 0 to 1000, relative to the picture's sides, would",
+                self.places.num_places,
+            )
 
     def _measured(self, num_proc: int | None) -> datasets.Dataset:
         measure = partial(
@@ -275,7 +314,7 @@ def measuring_key(encoder: ChatEncoder) -> str:
     settings = [part.to_dict() for part in (processor.image_processor, processor.video_processor) if part is not None]
     vocabulary = sorted(encoder.tokenizer.get_vocab().items())
     known = [__version__, settings, processor.chat_template, vocabulary, str(encoder.media_folder.absolute())]
-    return json.dumps(known, sort_keys=True, default=str)
+    return json.dumps([*known, *MEASURED_FEATURES], sort_keys=True, default=str)
 
 
 def judge(row: Mapping[str, Any], index: int, encoder: ChatEncoder) -> int | Broken:
@@ -283,12 +322,17 @@ def judge(row: Mapping[str, Any], index: int, encoder: ChatEncoder) -> int | Bro
     if row["reason"] is not None:
         return Broken(index, row["reason"], row["detail"])
     responses = list(zip(row["starts"], row["ends"], strict=True))
-    measured = Measured(row["length"], responses, row["short_side"], row["aspect_ratio"])
+    measured = Measured(row["length"], responses, row["short_side"], row["aspect_ratio"], places_of(row))
     try:
         encoder.limits.check(measured)
     except BrokenChat as error:
         return Broken(index, error.reason, error.detail)
     return encoder.limits.columns(measured)
+
+
+def places_of(row: Mapping[str, Any]) -> Places:
+    """The boxes and points of a measured chat."""
+    return Places(*(row[each.name] for each in fields(Places)))
 
 
 def stream_chats(

@@ -189,6 +189,7 @@ def limits(run: Run, block_size: int) -> ChatLimits:
         data.min_short_side,
         data.max_aspect_ratio,
         noisy_copies=2 if run.args.complementary_masks else 1,
+        coordinates=data.coordinates,
     )
 
 
