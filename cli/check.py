@@ -55,7 +55,7 @@ def check(
         places = {"number": samples.places.num_places, "look_like_pixels": samples.places.are_pixels}
         print(json.dumps({**found, "places": places, "block_size": size, "max_length": max_length, "columns": columns}))
         return
-    print(f"{counted(found['chats'], 'chat')}, {found['usable']:,} can be trained on")
+    print(f"{counted(len(samples.chats), 'chat')}, {found['usable']:,} can be trained on")
     for reason, count in samples.skipped.counts.most_common():
         print(f"  skipped {count:,}: {reason}")
     print(f"columns of a packed row at block size {size}, of {max_length:,} at most:")

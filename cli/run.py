@@ -138,7 +138,7 @@ def run(
     shown = any((html, gif, png))
     answers = asker.ask(content, inputs, output_history=shown)
     compared = ask_other(compare, session, asker.messages(content))
-    told = {} if compared is None else {"compared": compared.as_dict()}
+    told: dict[str, Any] = {} if compared is None else {"compared": compared.as_dict()}
     asker.tell(answers, asker.question(content), **told)
     if compared is not None and not (as_json or quiet):
         print(f"{compared.text}\n{compared.summary()}", file=sys.stderr)
@@ -270,7 +270,7 @@ class Asker:
         values = [{} if self.form is None else {"value": self.form.parse(answer.text)} for answer in answers]
         if self.as_json:
             found = [{**answer.as_dict(), **value} for answer, value in zip(answers, values, strict=True)]
-            facts = {"model": self.session.name, "prompt": question}
+            facts: dict[str, Any] = {"model": self.session.name, "prompt": question}
             facts |= found[0] if len(found) == 1 else {"samples": found}
             print(json.dumps({**facts, **told}, ensure_ascii=False, indent=indent), flush=True)
             return
