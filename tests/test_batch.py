@@ -656,7 +656,7 @@ def test_every_setting_of_run_reaches_the_workers(room: Path, tmp_path: Path, mo
     def options(command: Any) -> set[str]:
         return set(inspect.signature(command).parameters)
 
-    aside = {"files", "as_json", "dry_run", "memory", "html", "gif", "png", "draw", "compare"}
+    aside = {"files", "each", "num_samples", "as_json", "dry_run", "memory", "html", "gif", "png", "draw", "compare"}
     assert options(run_command) - aside <= options(batch_command)
     given: list[Any] = []
     monkeypatch.setattr(job, "run_batch", lambda *arguments: given.extend(arguments) or 0)
