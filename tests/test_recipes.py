@@ -191,6 +191,7 @@ BAD_MERGES = {
     "weights": ({"train_data": ["a", "b"], "train_weights": [1.0]}, "`train_weights` has 1 numbers for 2 sources"),
     "weight": ({"train_weights": [0.0]}, "`train_weights` must be positive, got 0.0"),
     "streams": ({"train_data": ["a", "b"], "streaming": True, "max_steps": 1}, "`streaming` reads one source"),
+    "bits alone": ({"quantize": "nf4"}, "`quantize: nf4` needs `use_lora: true`"),
     "drafts": ({"draft_share": 1.5}, "`draft_share` must lie between 0 and 1, got 1.5"),
     "patience": ({"early_stopping_patience": 0}, "`early_stopping_patience` must be at least 1, got 0"),
     "patience alone": ({"early_stopping_patience": 2}, "set `load_best_model_at_end: true`"),

@@ -22,6 +22,7 @@ from bard_vl.training import distill, merge_and_distill, merge_blocks
 from bard_vl.training.arguments import parse_recipe
 from bard_vl.training.checkpoints import complete_checkpoints
 from bard_vl.training.cost import Cost, activation_memory, state_memory
+from bard_vl.training.data import PackingCollator
 from bard_vl.training.packing import Sample, dense_mask, packed_length
 from bard_vl.training.stages import Run, Stage, build_trainer, write_checkpoint
 from bard_vl.training.trainer import (
@@ -186,6 +187,21 @@ def test_drafts_are_what_the_model_itself_puts_in_place_of_masks(tmp_path, share
     loss = trainer.compute_loss(trainer.model, marked, num_items_in_batch=torch.tensor(normaliser))
     again = trainer.loss_sum(trainer.model, shown, trainer.tally) / normaliser
     torch.testing.assert_close(loss, again)
+
+
+def test_pixels_travel_in_the_dtype_of_the_vision_tower(tmp_path):
+    trainer = trainer_for(tmp_path, bf16=True)
+    samples = [trainer.train_dataset[number] for number in range(4)]
+    rows = trainer.data_collator(samples)
+    assert rows.visual_inputs["pixel_values"].dtype == torch.bfloat16
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        rows = PackingCollator(trainer.data_collator.encoder, pixel_dtype=dtype)(samples)
+        batch, _ = trainer.corrupt(rows, 0, 0)
+        with torch.no_grad(), trainer.accelerator.autocast():
+            found.append(trainer.loss_sum(trainer.model, batch, trainer.tally))
+    assert torch.equal(*found)
+    assert trainer_for(tmp_path / "whole").data_collator.pixel_dtype == torch.float32
 
 
 def test_a_sample_drawn_again_in_a_step_has_other_noise(tmp_path):
@@ -545,6 +561,25 @@ def test_merged_adapters_are_a_whole_checkpoint(tmp_path):
     )
     for name, value in kept.merge_and_unload().state_dict().items():
         torch.testing.assert_close(value, after.get(name, value))
+
+
+def test_adapters_on_quantised_weights_end_as_a_whole_checkpoint(tmp_path):
+    qlora = {"use_lora": True, "quantize": "nf4", "lora_rank": 4, "learning_rate": 0.05, "block_sizes": [4]}
+    trainer = trainer_for(tmp_path / "built", **qlora)
+    layer = trainer.bare_model.model.language_model.layers[0].mlp.up_proj.base_layer
+    assert layer.weight.dtype == torch.uint8
+    whole, cost = trainer_for(tmp_path / "whole"), Cost.of(trainer)
+    everything = sum(parameter.numel() for parameter in whole.model.parameters())
+    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    assert sum(count for count, _ in cost.parameters.values()) == everything + trained
+    assert cost.memory["weights"] < Cost.of(whole).memory["weights"]
+    run = train(tmp_path / "run", max_steps=8, **qlora)
+    assert losses(run / "block-4")[-1] < losses(run / "block-4")[0]
+    before, after = weights(bard_folder()), weights(run / "block-4")
+    assert {name: value.shape for name, value in after.items()} == {name: value.shape for name, value in before.items()}
+    model = BardVLForConditionalGeneration.from_pretrained(run / "block-4")
+    assert isinstance(model.model.language_model.layers[0].mlp.up_proj, torch.nn.Linear)
+    assert "quantization_config" not in json.loads((run / "block-4" / "config.json").read_text())
 
 
 def test_sources_in_folders_of_their_own_train_together(tmp_path):

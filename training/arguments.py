@@ -15,6 +15,8 @@ from typing import Any, Literal, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..app.errors import UsageError
+from ..app.quantization import check_quantization
 from ..app.terminal import counted
 
 PARAMETER_GROUPS = ("language", "merger", "vision")
@@ -98,8 +100,17 @@ class ModelArguments:
         metadata={"help": "linear layers that get an adapter, by the end of their names"},
     )
 
+    quantize: Literal["nf4"] | None = option(
+        None, "bits of the frozen weights under adapters (QLoRA); the finished stage has whole weights again"
+    )
+
     def check(self) -> None:
         """Raise `RecipeError` for invalid settings."""
+        require(self.quantize is None or self.use_lora, f"`quantize: {self.quantize}` needs `use_lora: true`")
+        try:
+            check_quantization(self.quantize)
+        except UsageError as error:
+            raise RecipeError(str(error)) from error
         require(
             self.model_name_or_path is not None, "`model_name_or_path` is missing: name the checkpoint to start from"
         )

@@ -138,10 +138,16 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Parameters by group, all and trainable; under ZeRO-3 by their whole shapes."""
     counts = {group: [0, 0] for group in PARAMETER_GROUPS}
     for name, parameter in model.named_parameters():
-        size = getattr(parameter, "ds_numel", parameter.numel())
+        size = whole_size(parameter)
         counts[group_of(name)][0] += size
         counts[group_of(name)][1] += size * parameter.requires_grad
     return {group: (everything, trained) for group, (everything, trained) in counts.items()}
+
+
+def whole_size(parameter: nn.Parameter) -> int:
+    """Numbers in a parameter, also in one that ZeRO-3 has split or bitsandbytes has packed."""
+    state = getattr(parameter, "quant_state", None)
+    return getattr(parameter, "ds_numel", parameter.numel()) if state is None else state.shape.numel()
 
 
 def sharding_of(trainer: Any) -> str:

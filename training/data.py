@@ -24,6 +24,7 @@ from datasets.fingerprint import Hasher
 from pyarrow import ArrowException
 
 from .. import __version__
+from ..inputs_bard_vl import MEDIA_KINDS
 from ..messages_bard_vl import ADDRESSES
 from .chats import MEASURED_FEATURES, Broken, ChatEncoder, Measured
 from .messages import FORMS, PLACEHOLDERS, BrokenChat
@@ -376,11 +377,13 @@ class PackingCollator:
         needs_vision: whether every batch must run the vision tower: it is trained, or its weights, even frozen, are
             sharded and gathered by all processes together.
         pad_to_multiple_of: rows are padded to a multiple of this number of columns.
+        pixel_dtype: of pixels, the one that the vision tower computes in: in bfloat16 they travel in half the bytes.
     """
 
     encoder: ChatEncoder
     needs_vision: bool = True
     pad_to_multiple_of: int = 1
+    pixel_dtype: torch.dtype = torch.float32
 
     def __call__(self, batch: Sequence[Sample | Broken | Mapping[str, Any]]) -> PackedBatch:
         """Encode what is not encoded yet, and pack."""
@@ -398,6 +401,9 @@ class PackingCollator:
         packed = PackedBatch(**vars(rows), broken=[each for each in found if isinstance(each, Broken)])
         if self.needs_vision and not packed.visual_inputs:
             packed.visual_inputs = blank_picture(self.encoder.config.vision_config)
+        for kind in MEDIA_KINDS:
+            if kind.pixels in packed.visual_inputs:
+                packed.visual_inputs[kind.pixels] = packed.visual_inputs[kind.pixels].to(self.pixel_dtype)
         return packed
 
 

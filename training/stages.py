@@ -17,6 +17,7 @@ from datasets.fingerprint import Hasher
 from transformers import EarlyStoppingCallback, set_seed
 from transformers.integrations import deepspeed as deepspeed_integration
 
+from ..app.quantization import quantization_config
 from ..configuration_bard_vl import BardVLConfig
 from ..convert_qwen3vl_to_bard import (
     BLOCK_SIZE_IN_NAME,
@@ -262,7 +263,12 @@ def build_trainer(run: Run, stage: Stage, args: BlockDiffusionArguments) -> Bloc
         processing_class=processor,
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=PackingCollator(encoder, trains_vision or shards_weights(args), run.data.pad_to_multiple_of),
+        data_collator=PackingCollator(
+            encoder,
+            trains_vision or shards_weights(args),
+            run.data.pad_to_multiple_of,
+            torch.bfloat16 if args.bf16 else DTYPES[run.model.dtype],
+        ),
         teacher=load_teacher(run, stage) if stage.distillation else None,
         callbacks=[] if args.early_stopping_patience is None else [EarlyStoppingCallback(args.early_stopping_patience)],
     )
@@ -316,7 +322,9 @@ def student_config(run: Run, stage: Stage) -> BardVLConfig:
 
 def load_student(run: Run, stage: Stage) -> Any:
     """The model to train: at the stage's block size, frozen and adapted as the recipe says."""
-    settings = {"config": student_config(run, stage)}
+    settings: dict[str, Any] = {"config": student_config(run, stage)}
+    if run.model.quantize:
+        settings["quantization_config"] = quantization_config(run.model.quantize, DTYPES[run.model.dtype])
     model = load(stage.source, DTYPES[run.model.dtype], run.model.attn_implementation, **settings)
     if run.model.use_lora:
         model = with_adapters(model, run.model)
@@ -473,7 +481,7 @@ def finish(trainer: BlockDiffusionTrainer, run: Run, stage: Stage) -> None:
             if run.model.use_lora:
                 adapted = trainer.accelerator.unwrap_model(trainer.model_wrapped)
                 adapted.save_pretrained(partial / ADAPTER)
-                state = adapted.merge_and_unload().state_dict()
+                state = merged(adapted, run, stage, partial / ADAPTER)
             write_checkpoint(trainer.mask_token_id, state, trainer.processing_class, run, stage, partial)
             trainer.state.save_to_json(str(partial / "trainer_state.json"))
             sync()
@@ -482,6 +490,16 @@ def finish(trainer: BlockDiffusionTrainer, run: Run, stage: Stage) -> None:
             shutil.rmtree(checkpoint)
         print(farewell(trainer.state.log_history, stage), flush=True)
     trainer.accelerator.wait_for_everyone()
+
+
+def merged(adapted: Any, run: Run, stage: Stage, adapter: Path) -> dict[str, torch.Tensor]:
+    """Whole weights with the adapters merged in; into the source's where those that were trained on are quantised."""
+    if run.model.quantize:
+        from peft import PeftModel
+
+        whole = load(stage.source, DTYPES[run.model.dtype], None, config=student_config(run, stage))
+        adapted = PeftModel.from_pretrained(whole, adapter)
+    return adapted.merge_and_unload().state_dict()
 
 
 def farewell(history: list[dict[str, float]], stage: Stage) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..app.quantization import saved_bytes
 from ..configuration_bard_vl import BardVLConfig
 from ..modeling_bard_vl import BardVLForConditionalGeneration
 from .arguments import ModelArguments
@@ -36,6 +37,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 }
 # As recipes/lora.yaml and recipes/finetune.yaml have it; GPUs, and how the weights are spread over them.
 WAYS = (
+    ("adapters on nf4 weights, one GPU", ModelArguments(use_lora=True, quantize="nf4", dtype="bfloat16"), 1, "none"),
     ("adapters, one GPU", ModelArguments(use_lora=True, dtype="bfloat16"), 1, "none"),
     ("all weights, one GPU", ModelArguments(), 1, "none"),
     ("all weights, 8 GPUs by FSDP2", ModelArguments(), 8, "fsdp"),
@@ -57,12 +59,13 @@ def memory(size: str, settings: ModelArguments, num_processes: int, sharding: st
     config = config_of(size)
     with torch.device("meta"):
         model: Any = BardVLForConditionalGeneration(config).to(DTYPES[settings.dtype])
+        saved = saved_bytes(model, settings.quantize) if settings.quantize else 0
         model = with_adapters(model, settings) if settings.use_lora else model
     rows = (1, columns)
     parts = memory_of(
         model, config, rows, sharding, num_processes, bf16=True, checkpointing=True, loss_chunk_size=1024, flex=True
     )
-    return sum(parts.values())
+    return sum(parts.values()) - saved
 
 
 def table(columns: int) -> str:
