@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import fresh
 import pytest
 import yaml
 from tiny import draw_scene, write_qwen3vl
@@ -165,19 +167,24 @@ def test_tables_name_every_setting_and_every_file() -> None:
     assert named >= {path.name for path in REPOSITORY.glob("*_bard*.py")}
 
 
-def test_code_neither_connects_nor_writes_at_import(checkout: Path) -> None:
-    guard = """
-import sys
-def refuse(event, arguments):
+def refuse(event: str, arguments: Any) -> None:
     writes = event == "open" and any(letter in str(arguments[1]) for letter in "wax+")
     if event.startswith("socket.connect") or (writes and str(arguments[0]).endswith((".py", ".json", ".txt"))):
         raise RuntimeError(f"{event} {arguments}")
-import torch, transformers
-import transformers.models.qwen3_vl.modeling_qwen3_vl, transformers.models.qwen3_vl.processing_qwen3_vl
-sys.addaudithook(refuse)
-import bard_vl
-"""
-    run(checkout, "-", script=guard)
+
+
+def import_while_watched() -> bool:
+    """In a process that has imported transformers and not yet this package."""
+    known = "bard_vl" in sys.modules
+    sys.addaudithook(refuse)
+    import bard_vl  # noqa: F401
+
+    return known
+
+
+@pytest.mark.process(group="lines")
+def test_code_neither_connects_nor_writes_at_import(tmp_path: Path) -> None:
+    assert fresh.call("test_readme.import_while_watched", home=tmp_path, package=True) is False
 
 
 def test_converted_folders_are_what_the_manual_says(checkout: Path) -> None:
