@@ -458,8 +458,9 @@ def plan_shards(job: Conversion, limit: int | None) -> dict[str, Content]:
     by_file: dict[Path, list[Tensor]] = {}
     for tensor in job.tensors:
         by_file.setdefault(tensor.path, []).append(tensor)
-    is_refilled = limit is not None and (job.to_rewrite or any(path.stat().st_size > limit for path in by_file))
-    groups = fill_shards(job.tensors, limit) if is_refilled else list(by_file.values())
+    groups, is_refilled = list(by_file.values()), False
+    if limit is not None and (job.to_rewrite or any(path.stat().st_size > limit for path in by_file)):
+        groups, is_refilled = fill_shards(job.tensors, limit), True
     files: dict[str, Content] = {}
     count, weight_map = len(groups), dict[str, str]()
     for number, group in enumerate(groups, 1):

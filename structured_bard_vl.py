@@ -203,7 +203,7 @@ class BlockForm:
         def on_device(values: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(values)).long().to(device)
 
-        is_end = np.concatenate([np.arange(each.num_states) == each.num_states - 1 for each in different])
+        is_end: np.ndarray = np.concatenate([np.arange(each.num_states) == each.num_states - 1 for each in different])
 
         def ways(source: np.ndarray, target: np.ndarray) -> Ways:
             return Ways(on_device(source), on_device(target), on_device(is_end[target]).bool())

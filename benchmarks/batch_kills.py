@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import psutil
 from bard_vl.evaluation.scenes import scene
@@ -46,12 +47,13 @@ def main() -> int:
         start = time.monotonic()
         subprocess.run([*line, str(room / "alone.jsonl")], check=True, stdout=subprocess.DEVNULL)
         alone_s = time.monotonic() - start
-        output, kills, start = room / "killed.jsonl", [], time.monotonic()
+        output, start = room / "killed.jsonl", time.monotonic()
+        kills: list[dict[str, Any]] = []
         process = begin([*line, str(output)])
         while len(kills) < arguments.kills:
             target, earlier = generator.choice(["command", "worker"]), parts_of(output)
             left = (arguments.pictures - sum(earlier.values())) // (2 * (arguments.kills - len(kills)))
-            if not wait_for(process, earlier, generator.randint(1, max(left, 1))):
+            if not wait_for(process, output, earlier, generator.randint(1, max(left, 1))):
                 break
             time.sleep(generator.uniform(0, 1))
             kills.append({"killed": kill(process, target), "on disk": sum(parts_of(output).values())})
@@ -80,9 +82,8 @@ def parts_of(output: Path) -> Counter[str]:
     return Counter(json.loads(line)["id"] for line in lines)
 
 
-def wait_for(process: subprocess.Popen[bytes], earlier: Counter[str], further: int) -> bool:
+def wait_for(process: subprocess.Popen[bytes], output: Path, earlier: Counter[str], further: int) -> bool:
     """Wait for a number of further answers on disk; False if the command ends first."""
-    output = Path(process.args[-1])  # type: ignore[index]
     deadline = time.monotonic() + DEADLINE_S
     while process.poll() is None and time.monotonic() < deadline:
         if sum(parts_of(output).values()) >= sum(earlier.values()) + further:

@@ -179,8 +179,11 @@ class DataArguments:
                 len(self.train_weights) == len(self.train_data),
                 f"`train_weights` has {len(self.train_weights)} numbers for {len(self.train_data)} sources",
             )
-            low = min(self.train_weights)
-            require(low > 0 and math.isfinite(sum(self.train_weights)), f"`train_weights` must be positive, got {low}")
+            lowest = min(self.train_weights)
+            require(
+                lowest > 0 and math.isfinite(sum(self.train_weights)),
+                f"`train_weights` must be positive, got {lowest}",
+            )
         low, high = self.min_pixels, self.max_pixels
         require(low is None or high is None or low <= high, f"`min_pixels` {low} is above `max_pixels` {high}")
         for name in ("max_length", "pad_to_multiple_of", "max_eval_samples"):

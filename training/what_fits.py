@@ -71,8 +71,8 @@ def memory(size: str, settings: ModelArguments, num_processes: int, sharding: st
 def table(columns: int) -> str:
     """GiB on each GPU by way and size, and the cards that have them."""
     lines = [f"| | {' | '.join(SIZES)} |", f"|---|{'---:|' * len(SIZES)}"]
-    for name, *way in WAYS:
-        sizes = [memory(size, *way, columns=columns) for size in SIZES]
+    for name, settings, num_processes, sharding in WAYS:
+        sizes = [memory(size, settings, num_processes, sharding, columns) for size in SIZES]
         lines.append(f"| {name} | {' | '.join(f'{each / GIB:.0f} GiB, {card(each)}' for each in sizes)} |")
     return "\n".join(lines)
 
