@@ -444,6 +444,16 @@ def test_the_history_tells_of_dictated_blocks(copies: int) -> None:
         assert recording.num_tokens - len(recording.dictated) == int((~output.dictated[row][:length]).sum()) > 0
 
 
+@pytest.mark.compiled
+def test_compiled_layers_and_a_static_cache_keep_to_the_form() -> None:
+    prompt, forms = prompts(2), [FORMS["json_schema"], FORMS["template"]]
+    plain, compiled = (ask(prompt, forms, block_size=4, cache_implementation=name) for name in ("dynamic", "static"))
+    assert answers(compiled, prompt) == answers(plain, prompt)
+    assert torch.equal(compiled.dictated, plain.dictated)
+    for form, text in zip(forms, answers(compiled, prompt), strict=True):
+        Form.read(form).parse(text)
+
+
 def test_an_answer_without_alternatives_takes_the_prompts_forward_alone() -> None:
     output = ask(prompts(2), {"choices": ["There are three shapes in the picture and nothing else."]}, block_size=4)
     assert sum(output.num_forwards.values()) == 1
