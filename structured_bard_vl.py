@@ -203,7 +203,7 @@ class BlockForm:
         def on_device(values: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(values)).long().to(device)
 
-        is_end: np.ndarray = np.concatenate([np.arange(each.num_states) == each.num_states - 1 for each in different])
+        is_end = np.concatenate([np.arange(each.num_states) == each.num_states - 1 for each in different])
 
         def ways(source: np.ndarray, target: np.ndarray) -> Ways:
             return Ways(on_device(source), on_device(target), on_device(is_end[target]).bool())
@@ -211,7 +211,7 @@ class BlockForm:
         token = np.zeros(num_classes, dtype=np.int64)
         token[class_of] = np.arange(len(class_of))
         size = np.bincount(class_of, minlength=num_classes)
-        leads = (table >= 0).any(0)
+        leads: np.ndarray = (table >= 0).any(0)
         grouped = Groups(np.where(leads[class_of], class_of, -1), num_classes, device)
         self.classes = Classes(on_device(class_of), on_device(token), on_device(size), grouped)
         self.table, self.distance = on_device(table), on_device(self.distances)
