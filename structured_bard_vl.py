@@ -211,7 +211,7 @@ class BlockForm:
         token = np.zeros(num_classes, dtype=np.int64)
         token[class_of] = np.arange(len(class_of))
         size = np.bincount(class_of, minlength=num_classes)
-        leads: np.ndarray = (table >= 0).any(0)
+        leads = np.logical_or.reduce(table >= 0, axis=0)
         grouped = Groups(np.where(leads[class_of], class_of, -1), num_classes, device)
         self.classes = Classes(on_device(class_of), on_device(token), on_device(size), grouped)
         self.table, self.distance = on_device(table), on_device(self.distances)
