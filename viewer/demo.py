@@ -173,7 +173,7 @@ def add_settings(stored: dict[str, Any], block_size: int) -> list[Any]:
     longest = {"denoising_steps": max(block_size, 2), "max_new_tokens": 1024, "temperature": 2}  # of the sliders
     with gr.Accordion("Settings", open=False):
         controls = [add_control(name, shown[name], longest.get(name, 1)) for name in CONTROLS]
-        others = gr.Textbox(label="Other settings, NAME=VALUE, one a line", lines=2, elem_id="others")
+        others = gr.Textbox("", label="Other settings, NAME=VALUE, one per line", lines=2, elem_id="others")
     return [*controls, others]
 
 
@@ -190,7 +190,7 @@ def read_controls(values: Sequence[Any]) -> dict[str, Any]:
     """The settings that the values of `add_settings` state; `UsageError` if one is wrong. The text may be missing."""
     named = dict(zip(CONTROLS, values, strict=False))
     named = {name: int(value) if "minimum" in SETTINGS[name].allowed else value for name, value in named.items()}
-    others = [line.strip() for text in values[len(CONTROLS) :] for line in text.splitlines() if line.strip()]
+    others = [line.strip() for text in values[len(CONTROLS) :] for line in (text or "").splitlines() if line.strip()]
     for name in (line.partition("=")[0] for line in others):
         if name in SETTINGS and SETTINGS[name].owner != "user":
             raise UsageError(f"`{name}` is the server's to set")
