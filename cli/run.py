@@ -129,7 +129,7 @@ def run(
     if dry_run:
         if not (as_json or quiet):
             print_notices(session)
-        estimate = session.estimate(inputs, num_return_sequences=asker.num_samples)
+        estimate = session.estimate(inputs, **asker.rows)
         print_estimate(estimate, session, refusal(asker, inputs), as_json)
         return
     asker.check_memory(inputs)
@@ -242,6 +242,11 @@ class Asker:
     as_json: bool
     quiet: bool
 
+    @property
+    def rows(self) -> dict[str, int]:
+        """The setting that asks for all answers to a question."""
+        return {"num_return_sequences": self.num_samples}
+
     def question(self, content: list[dict[str, Any]]) -> str:
         """The question about pictures and videos."""
         return self.prompt or QUESTIONS[content[0]["type"]]
@@ -254,7 +259,7 @@ class Asker:
 
     def check_memory(self, inputs: Any) -> None:
         """Raise `ValueError` if the answers exceed what is free."""
-        self.session.check_memory(inputs, num_return_sequences=self.num_samples)
+        self.session.check_memory(inputs, **self.rows)
 
     def ask(self, content: list[dict[str, Any]], inputs: Any, **arguments: Any) -> "list[Answer]":
         """The answers; a single one is printed as it is written, unless something else is printed of it."""
@@ -262,7 +267,7 @@ class Asker:
 
         silent = self.as_json or shows_values(self.form) or self.num_samples > 1
         streamer = None if silent else DraftStreamer(self.session.processor)
-        arguments |= {"streamer": streamer, "structured": self.form, "num_return_sequences": self.num_samples}
+        arguments |= {"streamer": streamer, "structured": self.form, **self.rows}
         return self.session.ask_for_all(self.messages(content), inputs, **arguments)
 
     def tell(self, answers: "list[Answer]", question: str, indent: int | None = 2, **told: Any) -> None:

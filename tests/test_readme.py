@@ -82,7 +82,12 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("readme")
     checkout, cache = root / "checkout", root / "hub"
     checkout.mkdir()
-    for path in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*.json"), REPOSITORY / "LICENSE"]:
+    for path in [
+        *REPOSITORY.glob("*.py"),
+        *REPOSITORY.glob("*.json"),
+        REPOSITORY / "LICENSE",
+        REPOSITORY / "model_card.md",
+    ]:
         shutil.copy(path, checkout)
     for folder in ("examples", "training"):
         shutil.copytree(REPOSITORY / folder, checkout / folder)

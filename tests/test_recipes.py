@@ -336,7 +336,7 @@ def test_commands_of_the_manual_parse(command):
 
 def test_the_command_to_try_first_trains_the_small_checkpoint(tmp_path, monkeypatch):
     folder = RECIPES.parents[1]
-    (command,) = [command for command in documented_commands() if "examples/checkpoint" in command]
+    command = next(command for command in documented_commands() if "examples/checkpoint" in command)
     monkeypatch.chdir(tmp_path)
     for name in ("examples", "training"):
         (tmp_path / name).symlink_to(folder / name)
