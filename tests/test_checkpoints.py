@@ -1,6 +1,5 @@
 """Files of a training run that are damaged, and a disk that is full: named in one line, and what is whole is used."""
 
-import multiprocessing
 import os
 import resource
 import shutil
@@ -12,7 +11,7 @@ import torch
 from bard_vl.training import merge_blocks
 from bard_vl.training.checkpoints import damage
 from safetensors.torch import load_file
-from training_cases import losses, settings, write_recipe
+from training_cases import in_a_fork, losses, settings, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +112,9 @@ def test_a_full_disk_ends_training_in_one_line_and_keeps_what_was_whole(tmp_path
     sizes = {path.name: path.stat().st_size for path in (stopped / "runs/block-4/checkpoint-4").iterdir()}
     name = "checkpoint-2"
     for limit in (sizes["optimizer.pt"] - 999, sizes["model.safetensors"] // 2):
-        process = multiprocessing.get_context("fork").Process(target=train_with_full_disk, args=(recipe, limit))
-        process.start()
-        process.join(900)
+        code = in_a_fork(train_with_full_disk, recipe, limit)
         said = capfd.readouterr().err
-        assert process.exitcode == 1, said
+        assert code == 1, said
         last = said.splitlines()[-1]
         assert last.startswith(f"error: {output}/runs/block-4/{name} cannot be written: ")
         assert last.endswith("; the same command goes on from the last checkpoint")

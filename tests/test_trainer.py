@@ -1,7 +1,6 @@
 """Training runs of tiny models: what they learn, what they cost, how they go on after an interruption."""
 
 import json
-import multiprocessing
 import shutil
 import signal
 from itertools import combinations
@@ -35,7 +34,18 @@ from bard_vl.training.trainer import (
 )
 from peft import PeftModel
 from safetensors.torch import load_file
-from training_cases import MASK, bard_folder, chats_file, copy_of, history, losses, qwen_folder, settings, write_recipe
+from training_cases import (
+    MASK,
+    bard_folder,
+    chats_file,
+    copy_of,
+    history,
+    in_a_fork,
+    losses,
+    qwen_folder,
+    settings,
+    write_recipe,
+)
 from transformers import TrainerCallback
 from transformers.integrations import deepspeed as deepspeed_integration
 
@@ -354,10 +364,7 @@ def test_a_killed_schedule_goes_on_and_ends_the_same(tmp_path):
     whole = train(tmp_path / "whole", "whole", **shape)
     output = tmp_path / "killed"
     recipe = write_recipe(tmp_path / "killed.yaml", settings(output, **shape))
-    process = multiprocessing.get_context("fork").Process(target=distributed_cases.killed, args=(str(recipe),))
-    process.start()
-    process.join(900)  # a machine under load
-    assert process.exitcode == -signal.SIGKILL
+    assert in_a_fork(distributed_cases.killed, str(recipe)) == -signal.SIGKILL
     assert (output / "runs/block-8/checkpoint-2/complete.json").exists(), "not inside the second stage"
     assert not (output / "block-8").exists()
     kept = (output / "block-4/model.safetensors").stat().st_mtime_ns

@@ -1,12 +1,15 @@
 """What the tests of training share: tiny checkpoints, chats about pictures, recipes and runs of them."""
 
 import json
+import multiprocessing
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import datasets
 import tiny
 import yaml
 from bard_vl import convert_qwen3vl_to_bard as converter
@@ -94,6 +97,19 @@ def settings(output: Path, **changes: Any) -> dict[str, Any]:
     }
     recipe.update(changes)
     return {key: value for key, value in recipe.items() if value is not None}
+
+
+def in_a_fork(target: Callable[..., None], *arguments: Any) -> int | None:
+    """Run in a fork of this process, which has a data cache of its own, to its end; returns its exit code."""
+    process = multiprocessing.get_context("fork").Process(target=_apart, args=(target, *arguments))
+    process.start()
+    process.join(900)  # a machine under load
+    return process.exitcode
+
+
+def _apart(target: Callable[..., None], *arguments: Any) -> None:
+    datasets.config.HF_DATASETS_CACHE = Path(_session_folder.name) / "data"  # locks are not inherited
+    target(*arguments)
 
 
 def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
