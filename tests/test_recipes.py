@@ -190,6 +190,7 @@ BAD_MERGES = {
     "complement": ({"complementary_masks": True, "time_high": 0.9}, "must be 1, got 0.0 and 0.9"),
     "weights": ({"train_data": ["a", "b"], "train_weights": [1.0]}, "`train_weights` has 1 numbers for 2 sources"),
     "weight": ({"train_weights": [0.0]}, "`train_weights` must be positive, got 0.0"),
+    "endless weight": ({"train_weights": [float("inf")]}, "`train_weights` must be positive, got inf"),
     "streams": ({"train_data": ["a", "b"], "streaming": True, "max_steps": 1}, "`streaming` reads one source"),
     "bits alone": ({"quantize": "nf4"}, "`quantize: nf4` needs `use_lora: true`"),
     "drafts": ({"draft_share": 1.5}, "`draft_share` must lie between 0 and 1, got 1.5"),
@@ -367,7 +368,10 @@ def test_help_needs_no_recipe(capsys):
     assert "--block_sizes" in capsys.readouterr().out
 
 
-def test_the_manual_says_what_fits(monkeypatch):
+def test_the_manual_says_what_fits(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        what_fits.main(["--columns", "0"])
+    assert "--columns must be at least 1, got 0" in capsys.readouterr().err
     manual = (RECIPES.parents[1] / "docs" / "training.md").read_text()
     monkeypatch.setattr(what_fits, "SIZES", {"2B": what_fits.SIZES["2B"]})
     for line in what_fits.table(4096).splitlines()[2:]:

@@ -179,11 +179,8 @@ class DataArguments:
                 len(self.train_weights) == len(self.train_data),
                 f"`train_weights` has {len(self.train_weights)} numbers for {len(self.train_data)} sources",
             )
-            lowest = min(self.train_weights)
-            require(
-                lowest > 0 and math.isfinite(sum(self.train_weights)),
-                f"`train_weights` must be positive, got {lowest}",
-            )
+            for weight in self.train_weights:
+                require(0 < weight < math.inf, f"`train_weights` must be positive, got {weight}")
         low, high = self.min_pixels, self.max_pixels
         require(low is None or high is None or low <= high, f"`min_pixels` {low} is above `max_pixels` {high}")
         for name in ("max_length", "pad_to_multiple_of", "max_eval_samples"):

@@ -86,7 +86,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--columns", type=int, default=4096, help="tokens of a packed row (default: 4096)")
-    print(table(parser.parse_args(arguments).columns))
+    columns = parser.parse_args(arguments).columns
+    if columns < 1:
+        parser.error(f"--columns must be at least 1, got {columns}")
+    print(table(columns))
 
 
 if __name__ == "__main__":
