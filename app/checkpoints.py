@@ -1,9 +1,8 @@
-"""Checkpoints by their names: the published ones, what a name says about settings, and what a config lacks."""
+"""Checkpoints by their names: the settings that a name implies, and those that a config lacks."""
 
 import contextlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,52 +19,6 @@ EMBEDDED = EXAMPLES / "checkpoint"  # the small trained one of the repository
 PICTURES = EXAMPLES / "images"  # which it knows, and what it may be asked about them, one question per conversation
 QUESTIONS = ("Describe the picture.", "What is at b4?", "What is in row 4?", "Which word is written?")
 CONVERT = "bard-vl convert --source {name} --output FOLDER"
-
-
-@dataclass(frozen=True)
-class Published:
-    """A checkpoint of the paper's authors.
-
-    Attributes:
-        size: of the Qwen3-VL that it was made of, such as `4B`.
-        block_size: in tokens.
-        is_distilled: whether it was distilled from the checkpoint of the smallest blocks.
-    """
-
-    size: str
-    block_size: int
-    is_distilled: bool
-
-    @property
-    def name(self) -> str:
-        """Its Hub id."""
-        distilled = "-Distil" if self.is_distilled else ""
-        return f"{PUBLISHER}/Bard-VL-B{self.block_size}-Mask-{self.size}{distilled}-Instruct"
-
-    @property
-    def threshold(self) -> float | None:
-        """The confidence threshold that its authors recommend; None if they recommend none."""
-        return PUBLISHED_THRESHOLDS.get(self.block_size)
-
-
-# As listed by the authors: https://github.com/fudan-generative-vision/Bard-VL
-PUBLISHED = (
-    Published("2B", 4, is_distilled=False),
-    Published("2B", 4, is_distilled=True),
-    Published("2B", 8, is_distilled=True),
-    Published("2B", 16, is_distilled=True),
-    Published("4B", 4, is_distilled=False),
-    Published("4B", 8, is_distilled=True),
-    Published("4B", 16, is_distilled=True),
-    Published("4B", 32, is_distilled=True),
-    Published("8B", 4, is_distilled=False),
-)
-# Gigabytes of the weights by how they are loaded: bfloat16, and `--quantize int8` and `nf4`.
-WEIGHTS = {
-    "2B": {"bfloat16": 4.3, "int8": 2.8, "nf4": 2.2},
-    "4B": {"bfloat16": 8.9, "int8": 5.2, "nf4": 3.5},
-    "8B": {"bfloat16": 17.5, "int8": 10.6, "nf4": 7.2},
-}
 
 
 def find_checkpoint(name: str | None) -> str:
@@ -193,10 +146,7 @@ def is_published(name: str) -> bool:
 __all__ = [
     "EMBEDDED",
     "PICTURES",
-    "PUBLISHED",
     "QUESTIONS",
-    "WEIGHTS",
-    "Published",
     "complete_settings",
     "find_checkpoint",
     "read_config",

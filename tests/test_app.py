@@ -9,12 +9,13 @@ import pytest
 import torch
 from bard_vl import BardVLConfig, BardVLForConditionalGeneration, BardVLGenerationConfig, UsageError
 from bard_vl.app import devices
-from bard_vl.app.checkpoints import PUBLISHED, WEIGHTS, complete_settings, read_config
+from bard_vl.app.checkpoints import complete_settings, read_config
 from bard_vl.app.devices import find_device, free_memory
 from bard_vl.app.memory import TOLERANCE, certain_bytes, read_prompt, readable, weight_bytes
 from bard_vl.app.quantization import bytes_of, check_quantization, saved_bytes
 from bard_vl.app.session import Session, build_settings
 from bard_vl.generation_config_bard_vl import SETTINGS, Setting, passes
+from bard_vl_cli.models import PUBLISHED, WEIGHTS, Published
 from fresh import ROOT
 from PIL import Image
 
@@ -39,6 +40,12 @@ def test_a_published_name_states_block_size_and_threshold() -> None:
     assert notices == ["by the checkpoint's name: block size 16, confidence threshold 0.5"]
     assert complete("fudan-generative-ai/Bard-VL-B8-Mask-2B-Distil-Instruct")[0] == {"block_size": 8}
     assert complete("me/Bard-VL-B16-mine")[0] == {"block_size": 16}, "whose threshold nobody has recommended"
+
+
+@pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.name.rpartition("/")[2])
+def test_the_table_of_checkpoints_is_what_their_names_imply(published: Published) -> None:
+    implied = {"block_size": published.block_size, "confidence_threshold": published.threshold}
+    assert complete(published.name)[0] == {name: value for name, value in implied.items() if value is not None}
 
 
 def test_what_is_stated_wins_over_the_name(tmp_path: Path) -> None:

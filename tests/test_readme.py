@@ -146,7 +146,7 @@ def test_the_readme_is_short_and_leads_somewhere() -> None:
 
 
 def test_the_table_of_checkpoints_is_the_codes() -> None:
-    from bard_vl.app.checkpoints import PUBLISHED, WEIGHTS
+    from bard_vl_cli.models import PUBLISHED, WEIGHTS
 
     for each in PUBLISHED:
         sizes = " | ".join(f"{gigabytes} GB" for gigabytes in WEIGHTS[each.size].values())
