@@ -90,7 +90,7 @@ class BlockCacheLayer(DynamicLayer):
 
 
 class BardVLCache(Cache):
-    """What `generate` returns as `past_key_values` and takes back for the next turn.
+    """The `past_key_values` that `generate` returns and takes back for the next turn.
 
     Attributes:
         scheme: what the keys and values were computed under, None while empty: block size first, then what else must
@@ -215,7 +215,7 @@ class BardVLCache(Cache):
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled claims nothing: no other process can tell whose weights it was computed by."""
+        """A pickled cache claims nothing: no other process can tell whose weights computed it."""
         return {**vars(self), "_contents": [], "_witness": [], "scheme": None}
 
     def repeat_rows(self, times: int) -> None:
@@ -266,7 +266,7 @@ def sum_of_bits(tensor: torch.Tensor) -> int:
 
 
 def witness(layer: Any) -> tuple:
-    """What tells a layer's keys and values from others, and from themselves after something wrote to them."""
+    """A fingerprint of a layer's keys and values, which changes when something writes to them."""
     found: list[Any] = []
     for tensor in (getattr(layer, name, None) for name in ("keys", "values")):
         written = None if tensor is None else sum_of_bits(tensor) if tensor.is_inference() else version(tensor)

@@ -212,7 +212,7 @@ def plain_fields() -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def applied_defaults() -> dict[str, Any]:
-    """What transformers takes for None, where a plain `GenerationConfig` has that."""
+    """The values that transformers uses in place of None in a plain `GenerationConfig`."""
     return getattr(GenerationConfig, "_get_default_generation_params", dict)()
 
 
@@ -247,7 +247,7 @@ class PortableGeneration:
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None = None, use_model_defaults: bool | None = None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
-        """What a pipeline of transformers 4.57 or 5.0 hands to `generate`: the model's settings, `kwargs` on top.
+        """The settings that a pipeline of transformers 4.57 or 5.0 hands to `generate`: the model's, `kwargs` on top.
 
         The inherited method puts them into a plain config, which refuses fields that are unset. `generation_config`,
         the pipeline's defaults, says nothing else than the defaults of `generate`.

@@ -94,7 +94,7 @@ Content = list[bytes | Span]  # what a file of the output consists of
 
 @dataclass
 class Conversion:
-    """What is known about one conversion before its first byte is written."""
+    """The facts about one conversion that are known before its first byte is written."""
 
     folder: Path  # the source's
     name: str  # Hub id where known, else the folder's name
@@ -313,7 +313,7 @@ def choose_mask_token_id(
 
 
 def tokenizer_entries(folder: Path) -> dict[int, str]:
-    """What each id of the tokenizer is, from every file that may define some; a mask of its own is left out."""
+    """The token of each id of the tokenizer, from every file that may define some; a mask of its own is left out."""
     names = ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json")
     whole, words, added, settings = (read_json(folder / name, {}) for name in names)
     mask = settings.get("mask_token")
@@ -804,7 +804,7 @@ def parse_size(size: int | str) -> int:
 
 
 def summary(job: Conversion, output: Path, num_shards: int) -> str:
-    """What was done, in a few lines."""
+    """A report of the conversion, in a few lines."""
     size = sum(tensor.size for tensor in job.tensors)
     changed = ", ".join(f"row {job.mask_token_id} of {name}" for name in job.mask_rows) or "none"
     seed = "\n  a seed: until it is trained for block diffusion (docs/training.md) it writes nonsense"

@@ -23,7 +23,7 @@ KINDS = ("choices", "regex", "json_schema", "template")
 OTHER_NAMES = {"choice": "choices", "json": "json_schema"}  # vLLM's
 GAP = "\ue000"  # stands for white space in an expression of outlines-core's
 
-# What outlines-core heeds of a schema, and what says nothing about an instance.
+# The keywords of a schema that outlines-core heeds, and those that say nothing about an instance.
 HEEDED = {
     *("type", "properties", "required", "additionalProperties", "items", "prefixItems", "minItems", "maxItems"),
     *("minLength", "maxLength", "pattern", "format", "enum", "const", "anyOf", "oneOf", "$ref", "$defs", "definitions"),

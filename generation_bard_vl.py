@@ -46,7 +46,7 @@ MODEL_INPUTS = (*VISUAL_INPUTS, "input_ids", "attention_mask")
 
 @dataclass
 class BardVLGenerationOutput(CacheOutput):
-    """What `generate` returns with `return_dict_in_generate=True`. Rows are those of `sequences`.
+    """The output of `generate` with `return_dict_in_generate=True`. Rows are those of `sequences`.
 
     Attributes:
         sequences: (rows, prompt + response) ids, padded left of the prompt as given and right of the response.
@@ -78,7 +78,7 @@ class BardVLGenerationOutput(CacheOutput):
 
 @dataclass
 class Call:
-    """What a call asks for, read and checked.
+    """The arguments of a call, read and checked.
 
     Attributes:
         config: the settings that model and call state.
@@ -99,7 +99,7 @@ class BardVLGenerationMixin(PortableGeneration):
     """`generate` and `score` for a Bard-VL model."""
 
     generation_config_class = BardVLGenerationConfig
-    # What the model class brings.
+    # Provided by the model class.
     config: Any
     model: Any
     lm_head: Any
@@ -375,7 +375,7 @@ class BardVLGenerationMixin(PortableGeneration):
         return BardVLGenerationConfig(**merged)
 
     def _cache_claims(self, call: Call, is_returned: bool) -> tuple[list[torch.Tensor], tuple]:
-        """What each row of a cache holds, and under what it was computed; a cache that nobody sees claims nothing."""
+        """The tokens and pictures in each row of a cache, and its scheme; a cache that nobody gets claims nothing."""
         prompt = call.prompt
         scheme = self._cache_scheme(call.settings.block_size, call.input_ids.device)
         if is_returned:
@@ -383,7 +383,7 @@ class BardVLGenerationMixin(PortableGeneration):
         return [prompt.input_ids[:0, 0].cpu()] * len(call.input_ids), scheme
 
     def _cache_scheme(self, block_size: int, device: torch.device) -> tuple:
-        """What keys and values of another call must have been computed under to serve in this one."""
+        """The conditions under which this call computes keys and values; it reuses only those of equal conditions."""
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         inference = torch.is_inference_mode_enabled()
         return (block_size, self.model.get_input_embeddings().weight.dtype, device, autocast, inference)

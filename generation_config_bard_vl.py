@@ -121,7 +121,7 @@ class Setting:
 
     @property
     def allowed(self) -> dict[str, Any]:
-        """What the check of a number or a choice allows: `minimum`, `low` and `high`, or `choices`; else empty."""
+        """The bounds of a number, or the choices, by name: `minimum`, `low` and `high`, or `choices`; else empty."""
         return getattr(self.check, "keywords", {})
 
 
@@ -335,7 +335,7 @@ class BardVLGenerationConfig(SettingsFile):
         return {name: None if name in self._filled else value for name, value in output.items()}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What a file stores: the rule, and the set fields but `block_size`, which config.json owns."""
+        """The stored settings: the rule and all set fields, except `block_size`, which config.json owns."""
         stored = {"remasking_strategy": DEFAULTS["remasking_strategy"], **self.explicit()}
         stored.pop("block_size", None)
         return {**stored, "transformers_version": self.to_dict()["transformers_version"]}
@@ -417,7 +417,7 @@ class DecodingSettings:
 
     @property
     def overwrite_threshold(self) -> float | None:
-        """How probable a token must be that takes the place of a committed one; None where none does."""
+        """The least probability of a token that replaces a committed one; None if committed tokens stay."""
         return self.revision_threshold if self.revision == "overwrite" else None
 
     @classmethod
@@ -524,7 +524,7 @@ def python_value(value: Any) -> Any:
 
 
 def merged_settings(model: dict[str, Any], config: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """What a call states over what the model's settings state, by name; None in `arguments` unsets.
+    """The settings of the model, overridden by those of a call, by name; None in `arguments` unsets a setting.
 
     Args:
         model: settings of the model.
@@ -553,9 +553,9 @@ def superseded(earlier: dict[str, Any], stated: dict[str, Any]) -> list[str]:
 
 
 def readable_settings(settings: dict[str, Any], where: str) -> dict[str, Any]:
-    """What carries over of settings that were not made for a call: from a file, or set in code for training.
+    """The usable part of settings that were not made for a call: from a file, or set in code for training.
 
-    What other decoding left in them is set aside, with one warning: unknown fields, what block diffusion does not do,
+    Left-overs of other decoding are set aside, with one warning: unknown fields, features that block diffusion lacks,
     and values that only other decoding knows. Settings that name no rule of block diffusion were written for
     autoregressive decoding: of those sampling is not read, as the published checkpoints are meant to decode greedily,
     and nothing in them is an error.
@@ -598,7 +598,7 @@ def asks_for_something(name: str, value: Any) -> bool:
 
 
 def drop_plain_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a plain config states: without None, private entries, and what cannot be told from its own defaults.
+    """The fields that a plain config states: without None, private entries, and values equal to its own defaults.
 
     Under `do_sample=True`, and for what is no setting of sampling, a value is stated even where it is the one that
     transformers 5 takes for None.

@@ -70,7 +70,7 @@ def build_hooks(
     tokenizer: Any,
     structured: Any,
 ) -> DecodingHooks:
-    """What a call of `generate` plugs in, by its arguments of these names; `config` learns what `take_over` says.
+    """The hooks of a call of `generate`, by its arguments of these names; `take_over` may change `config`.
 
     Raises:
         ValueError: one of them is wrong, or cannot be heeded beside another.

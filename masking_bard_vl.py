@@ -1,4 +1,4 @@
-"""Which token sees which: block partitions and block-causal visibility as pure tensor functions.
+"""Visibility between tokens: block partitions and block-causal visibility as pure tensor functions.
 
 A partition gives every token the number of its block; -1 marks padding. A query sees the keys of its own block and of
 earlier ones (arXiv 2604.16514, figure 3b). Nothing here knows of a model.

@@ -39,7 +39,7 @@ from .media_bard_vl import (
 )
 from .messages_bard_vl import normalize_messages
 
-# What moves between lines of transformers.
+# Names that move between lines of transformers.
 try:  # >= 5.4
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as PILImageProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -49,7 +49,7 @@ except ImportError:
     )
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-# What the settings files state; the lines of transformers differ in the rest, and each has its defaults for it.
+# The keys of the settings files; the lines of transformers differ in the rest, and each has its defaults for it.
 VISION_SETTINGS = (
     *("size", "patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "resample"),
     *("do_resize", "do_rescale", "rescale_factor", "do_normalize", "do_convert_rgb"),

@@ -229,7 +229,7 @@ class TokenProcessors:
     def _repeating(
         self, table: torch.Tensor, near: torch.Tensor, window: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which columns hold a token that would repeat an n-gram at the position, and the tokens; (rows, columns) both.
+        """The columns whose token would repeat an n-gram at the position, and these tokens; (rows, columns) both.
 
         An n-gram around a column appears again around the position if, from both middles, enough neighbours are equal.
         """

@@ -208,7 +208,7 @@ def pick_tokens(
     # Relative to the largest, which then stays finite; a temperature that float32 takes for 0 would make it 0 / 0.
     relative = scores.float() - scores.amax(-1, keepdim=True).float()
     weights = filter_scores(relative / max(temperature, 1e-30), top_k, top_p).softmax(-1)
-    # What `torch.multinomial` draws, without its checks, for which the host waits.
+    # The same draw as `torch.multinomial`, without its checks, for which the host waits.
     return (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(-1)
 
 
@@ -284,9 +284,9 @@ class Chooser:
 
 
 def in_order(commit: torch.Tensor, masked: torch.Tensor, quota: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
-    """What of `commit` does not wait for a position on its left, and in its stead the leftmost ones up to the quota.
+    """The positions of `commit` that do not wait for one on their left; the leftmost open ones fill the quota instead.
 
-    A block so keeps its schedule: a choice waits only for positions on its left, and the leftmost for none.
+    So a block keeps its schedule: a choice waits only for positions on its left, and the leftmost for none.
 
     Args:
         commit, masked: (batch, block) bool, positions that a rule would commit, and undecided ones.

@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the page of a package index is the README without what only a repository can show."""
+"""Metadata that pyproject.toml cannot express: a package index shows the README without what only a repository has."""
 
 import re
 from pathlib import Path

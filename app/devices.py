@@ -1,4 +1,4 @@
-"""Which device runs a model by default, and how much memory it has left."""
+"""The default device of a model, and its free memory."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -17,7 +17,7 @@ KEPT = (
     "model.visual",
 )  # in the checkpoint's dtype: a small part of the weights, and the first to lose by it
 NEEDS = {"int8": ("torchao", "accelerate"), "nf4": ("bitsandbytes", "accelerate")}
-# What transformers loads weights with that were saved in fewer bits.
+# The packages by which transformers loads weights that were saved in fewer bits.
 STORED_NEEDS = {
     "gptq": ("gptqmodel", "optimum"),
     "awq": ("gptqmodel",),

@@ -1,4 +1,4 @@
-"""Which answers are on disk: the parts of an output, whatever ended the run that wrote them."""
+"""The answers on disk: the parts of an output, whatever ended the run that wrote them."""
 
 import functools
 import json

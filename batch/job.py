@@ -181,7 +181,7 @@ def num_left(piece: Any, rows: np.ndarray, done: np.ndarray) -> int:
 
 
 def share_out(resources: dict[str, float], gpus: int, plan: Plan) -> dict[str, Any]:
-    """How many workers there are, and what each has; `UsageError` if this machine has too little.
+    """The number of workers and the share of each; `UsageError` if this machine has too little.
 
     Without GPUs there is one worker, with all CPUs but one, which is for the tasks that read.
     """

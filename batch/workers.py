@@ -49,7 +49,7 @@ class Recipe:
 
     @property
     def identity(self) -> Record:
-        """What makes its answers, as JSON can have it; the device, and how vLLM uses it, are no part of it."""
+        """All that determines the answers, for JSON; without the device and its use by vLLM."""
         told = {"model": self.model, "seed": self.seed, "engine": self.engine, "structured": self.structured}
         told |= {**self.where, **self.settings}
         return {name: value for name, value in told.items() if value is not None and name != "device"}
@@ -234,7 +234,7 @@ class VllmWorker(Worker):
         return {**own, **stop, "extra_args": named}
 
     def parameters(self, row: int) -> Any:
-        """What vLLM is asked to do for a row."""
+        """The sampling parameters of vLLM for a row."""
         from vllm import SamplingParams
 
         return SamplingParams(**self.settings, seed=None if self.recipe.seed is None else self.recipe.seed + row)

@@ -74,7 +74,7 @@ def begin(line: list[str]) -> subprocess.Popen[bytes]:
 
 
 def parts_of(output: Path) -> Counter[str]:
-    """How often each id is among the whole answers on disk."""
+    """The number of whole answers on disk for each id."""
     folder = output.with_name(f"{output.name}.parts")
     lines: list[bytes] = []
     with contextlib.suppress(FileNotFoundError):  # the command ends
@@ -106,7 +106,7 @@ def kill(process: subprocess.Popen[bytes], target: str) -> str:
 
 
 def compare(output: Path, alone: Path, total: int) -> dict[str, object]:
-    """What is lost, doubled or other than in the run that was let alone."""
+    """The answers that are lost, doubled or different from those of the undisturbed run, counted."""
     counts = Counter(json.loads(line)["id"] for line in output.read_bytes().splitlines())
     return {
         "answers": sum(counts.values()),

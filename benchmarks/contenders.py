@@ -1,4 +1,4 @@
-"""What is compared, behind one call: prompts in, tokens and forwards out. By public calls, as any release has them."""
+"""The models compared, behind one call: prompts in, tokens and forwards out. By public calls of any release."""
 
 from collections import Counter
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-r"""What a GPU of 80 GB has to show, in three parts of minutes; every line of results is written as soon as it is known.
+r"""Measurements on a GPU of 80 GB, in three parts of some minutes; each line of results is written once it is known.
 
     python benchmarks/gpu.py a --shape 4b            # kernels: floors, attention, the slot kernel, tests/test_cuda.py
     python benchmarks/gpu.py b --shape 4b            # decoding of one row, and what its steps launch

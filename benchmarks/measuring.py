@@ -90,7 +90,7 @@ class Result:
         }
 
     def record(self) -> dict[str, Any]:
-        """What a file keeps: the raw numbers, and what they mean where there are any."""
+        """The content of a file: the raw numbers, and the figures made of them if there are any."""
         return {**asdict(self), **({"figures": self.figures(), "summary": self.summary()} if self.seconds else {})}
 
 

@@ -35,7 +35,7 @@ AttentionMaskInterface.register(MASKLESS, lambda *args, **kwargs: None)
 
 @dataclass(frozen=True)
 class Rung:
-    """What a decoder of the ladder does better than the plain baseline.
+    """The improvements of a decoder of the ladder over the plain baseline.
 
     Attributes:
         in_place: write keys and values into preallocated buffers instead of concatenating.

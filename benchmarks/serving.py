@@ -120,7 +120,7 @@ class Result:
     counts: dict[str, int] = field(default_factory=dict)
 
     def figures(self, block_size: int) -> dict[str, float]:
-        """What the raw numbers mean; `block_size` is that of Bard-VL, 1 for Qwen3-VL."""
+        """Figures of the raw numbers; `block_size` is that of Bard-VL, 1 for Qwen3-VL."""
         between = [b - a for reply in self.replies for a, b in zip(reply.times, reply.times[1:], strict=False)]
         tokens = sum(reply.tokens for reply in self.replies)
         blocks = sum(-(-reply.tokens // block_size) for reply in self.replies)
@@ -154,7 +154,7 @@ def picture(index: int) -> str:
 
 
 def counters(url: str, log: Path) -> dict[str, int]:
-    """What vLLM has done since it started: forwards, and denoising steps of all requests together."""
+    """The work of vLLM since its start: forwards, and denoising steps of all requests together."""
     text = urllib.request.urlopen(f"{url}/metrics", timeout=60).read().decode()
     steps = re.findall(rf"^{STEPS}(?:{{.*}})? (\S+)$", text, re.M)
     forwards = len(FORWARD.findall(log.read_text(encoding="utf-8", errors="replace")))

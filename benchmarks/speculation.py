@@ -45,7 +45,7 @@ class State:
 
 @dataclass
 class Decision:
-    """How states follow each other: a rule, its bound, and the quota of each step."""
+    """A schedule of states: a rule, its bound, and the quota of each step."""
 
     rule: str
     bound: float

@@ -1,4 +1,4 @@
-"""What a form costs and what it gives: valid answers, exact answers, tokens and forwards, time of a step.
+"""Cost and use of a form: valid answers, exact answers, tokens and forwards, time of a step.
 
     python benchmarks/structured.py --json benchmarks/results/structured.json [--part validity exactness cost]
 

@@ -174,7 +174,7 @@ class Step:
                 self.model.gradient_checkpointing_disable()
 
     def objective(self, form: Form, batch: Batch) -> Callable[[torch.Tensor, nn.Module], torch.Tensor]:
-        """What the model calls with its hidden states (rows, columns, hidden) and its head."""
+        """The loss function: the model calls it with hidden states (rows, columns, hidden) and its head."""
         clean, weights = batch.rows.input_ids, batch.weights
         if form.loss == "full":
 

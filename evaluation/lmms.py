@@ -28,7 +28,7 @@ from ..media_bard_vl import PICTURE_SUFFIXES
 logger = logging.getLogger(__name__)
 
 PADDING_MARK = "__padding_only__"  # of lmms-eval, in the metadata of a request whose answer nobody reads
-# What a bad picture, video or prompt raises, also where a task's data set decodes it.
+# The errors of a bad picture, video or prompt, also where a task's data set decodes it.
 FAULTS = (ValueError, OSError, SyntaxError, Image.DecompressionBombError)
 
 
@@ -61,7 +61,7 @@ class BardVL(lmms):
     """
 
     is_simple = False
-    # Where an instance keeps the settings of its task.
+    # The attribute of an instance that holds the settings of its task.
     settings_place = 2
 
     def __init__(

@@ -188,7 +188,7 @@ def noise_table(runs: dict[str, list[Run]]) -> str:
 
 
 def missing(runs: dict[str, list[Run]]) -> str:
-    """Which cells have not been run."""
+    """The names of the cells that have not been run."""
     names = [cell.name for cell in CELLS if cell.name not in runs]
     return "## Not run yet\n\n" + ", ".join(f"`{name}`" for name in names) if names else ""
 
@@ -197,7 +197,7 @@ def missing(runs: dict[str, list[Run]]) -> str:
 
 
 def claims(runs: dict[str, list[Run]]) -> str:
-    """What the figures say of each claim of the method."""
+    """A verdict by the figures on each claim of the method."""
     verdicts = [
         *(
             compare(runs, f"warm-{size}", f"direct-{size}", f"At block {size}, merging beats direct training")

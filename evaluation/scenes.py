@@ -111,7 +111,7 @@ class Scene:
         return [[("Which word is written?", self.word_answer())], cells, rows]
 
     def word_answer(self) -> str:
-        """Which word is written, where and how."""
+        """The answer to the question about the word: its text, place and colour."""
         if self.word is None:
             return f"No word is written in the picture: all that it shows is {NUMBERS[len(self.things)]} shapes."
         start = f"The word {self.word.text} is written in row {self.word.row + 1} of the picture"

@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, BardVLGenerationConfig, list[str]]:
-    """What is stated, the settings that requests begin with, and the arguments of `transformers serve`.
+    """The options as stated, the settings that requests begin with, and the arguments of `transformers serve`.
 
     Exit code 2 if one is wrong.
     """

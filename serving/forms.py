@@ -50,7 +50,7 @@ class Wanted:
 
     @classmethod
     def of(cls, body: dict[str, Any]) -> "Wanted":
-        """What the body of a request asks for; `ValueError` names what cannot be."""
+        """The form that a request's body asks for; `ValueError` names a part that cannot be met."""
         tools, choice = body.get("tools") or None, body.get("tool_choice") or "auto"
         if tools is not None and choice == "none":
             tools = None

@@ -36,7 +36,7 @@ OPEN = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models"
 MAX_BODY = 64 * 2**20  # bytes
 TIMEOUT = 10.0  # seconds without a byte from an address
 MAX_PICTURES = 256  # of a request: the smallest, too, are made as large as the processor's least
-# What makes every step, or the preparation of a response, dearer without end.
+# Settings that can make every step, or the preparation of a response, arbitrarily expensive.
 MAX_BLOCK = 128  # tokens; where the checkpoint states more, that
 MAX_NGRAM = 64
 MAX_SEQUENCES, MAX_SEQUENCE = 1024, 32  # of several tokens, that are banned or biased; tokens of one

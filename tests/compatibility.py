@@ -1,4 +1,4 @@
-"""What works with what: tries every feature on every line of transformers, and writes docs/compatibility.md.
+"""Try every feature on every line of transformers, and write docs/compatibility.md.
 
     BARD_VL_TRANSFORMERS_DIRS=4.57.6:5.0.0 python tests/compatibility.py docs/compatibility.md --older datasets4
 
@@ -410,7 +410,7 @@ def listens(port: int) -> bool:
 
 
 def request(port: int, model: str, question: str) -> str:
-    """What a server answers, streamed; `RuntimeError` with the message of an event that is an error."""
+    """The streamed answer of a server; `RuntimeError` with the message of an event that is an error."""
     body = {"model": model, "messages": user(text(question)), "stream": True, "generation_config": json.dumps(SETTINGS)}
     address, headers = f"http://127.0.0.1:{port}/v1/chat/completions", {"Content-Type": "application/json"}
     with urllib.request.urlopen(urllib.request.Request(address, json.dumps(body).encode(), headers)) as reply:
@@ -549,7 +549,7 @@ def write_page(results: list[dict[str, Any]]) -> str:
 
 
 def verdict(reason: str | None, reasons: list[str]) -> str:
-    """What a cell says, with the number of the reason among all."""
+    """The text of a cell, with the number of its reason among all."""
     if reason is None:
         return "yes"
     return f"{'not tried' if reason.startswith(NOT_TRIED) else 'no'} ({reasons.index(reason) + 1})"

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from PIL import ImageFile
 
-# What is compared to the bit between processes has to be computed by as many threads in each.
+# Results that are compared to the bit between processes need the same number of threads in each.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))

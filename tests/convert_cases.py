@@ -1,4 +1,4 @@
-"""What the converter's test files share: the script as a module, source folders, and ways to look into them."""
+"""Shared by the converter's test files: the script as a module, source folders, and ways to look into them."""
 
 import hashlib
 import json

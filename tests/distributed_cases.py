@@ -1,4 +1,4 @@
-"""What two processes run in the tests of distributed training; started by accelerate."""
+"""The work of two processes in the tests of distributed training; started by accelerate."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def in_third_step(act: Callable[[], None]) -> None:
 
 
 def interrupt() -> None:
-    """What the first signal of a user does."""
+    """The effect of a user's first signal."""
     raise KeyboardInterrupt
 
 

@@ -37,7 +37,7 @@ class FakeHub:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What makes a process use this Hub."""
+        """The environment that makes a process use this Hub."""
         return {"HF_ENDPOINT": self.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_fake", "NO_PROXY": "127.0.0.1"}
 
     def head(self, repo_id: str) -> str:

@@ -69,7 +69,7 @@ class Server:
 
 
 def serve() -> None:
-    """What a server runs: one request a line, one reply a line."""
+    """The loop of a server: one request per line, one reply per line."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no reply
     for name in ("modeling_qwen3_vl", "processing_qwen3_vl", "video_processing_qwen3_vl"):

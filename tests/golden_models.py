@@ -1,4 +1,4 @@
-"""What tests of decoding share: prompts, a slow twin of `generate` and `score`, and a record of what a module runs."""
+"""Shared by tests of decoding: prompts, a slow twin of `generate` and `score`, and a record of a module's calls."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

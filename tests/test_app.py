@@ -1,4 +1,4 @@
-"""What all fronts share: settings by a checkpoint's name, devices, quantised weights and their bytes."""
+"""Shared by all fronts: settings by a checkpoint's name, devices, quantised weights and their bytes."""
 
 import ast
 import json

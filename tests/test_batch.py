@@ -214,7 +214,7 @@ def test_a_run_that_is_killed_goes_on_elsewhere(
 
 @contextlib.contextmanager
 def pending(picture: Path) -> Iterator[None]:
-    """Who opens the picture waits for it, so that no run ends meanwhile."""
+    """A reader of the picture waits for it, so that no run ends meanwhile."""
     aside = picture.rename(picture.with_name("aside"))
     os.mkfifo(picture)
     try:
@@ -542,7 +542,7 @@ def test_what_is_no_question_is_an_error_and_the_others_are_answered(room: Path,
 
 
 def answers_of(source: str, room: Path, asking: Asking) -> list[dict[str, Any]]:
-    """What a worker answers to an input as it is read, all at once."""
+    """The answers of a worker to an input as it is read, all at once."""
     stock = take_stock(find_pieces(source), asking)
     done = np.array([], dtype=np.int64)
     requests = [one for piece in stock.pieces for one in open_requests(piece, asking, done, stock.repeats)]

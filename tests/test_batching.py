@@ -44,7 +44,7 @@ class Alone:
         return self.history[step - 1].ids if same_block else torch.full_like(self.history[step].ids, ragged.MASK)
 
     def margin(self, step: int, committed: torch.Tensor) -> float:
-        """How far a step's decision is from another one: in logits for the tokens, in probability for the places."""
+        """The margin of a step's decision: in logits for the tokens, in probability for the places."""
         arguments, rest = self.arguments, self.logits[step].index_fill(-1, torch.tensor(ragged.MASK), -torch.inf)
         first, second = rest[committed | self.history[step].committed].topk(2, dim=-1).values.unbind(-1)
         masked = self.ids_before(step) == ragged.MASK

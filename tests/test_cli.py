@@ -90,7 +90,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 
 def expected(folder: Path, messages: list[dict[str, Any]], **settings: Any) -> tuple[str, Any]:
-    """What `generate` writes, by transformers' own calls."""
+    """The answer of `generate`, by transformers' own calls."""
     processor = BardVLProcessor.from_pretrained(folder / "bard")
     model = AutoModelForImageTextToText.from_pretrained(folder / "bard", dtype="auto")
     options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
@@ -655,7 +655,7 @@ class Terminal:
         self.unread = ""
 
     def read_until(self, wanted: str, seconds: float = 120) -> str:
-        """What the program prints up to a text, with it; what comes after stays for the next call."""
+        """The output up to a text, that text included; the rest stays for the next call."""
         deadline = time.monotonic() + seconds
         while wanted not in self.unread:
             assert time.monotonic() < deadline, self.unread

@@ -1,4 +1,4 @@
-"""What this package needs of transformers, each need by itself: a test that fails says what a release changed.
+"""The needs of this package in transformers, one by one: a test that fails names the change of a release.
 
 The whole file runs in seconds on any line, and needs only transformers and torch.
 """

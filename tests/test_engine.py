@@ -53,7 +53,7 @@ class HostChecks(TorchFunctionMode):
 
 @contextmanager
 def forwards_of(model: Any) -> Iterator[list[dict[str, Any]]]:
-    """What each forward of the language model is called with: rows, width, whether there is a mask, its size."""
+    """The arguments of each forward of the language model: rows, width, whether there is a mask, its size."""
     seen: list[dict[str, Any]] = []
 
     def look(_module: Any, _args: Any, kwargs: Any) -> None:

@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "confidence_threshold": 0.3}
 
 
 def use(folder: str) -> dict[str, Any]:
-    """What each use of the model gives, or the error that it ends with; and where the code came from."""
+    """The result of each use of the model, or its error; and the place that the code came from."""
     import torch
 
     model, processor, inputs = load(folder)

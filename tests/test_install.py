@@ -1,4 +1,4 @@
-"""What installs: pins within the stated bounds, the manual's pip lines as make targets, one range of transformers."""
+"""Installation: pins within the stated bounds, the manual's pip lines as make targets, one range of transformers."""
 
 import re
 import runpy

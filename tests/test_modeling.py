@@ -257,7 +257,7 @@ def test_repository_config_builds_the_4b_shapes() -> None:
 
 
 def save(*paths: str) -> None:
-    """What a line of transformers saves: (source, target) pairs."""
+    """Save folders on a line of transformers: (source, target) pairs."""
     for source, target in zip(paths[::2], paths[1::2], strict=True):
         model = BardVLForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
         model.config.block_size = 4
@@ -266,7 +266,7 @@ def save(*paths: str) -> None:
 
 
 def load(*folders: str) -> list[Any]:
-    """What the models of folders say on a line of transformers: tokens, a setting, the sum of their logits."""
+    """The results of models on a line of transformers: tokens, a setting, the sum of their logits."""
     found = []
     ids = torch.randint(0, 490, (1, 9), generator=torch.Generator().manual_seed(5))
     for folder in folders:

@@ -127,7 +127,7 @@ NOISY_KINDS = ("noisy", "noisy again")
 
 
 def tokens_of(responses: Responses, block_size: int, noisy_copies: int = 1) -> list[Token]:
-    """What a sample's columns hold, by the text of the rules."""
+    """The columns of a sample, by the text of the rules."""
     last = responses[-1][0]
     tokens: list[Token] = [("base", 0, place) for place in range(last - last % block_size)]
     for turn, (start, end) in enumerate(responses, start=1):
@@ -228,7 +228,7 @@ def test_block_mask_is_the_dense_mask(batch: list[Responses], sizes: tuple[int, 
 def test_fair_positions_are_read_off_both_masks(
     batch: list[Responses], sizes: tuple[int, int], seed: int, copies: int
 ) -> None:
-    """What the student is shown the teacher sees too, as it is or clean; key by key."""
+    """The teacher sees all that the student sees, noisy or clean; checked key by key."""
     rows = pack([text_sample(responses) for responses in batch], sizes[0], 300, PAD, EOS, noisy_copies=copies)
     shown = torch.rand(rows.noisy.shape, generator=torch.Generator().manual_seed(seed % 2**32)) < 0.3
     shown &= rows.noisy
@@ -438,7 +438,7 @@ def test_noisy_logits_are_those_of_inference(block_size: int) -> None:
 @pytest.mark.parametrize(("block_size", "teacher"), [(4, 4), (8, 4), (8, 1)])
 @torch.no_grad()
 def test_two_noisy_copies_give_the_logits_of_rows_with_one(block_size: int, teacher: int) -> None:
-    """Which are those of inference, as the tests beside this one show."""
+    """These logits are those of inference, as the tests beside this one show."""
     samples = [
         conversation(kind, [block_size + 3, 5], n)[0] for n, kind in enumerate(["image", "video", "begun image"])
     ]

@@ -619,7 +619,7 @@ def test_drafts_show_masks_as_glyphs(processor: Any) -> None:
 
 
 def describe(processor: Any) -> dict[str, Any]:
-    """What must not depend on the version that saved or that loads: ids, grids, a digest of the pixels, settings."""
+    """Facts that no version may change by saving or loading: ids, grids, a digest of the pixels, settings."""
     clip = video(tiny.draw_frames(4))
     chats = [user(image(tiny.draw((70, 90))), TEXT), user("hi", clip), user(image(tiny.draw((300, 200))))]
     metadata = {"video_metadata": [METADATA], "do_sample_frames": False}

@@ -35,7 +35,7 @@ MASK_ID = 0  # of the small vocabularies
 
 
 def transformers_processors(arguments: dict[str, Any], eos: list[int]) -> LogitsProcessorList:
-    """What transformers' `generate` makes of these settings, in its order."""
+    """The processors of transformers' `generate` for these settings, in its order."""
     made: list[Any] = []
     if arguments.get("sequence_bias"):
         made.append(SequenceBiasLogitsProcessor([[list(ids), float(bias)] for ids, bias in arguments["sequence_bias"]]))
@@ -297,7 +297,7 @@ def responses(output: Any, batch: list[Row]) -> list[tuple[list[int], int]]:
 
 @st.composite
 def decoding(draw: st.DrawFn) -> dict[str, Any]:
-    """How to decode: any rule, schedule, block, revision, sampling, mode."""
+    """Settings of decoding: any rule, schedule, block, revision, sampling, mode."""
     size = draw(st.sampled_from([1, 2, 3, 4, 8, 16]))
     return {
         "block_size": size,
@@ -356,7 +356,7 @@ def test_a_repeated_ngram_never_comes_out(data: Any, how: dict[str, Any], n: int
 @settings(max_examples=80)
 @given(data=st.data(), how=decoding(), pairs=st.dictionaries(st.sampled_from(FEW), st.sampled_from(FEW), min_size=1))
 def test_a_strong_bias_comes_out_as_from_left_to_right(data: Any, how: dict[str, Any], pairs: dict[int, int]) -> None:
-    """What must follow a token does so, and what must not does not: +-1000 leaves transformers no other choice."""
+    """Required successors of a token follow it, and banned ones never: +-1000 leaves transformers no other choice."""
     batch, negative = prompts(data.draw), data.draw(st.booleans())
     biases = [[list(pair), -1000.0 if negative else 1000.0] for pair in pairs.items()]
     output = run(batch, sequence_bias=biases, suppress_tokens=ALL_BUT_FEW, **how)

@@ -135,7 +135,7 @@ def contents(folder: Path) -> Files:
 
 
 def litter(folder: Path) -> None:
-    """What work in a folder leaves behind."""
+    """Leave the traces of work in a folder."""
     for name in DIRT:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("stray")

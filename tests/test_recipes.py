@@ -19,7 +19,7 @@ from tiny import draw_scene
 from training_cases import MASK, bard_folder, chats_file, copy_of, qwen_folder, settings, write_recipe
 
 RECIPES = Path(merge_blocks.__file__).parent / "recipes"
-# What the machines of a test lack, by command-line flags over the recipe.
+# Flags over the recipe for all that the machines of a test lack.
 TINY = {
     "train_data": str(chats_file()),
     "use_cpu": "true",

@@ -151,7 +151,7 @@ def test_a_seed_is_warned_of(folder: Path, ours: Server) -> None:
 
 
 def streamed(text: str) -> str:
-    """What a stream tells of a text: its decoder keeps back the bytes of a character that never ends."""
+    """A text as a stream shows it: its decoder keeps back the bytes of a character that never ends."""
     return text.rstrip("\N{REPLACEMENT CHARACTER}")
 
 

@@ -1,4 +1,4 @@
-"""What of the vLLM plugin needs no vLLM: pieces of attention, denoising, settings. tests/on_vllm tests the rest."""
+"""The parts of the vLLM plugin that need no vLLM: attention, denoising, settings. tests/on_vllm tests the rest."""
 
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -107,7 +107,7 @@ def test_blocks_of_mixed_settings_denoise_as_each_alone(tile: int, monkeypatch: 
 
 
 def model_config(**changes: Any) -> Any:
-    """What the settings read of vLLM's config of a model."""
+    """The part of vLLM's config of a model that the settings read."""
     config = BardVLConfig(**qwen3vl_config(), block_size=4, mask_token_id=IDS["small"].mask_token_id)
     stated = {"model": "nowhere", "revision": None, "generation_config": "vllm", "override_generation_config": {}}
     return SimpleNamespace(**{**stated, "hf_config": config, **changes})

@@ -1,4 +1,4 @@
-"""What the tests of training share: tiny checkpoints, chats about pictures, recipes and runs of them."""
+"""Shared by the tests of training: tiny checkpoints, chats about pictures, recipes and runs of them."""
 
 import json
 import multiprocessing

@@ -75,7 +75,7 @@ def decides(setting: dataclasses.Field) -> bool:
 
 @dataclass
 class ModelArguments:
-    """Which weights a run starts from, and which of them it trains."""
+    """The weights that a run starts from, and those of them that it trains."""
 
     model_name_or_path: str | None = option(None, "Qwen3-VL or Bard-VL checkpoint: a folder or a Hub id")
     model_revision: str | None = option(None, "branch, tag or commit of a Hub id")
@@ -131,7 +131,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which chats a run trains on."""
+    """The chats that a run trains on."""
 
     train_data: list[str] | None = field(
         default=None,

@@ -29,7 +29,7 @@ from .places import Places, places_in
 
 @dataclass(frozen=True)
 class Broken:
-    """What a batch holds in place of a chat that was skipped.
+    """The place of a skipped chat in a batch.
 
     Attributes:
         sample_id: the chat's row in its data set, None in a stream.
@@ -44,7 +44,7 @@ class Broken:
 
 @dataclass(frozen=True)
 class ChatLimits:
-    """Which chats are used.
+    """The limits on the chats that are used.
 
     Attributes:
         block_size: tokens per block of the packed rows.

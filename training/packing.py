@@ -203,7 +203,7 @@ class PackedRows:
         return torch.where(self.sample < 0, -1, self.sample * (int(self.view.max()) + 1) + self.view)
 
     def layout(self, block_size: int | None = None) -> Layout:
-        """Which tokens see which at a block size: the rows' own by default, or another that divides it (a teacher's).
+        """The visibility at a block size: the rows' own by default, or another that divides it (a teacher's).
 
         Raises:
             ValueError: `block_size` does not divide the rows' own: its prompt blocks would cross the tails' edges.

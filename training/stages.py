@@ -180,7 +180,7 @@ def one_line() -> Iterator[None]:
 
 
 def limits(run: Run, block_size: int) -> ChatLimits:
-    """Which chats are used at a block size."""
+    """The limits on chats at a block size."""
     data = run.data
     return ChatLimits(
         block_size,

@@ -393,7 +393,7 @@ class BlockDiffusionTrainer(Trainer):
         return self.accelerator.gather(own.to(self.args.device)).amax(0).tolist()
 
     def repeats(self, sample_ids: list[torch.Tensor], num_batches: int) -> torch.Tensor:
-        """How often each sample was drawn before in its step, in the order of the data over all processes.
+        """The number of earlier draws of each sample in its step, in the order of the data over all processes.
 
         Args:
             sample_ids: of this process's micro-batches.

@@ -17,7 +17,7 @@ from .arguments import ModelArguments
 from .cost import GIB, memory_of
 from .stages import CODE_FOLDER, DTYPES, with_adapters
 
-# What differs from the repository's config.json, which is the 4B model's.
+# The differences from the repository's config.json, which is the 4B model's.
 LARGER_VISION = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]}
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "2B": {

@@ -199,7 +199,7 @@ class Drawing:
                 self.box(pen, position, OPEN, None)
 
     def draw_legend(self, pen: Any) -> None:
-        """Which shade is which step."""
+        """Draw the legend: a shade for each step."""
         y, x = self.height - MARGIN - 2, float(self.left)
         self.write(pen, (x, y), "step", SMALL_SIZE, SOFT)
         x += self.measure("step", SMALL_SIZE) + 8

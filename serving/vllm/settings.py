@@ -1,4 +1,4 @@
-"""What a checkpoint and a request ask for, in the settings of `generate`. Nothing here imports vLLM."""
+"""The settings of `generate` that a checkpoint and a request ask for. Nothing here imports vLLM."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from ...convert_qwen3vl_to_bard import BLOCK_SIZE_IN_NAME
 from ...generation_config_bard_vl import FIELDS, BardVLGenerationConfig, DecodingSettings, merged_settings
 from ...remasking_bard_vl import REMASKING_RULES
 
-# What a request may state in `extra_args`, which is `vllm_xargs` in OpenAI's protocol.
+# The settings that a request may state in `extra_args`, which is `vllm_xargs` in OpenAI's protocol.
 BOUNDS = tuple(dict.fromkeys(rule.bound for rule in REMASKING_RULES.values()))
 OF_REQUESTS = ("denoising_steps", "remasking_strategy", *BOUNDS)
 # Settings that change tokens and that this sampler does not do, with the values by which they do not.

@@ -1,4 +1,4 @@
-"""How vLLM is set up for Bard-VL: what must be so is set, and what was asked for and cannot be is refused by name.
+"""The set-up of vLLM for Bard-VL: required settings are made, and impossible ones are refused by name.
 
 Most of these settings would not fail by themselves: they would give other tokens than `generate`.
 """

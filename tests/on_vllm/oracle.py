@@ -1,4 +1,4 @@
-"""What `generate` says to the prompts that vLLM is asked."""
+"""The answers of `generate` to the prompts that vLLM is asked."""
 
 import json
 import random

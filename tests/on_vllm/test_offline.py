@@ -101,7 +101,7 @@ def texts(oracle: Oracle) -> tuple[list[list[int]], list[float], list[list[int]]
 
 
 def ask_texts(llm: LLM, texts: Any, places: Any) -> int:
-    """How many of the prompts at `places` get the answer of `generate`."""
+    """The number of prompts at `places` that get the answer of `generate`."""
     prompts, thresholds, said = ([each[place] for place in places] for each in texts)
     return same(tokens(ask(llm, prompts, [params(threshold=value) for value in thresholds])), said)
 
