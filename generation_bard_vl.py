@@ -50,6 +50,7 @@ class BardVLGenerationOutput(CacheOutput):
 
     Attributes:
         sequences: (rows, prompt + response) ids, padded left of the prompt as given and right of the response.
+        num_tokens: (rows,) response tokens, an EOS included; what follows them is padding.
         tokens_per_forward: (rows,) response tokens, up to and including the first EOS, over the forwards that the row
             took part in, whatever they were for.
         cache: keys and values, for the next turn; `past_key_values` is the same.
@@ -66,6 +67,7 @@ class BardVLGenerationOutput(CacheOutput):
     """
 
     sequences: torch.Tensor | None = None
+    num_tokens: torch.Tensor | None = None
     tokens_per_forward: torch.Tensor | None = None
     cache: BardVLCache | None = None
     block_step_counts: torch.Tensor | None = None
@@ -406,6 +408,7 @@ def output_of(
     num_encoded = (engine.prompt.lengths - reused).repeat_interleave(engine.settings.num_return_sequences)
     return BardVLGenerationOutput(
         sequences=sequences,
+        num_tokens=engine.rows.response_length[: engine.rows.spare].cpu(),
         tokens_per_forward=engine.tokens_per_forward(),
         cache=engine.cache,
         block_step_counts=engine.step_counts(),

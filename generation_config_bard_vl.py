@@ -105,7 +105,9 @@ class Setting:
         help: what it does.
         default: what `generate` takes where nothing states it; None where that depends on something else.
         kind: `"diffusion"` (only block diffusion knows it), `"sampling"`, `"token"`, `"shared"` with other decoding.
-        reaches: the calls that it matters to, beside `generate` and the estimate of its memory.
+        reaches: who takes it beside `generate`: `"score"`; `"vllm"`, the plugin for vLLM, which refuses every other
+            setting, and takes what changes no token to no effect.
+        off: values besides None that ask for nothing, where the plugin refuses the others.
         owner: who may state it where a program answers others: `"user"`; `"program"`, since it changes what `generate`
             returns; `"server"`, since it costs whoever runs the device minutes of compiling.
     """
@@ -117,6 +119,7 @@ class Setting:
     default: Any = None
     kind: str = "shared"
     reaches: tuple[str, ...] = ()
+    off: tuple[Any, ...] = ()
     owner: str = "user"
 
     @property
@@ -125,97 +128,98 @@ class Setting:
         return getattr(self.check, "keywords", {})
 
 
-WARM_UP = ("warm_up",)
-SCORE = ("score", "warm_up")
+VLLM = ("vllm",)
+SCORE = ("score", *VLLM)
 SETTINGS = {
     row.name: row
     for row in (
         Setting("block_size", integer(1), "the checkpoint's",
                 "tokens denoised together; use the size trained with", kind="diffusion", reaches=SCORE),
         Setting("denoising_steps", integer(1), "`block_size`",
-                "steps per block at most; fewer are faster and less exact", kind="diffusion"),
+                "steps per block at most; fewer are faster and less exact", kind="diffusion", reaches=VLLM),
         Setting("remasking_strategy", choice(*REMASKING_RULES), "`low_confidence_dynamic`",
                 "which positions commit at a step: every token more probable than the threshold, and `block_size / "
                 "denoising_steps` a step at least; `low_confidence_static`: exactly those; `margin` ranks by the "
                 "lead over the second token; `entropy_bounded` ([paper](https://arxiv.org/abs/2505.24857)), "
                 "`factor` ([paper](https://arxiv.org/abs/2505.22618)) and `frechet` "
                 "([paper](https://arxiv.org/abs/2606.02955)) bound what commits together",
-                "low_confidence_dynamic", "diffusion", WARM_UP),
+                "low_confidence_dynamic", "diffusion", reaches=VLLM),
         Setting("confidence_threshold", number(0.0, 1.0), "0.9",
                 "lower is faster: more tokens a step; the checkpoints' authors recommend 0.5 at block 16; for "
-                "`margin` the lead", 0.9, "diffusion"),
+                "`margin` the lead", 0.9, "diffusion", reaches=VLLM),
         Setting("entropy_bound", number(0.0, math.inf), "0.1",
-                "nats, for `entropy_bounded`", 0.1, "diffusion"),
+                "nats, for `entropy_bounded`", 0.1, "diffusion", reaches=VLLM),
         Setting("factor", number(0.0, math.inf, open_below=True), "1",
-                "for the rule `factor`", 1.0, "diffusion"),
+                "for the rule `factor`", 1.0, "diffusion", reaches=VLLM),
         Setting("frechet_bound", number(0.0, 1.0), "0",
-                "for the rule `frechet`; higher commits less at a step", 0.0, "diffusion"),
+                "for the rule `frechet`; higher commits less at a step", 0.0, "diffusion", reaches=VLLM),
         Setting("revision", choice(*REVISION_THRESHOLDS), "off",
                 "`overwrite` or `remask` committed tokens of the block that a later step disagrees with; for models"
                 " trained for it (`visible_weight` in [docs/training.md](docs/training.md)), others `overwrite` "
-                "spoils", kind="diffusion", reaches=WARM_UP),
+                "spoils", kind="diffusion"),
         Setting("revision_threshold", number(0.0, 1.0), "0.9, 0.1",
-                "overwrite by what is more probable, remask what is less probable", kind="diffusion"),
+                "overwrite by what is more probable, remask what is less probable", kind="diffusion", reaches=VLLM),
         Setting("max_new_tokens", integer(1), "256",
                 "response tokens at most, any number; a limit, as is the model's last position: a response ends with "
-                "the last whole block before it", 256, reaches=WARM_UP),
+                "the last whole block before it", 256, reaches=VLLM),
         Setting("max_length", integer(1), "unset",
-                "prompt and response tokens at most, where no `max_new_tokens` is stated beside it", reaches=WARM_UP),
+                "prompt and response tokens at most, where no `max_new_tokens` is stated beside it", reaches=VLLM),
         Setting("max_time", number(0.0, math.inf), "unset",
                 "seconds after which a row ends with the block that it finishes next"),
         Setting("temperature", number(0.0, math.inf), "0, or 1 with `do_sample=True`",
-                "0 is greedy; confidence stays the model's own probability", kind="sampling", reaches=WARM_UP),
+                "0 is greedy; confidence stays the model's own probability", kind="sampling", reaches=VLLM),
         Setting("do_sample", choice(True, False), "unset",
-                "`False` forces greedy decoding whatever the temperature", kind="sampling", reaches=WARM_UP),
+                "`False` forces greedy decoding whatever the temperature", kind="sampling", reaches=VLLM),
         Setting("top_k", integer(0), "0, off",
-                "sample among the most probable tokens", 0, "sampling"),
+                "sample among the most probable tokens", 0, "sampling", reaches=VLLM),
         Setting("top_p", number(0.0, 1.0, open_below=True), "1, off",
-                "sample among the most probable tokens that have this probability together", 1.0, "sampling"),
+                "sample among the most probable tokens that have this probability together", 1.0, "sampling",
+                reaches=VLLM),
         Setting("seed", check_seed, "none",
                 "repeats a call that samples, whatever other calls do; so does the argument `generator`",
                 kind="diffusion"),
         Setting("repetition_penalty", number(0.0, math.inf, open_below=True), "none",
-                "as in transformers; counts the prompt and the committed tokens left of a position"),
+                "as in transformers; counts the prompt and the committed tokens left of a position", off=(1.0,)),
         Setting("no_repeat_ngram_size", integer(0), "none",
-                "no sequence of this number of tokens comes out twice, however many tokens commit together"),
+                "no sequence of this number of tokens comes out twice, however many tokens commit together", off=(0,)),
         Setting("bad_words_ids", list_of(is_word, "non-empty lists of token ids"), "none",
                 "sequences that never come out, however many tokens commit together"),
         Setting("suppress_tokens", list_of(is_id, "token ids"), "none",
-                "tokens that never come out"),
+                "tokens that never come out", off=([],)),
         Setting("sequence_bias", list_of(is_bias, "pairs of a list of token ids and a number"), "none",
                 "what is added to the scores of sequences, which come out as if chosen from left to right; a token "
-                "whose bias depends on an undecided one waits, and the leftmost commit in its stead"),
+                "whose bias depends on an undecided one waits, and the leftmost commit in its stead", off=([],)),
         Setting("stop_strings", check_texts, "none",
                 "end a response at the first of these texts, looked for on every prefix of a finished block, in "
-                "order; needs `tokenizer=`"),
+                "order; needs `tokenizer=`", off=("", [])),
         Setting("eos_token_id", check_ids_of, "the checkpoint's",
-                "ids that end a response, looked for alike", kind="token"),
+                "ids that end a response, looked for alike", kind="token", reaches=VLLM),
         Setting("pad_token_id", integer(0), "the checkpoint's, or the first EOS",
-                "fills up shorter rows", kind="token"),
+                "fills up shorter rows", kind="token", reaches=VLLM),
         Setting("bos_token_id", check_ids_of, "the checkpoint's",
-                "kept for other programs", kind="token"),
+                "kept for other programs", kind="token", reaches=VLLM),
         Setting("mask_token_id", integer(0), "the checkpoint's, 151671",
                 "stands for an undecided token", kind="diffusion", reaches=SCORE),
         Setting("num_return_sequences", integer(1), "1",
-                "responses per prompt, which is encoded once for all", 1, owner="program"),
+                "responses per prompt, which is encoded once for all", 1, owner="program", reaches=VLLM),
         Setting("return_dict_in_generate", choice(True, False), "`False`",
                 "sequences, tokens per forward, forwards by kind, step counts, confidences, the cache", False,
-                owner="program"),
+                owner="program", reaches=VLLM),
         Setting("return_step_stats", choice(True, False), "`False`",
-                "the reference's counts", False, "diffusion", owner="program"),
+                "the reference's counts", False, "diffusion", owner="program", reaches=VLLM),
         Setting("output_history", choice(True, False), "`False`",
-                "every step of every block", False, "diffusion", owner="program"),
+                "every step of every block", False, "diffusion", owner="program", reaches=VLLM),
         Setting("use_cache", choice(True), "`True`",
-                "there is no other choice"),
+                "there is no other choice", reaches=VLLM),
         Setting("prefill_chunk_size", integer(1), "whole prompts",
                 "tokens of a prompt encoded together, cut to whole blocks; bounds the memory of long prompts, costs"
-                " a forward per chunk"),
+                " a forward per chunk", reaches=VLLM),
         Setting("cache_implementation", choice("dynamic", "static"), "by the device",
                 "`static`: compiled layers, and on a GPU recorded steps; `dynamic`: eager ones; by default the former"
-                " on a GPU, the latter elsewhere", owner="server"),
+                " on a GPU, the latter elsewhere", owner="server", reaches=VLLM),
         Setting("check_interval", integer(1), "1",
                 "of earlier versions, without effect: the engine knows after each step who has ended",
-                1, "diffusion", WARM_UP),
+                1, "diffusion", reaches=VLLM),
     )
 }  # fmt: skip
 FIELDS = tuple(SETTINGS)

@@ -303,9 +303,7 @@ class Session:
     def answer_of(self, output: Any, row: int, inputs: Any, settings: DecodingSettings, seconds: float) -> Answer:
         """The answer in a row of an output."""
         length = inputs["input_ids"].shape[1]
-        response = output.sequences[row, length:].tolist()
-        if len(output.sequences) > 1:  # padding follows the shorter ones
-            response = response[: 1 + int(output.confidences[row].nonzero().max())]
+        response = output.sequences[row, length : length + output.num_tokens[row]].tolist()
         visual = torch.isin(
             inputs["input_ids"].cpu(), torch.tensor([self.config.image_token_id, self.config.video_token_id])
         )

@@ -164,10 +164,9 @@ class Worker:
             seed=None if self.recipe.seed is None else self.recipe.seed + rows[0],
         )
         call = model.read_call(inputs, session.settings, {}, warn=False)
-        counts = (output.confidences > 0).sum(-1).tolist()  # 0 marks padding
         answers = []
         for number, response in enumerate(output.sequences[:, inputs["input_ids"].shape[1] :].tolist()):
-            response = response[: counts[number]]
+            response = response[: output.num_tokens[number]]
             text = session.processor.decode(response, skip_special_tokens=True)
             answers.append(
                 {

@@ -86,7 +86,7 @@ def validity(number: int) -> list[dict[str, Any]]:
             for row in output.sequences[:, prompt.shape[1] :].tolist():
                 counts["valid"] += is_valid(form, processor.decode(row, skip_special_tokens=True))
                 counts["answers"] += 1
-            counts["tokens"] += int((output.confidences > 0).sum())
+            counts["tokens"] += int(output.num_tokens.sum())
             counts["dictated"] += int(output.dictated.sum())
             counts["forwards"] += int(output.block_step_counts.sum())
         found.append({"form": name, **counts})

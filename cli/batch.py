@@ -8,17 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .ending import Misuse, interrupted_at_once
-from .options import (
-    Choices,
-    JsonSchema,
-    Regex,
-    Slots,
-    Template,
-    open_session,
-    opens_session,
-    print_notices,
-    read_form,
-)
+from .options import asks_for_form, open_session, opens_session, print_notices
 
 INPUTS, WORK = "Input", "Work"
 WHERE = ("revision", "device", "dtype", "max_pixels", "min_pixels", "quantize", "device_map")  # of a session
@@ -32,6 +22,7 @@ class Engine(str, Enum):
 
 
 @opens_session
+@asks_for_form
 def batch(
     source: Annotated[
         str,
@@ -76,11 +67,7 @@ def batch(
     ] = None,
     *,
     options: dict[str, Any],
-    choices: Choices = None,
-    regex: Regex = None,
-    json_schema: JsonSchema = None,
-    template: Template = None,
-    slots: Slots = None,
+    structured: dict[str, Any] | None,
     engine: Annotated[
         Engine, typer.Option(help="What decodes: this package, or vLLM.", rich_help_panel=WORK)
     ] = Engine.generate,
@@ -123,7 +110,7 @@ def batch(
     """
     if importlib.util.find_spec("ray") is None:
         raise Misuse('batches need Ray: pip install "bard-vl[batch]"')
-    named, structured = read_columns(columns or []), read_form(choices, regex, json_schema, template, slots)
+    named = read_columns(columns or [])
     arguments = dict(read_argument(text) for text in vllm or [])
     if engine is Engine.vllm:
         check_vllm(options, structured)

@@ -10,15 +10,10 @@ import typer
 
 from .ending import report
 from .options import (
-    Choices,
-    JsonSchema,
-    Regex,
-    Slots,
-    Template,
+    asks_for_form,
     open_session,
     opens_session,
     print_notices,
-    read_form,
     read_form_line,
     shows_values,
 )
@@ -36,6 +31,7 @@ COMMANDS = {
 
 
 @opens_session
+@asks_for_form
 def chat(
     files: Annotated[
         list[str] | None, typer.Argument(metavar="FILE", help="Pictures, PDFs and videos of the first message.")
@@ -43,11 +39,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     *,
     options: dict[str, Any],
-    choices: Choices = None,
-    regex: Regex = None,
-    json_schema: JsonSchema = None,
-    template: Template = None,
-    slots: Slots = None,
+    structured: dict[str, Any] | None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No counts on standard error.")] = False,
 ) -> None:
     """Talk about pictures: every turn encodes only what is new, pictures once.
@@ -55,7 +47,6 @@ def chat(
     A line is a message. Ctrl-C stops an answer, and the program where nothing is being written. Where standard input
     is no terminal, the first failure ends the program.
     """
-    structured = read_form(choices, regex, json_schema, template, slots)
     session = open_session(options)
     from bard_vl.app.conversation import Conversation
 

@@ -121,68 +121,73 @@ OPTIONS: dict[str, Any] = {
     "min_pixels": Annotated[int | None, typer.Option(min=1, help="Least pixels of the same.", rich_help_panel=MEDIA)],
 }
 
+# The form of an answer, `structured` of `generate`, in one of the ways that users state it.
+FORMS: dict[str, Any] = {
+    "choices": Annotated[
+        str | None, typer.Option(metavar="A|B|C", help="The answer is one of these texts.", rich_help_panel=FORM)
+    ],
+    "regex": Annotated[
+        str | None, typer.Option(help="All of the answer matches this expression.", rich_help_panel=FORM)
+    ],
+    "json_schema": Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON|FILE|boxes|points",
+            help="The answer is JSON of this schema, or things with boxes or points as Qwen3-VL writes them.",
+            rich_help_panel=FORM,
+        ),
+    ],
+    "template": Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="The answer is this text, each {name} filled in; prints the values.",
+            rich_help_panel=FORM,
+        ),
+    ],
+    "slots": Annotated[
+        list[str] | None,
+        typer.Option(
+            "--slot",
+            metavar="NAME=A|B or NAME=JSON",
+            help='What may fill {name}: choices, or a form as JSON, for instance {"max_length": 20}. Repeatable.',
+            rich_help_panel=FORM,
+        ),
+    ],
+}
 READY = {"boxes": "bbox_2d", "points": "point_2d"}  # schemas that have a name
-Choices = Annotated[
-    str | None, typer.Option(metavar="A|B|C", help="The answer is one of these texts.", rich_help_panel=FORM)
-]
-Regex = Annotated[str | None, typer.Option(help="All of the answer matches this expression.", rich_help_panel=FORM)]
-JsonSchema = Annotated[
-    str | None,
-    typer.Option(
-        metavar="JSON|FILE|boxes|points",
-        help="The answer is JSON of this schema, or things with boxes or points as Qwen3-VL writes them.",
-        rich_help_panel=FORM,
-    ),
-]
-Template = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TEXT", help="The answer is this text, each {name} filled in; prints the values.", rich_help_panel=FORM
-    ),
-]
-Slots = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--slot",
-        metavar="NAME=A|B or NAME=JSON",
-        help='What may fill {name}: choices, or a form as JSON, for instance {"max_length": 20}. Repeatable.',
-        rich_help_panel=FORM,
-    ),
-]
 
 
-def read_form(
-    choices: Choices = None,
-    regex: Regex = None,
-    json_schema: JsonSchema = None,
-    template: Template = None,
-    slots: Slots = None,
-) -> dict[str, Any] | None:
-    """The form that these options ask for, `structured` of `generate`; None for none, `Misuse` for half of one."""
-    stated = {"choices": choices, "regex": regex, "json_schema": json_schema, "template": template}
-    named: dict[str, Any] = {name: value for name, value in stated.items() if value is not None}
-    if len(named) > 1 or (slots and template is None):
+def read_form(slots: list[str] | None, **forms: str | None) -> dict[str, Any] | None:
+    """The form that the options of `FORMS` ask for; None for none, `Misuse` for half of one."""
+    named: dict[str, Any] = {name: value for name, value in forms.items() if value is not None}
+    if len(named) > 1 or (slots and "template" not in named):
         raise Misuse("give one of --choices, --regex, --json-schema and --template, and --slot only with the last")
-    if json_schema in READY:
+    if (schema := named.get("json_schema")) in READY:
         from bard_vl.app.boxes import things_schema
 
-        return {"json_schema": things_schema(READY[json_schema])}
-    if json_schema is not None and not json_schema.lstrip().startswith("{"):
+        return {"json_schema": things_schema(READY[schema])}
+    if schema is not None and not schema.lstrip().startswith("{"):
         try:
-            named["json_schema"] = Path(json_schema).read_text(encoding="utf-8")
+            named["json_schema"] = Path(schema).read_text(encoding="utf-8")
         except OSError as error:
-            raise Misuse(f"--json-schema: {json_schema} cannot be read: {error.strerror}") from error
-    if choices is not None:
-        named["choices"] = choices.split("|")
-    if template is not None:
+            raise Misuse(f"--json-schema: {schema} cannot be read: {error.strerror}") from error
+    if "choices" in named:
+        named["choices"] = named["choices"].split("|")
+    if "template" in named:
         named["slots"] = dict(read_slot(slot) for slot in slots or [])
     return named or None
 
 
 def read_form_line(line: str) -> dict[str, Any] | None:
     """The form that a line of these options asks for; None for none. Errors are the command line's."""
+
+    @asks_for_form
+    def form(*, structured: dict[str, Any] | None) -> dict[str, Any] | None:
+        return structured
+
     program = typer.Typer(add_completion=False)
-    program.command(add_help_option=False)(read_form)
+    program.command(add_help_option=False)(form)
     return typer.main.get_command(program)(shlex.split(line), prog_name="/form", standalone_mode=False)
 
 
@@ -204,17 +209,30 @@ def read_slot(text: str) -> tuple[str, Any]:
         raise Misuse(f"--slot {name}: {error}") from error
 
 
-def opens_session(command: Callable[..., None], names: Iterable[str] = OPTIONS) -> Callable[..., None]:
+def opens_session(command: Callable[..., Any], names: Iterable[str] = OPTIONS) -> Callable[..., Any]:
     """Give a command these options of `OPTIONS`, for its argument `options` and in its place."""
-    shared = [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=OPTIONS[name]) for name in names]
+    own = {name: OPTIONS[name] for name in names}
+    return with_options(command, "options", own, lambda **given: {**dict.fromkeys(OPTIONS), **given})
+
+
+def asks_for_form(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of `FORMS`, for its argument `structured` and in its place."""
+    return with_options(command, "structured", FORMS, read_form)
+
+
+def with_options(
+    command: Callable[..., Any], argument: str, options: dict[str, Any], read: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A command with these options in the place of an argument, which is what `read` makes of their values."""
+    added = [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=options[name]) for name in options]
 
     @functools.wraps(command)
-    def expanded(**given: Any) -> None:
-        command(options={**dict.fromkeys(OPTIONS), **{name: given.pop(name) for name in names}}, **given)
+    def expanded(**given: Any) -> Any:
+        return command(**{argument: read(**{name: given.pop(name) for name in options})}, **given)
 
     signature = inspect.signature(command)
     own = signature.parameters.values()
-    parameters = [each for parameter in own for each in (shared if parameter.name == "options" else [parameter])]
+    parameters = [each for parameter in own for each in (added if parameter.name == argument else [parameter])]
     expanded.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     expanded.__annotations__ = {each.name: each.annotation for each in parameters}
     return expanded

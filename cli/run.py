@@ -12,16 +12,11 @@ from rich.table import Table
 
 from .ending import Misuse, report
 from .options import (
-    Choices,
-    JsonSchema,
-    Regex,
-    Slots,
-    Template,
+    asks_for_form,
     load_package,
     open_session,
     opens_session,
     print_notices,
-    read_form,
     shows_values,
 )
 
@@ -37,6 +32,7 @@ QUESTIONS = {"image": "Describe the picture.", "video": "Describe the video."}
 
 
 @opens_session
+@asks_for_form
 def run(
     files: Annotated[
         list[str] | None,
@@ -58,11 +54,7 @@ def run(
     ] = None,
     *,
     options: dict[str, Any],
-    choices: Choices = None,
-    regex: Regex = None,
-    json_schema: JsonSchema = None,
-    template: Template = None,
-    slots: Slots = None,
+    structured: dict[str, Any] | None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print answer, counts and times as JSON.", rich_help_panel=OUTPUT)
     ] = False,
@@ -110,7 +102,6 @@ def run(
     check_outputs(html, gif, png, draw)
     one_only = {"html": html, "gif": gif, "png": png, "draw": draw, "compare": compare, "dry-run": dry_run or None}
     check_alone(each, num_samples, [f"--{name}" for name, value in one_only.items() if value is not None])
-    structured = read_form(choices, regex, json_schema, template, slots)
     prompt = sys.stdin.read().strip() if prompt == "-" else prompt
     if prompt == "" or (prompt is None and not files) or (each and not files):
         raise Misuse("nothing to answer: give a picture, a video or --prompt")

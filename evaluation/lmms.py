@@ -222,7 +222,7 @@ class BardVL(lmms):
         start = time.perf_counter()
         output = self.model.generate(**inputs, **settings, tokenizer=self.processor, return_dict_in_generate=True)
         seconds = time.perf_counter() - start
-        lengths = (output.confidences > 0).sum(-1).cpu()  # 0 marks padding
+        lengths = output.num_tokens
         forwards = lengths / output.tokens_per_forward.cpu()
         counts = torch.stack([torch.ones_like(lengths), lengths, forwards], dim=1).double()
         is_counted = torch.tensor([PADDING_MARK not in (request.metadata or {}) for request in requests])

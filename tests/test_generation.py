@@ -399,6 +399,24 @@ def test_several_responses_share_one_prompt_pass() -> None:
     assert len(output.tokens_per_forward) == len(output.block_step_counts) == len(output.confidences) == 6
 
 
+def test_tokens_are_counted_whatever_their_confidence() -> None:
+    """Chance may take tokens that the model gives a probability of 0."""
+    model = copy.deepcopy(load())
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+    batch, arguments = (
+        collate([IMAGE, TEXT]),
+        {**SETTINGS, "temperature": 1e9, "seed": 3, "eos_token_id": list(range(40))},
+    )
+    output = model.generate(**batch, **arguments, num_return_sequences=4, return_dict_in_generate=True)
+    assert (output.confidences == 0).sum() > 20
+    lengths = set()
+    for count, row in zip(output.num_tokens.tolist(), output.sequences[:, len(IMAGE.ids) :].tolist(), strict=True):
+        assert count == next((place + 1 for place, token in enumerate(row) if token < 40), 20)
+        lengths.add(count)
+    assert len(lengths) > 2
+
+
 def test_several_greedy_responses_are_the_one() -> None:
     output, alone = run([IMAGE, TEXT], num_return_sequences=2), [run(IMAGE), run(TEXT)]
     for row in range(4):

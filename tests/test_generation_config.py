@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import inspect
 import json
 import shutil
 from collections import Counter
@@ -600,3 +601,8 @@ def test_owners_of_settings_are_known() -> None:
         "return_dict_in_generate",
         "return_step_stats",
     }
+
+
+def test_settings_that_reach_score_are_its_arguments() -> None:
+    arguments = inspect.signature(BardVLForConditionalGeneration.score).parameters.keys()
+    assert {name for name, row in SETTINGS.items() if "score" in row.reaches} == arguments & SETTINGS.keys()

@@ -1,5 +1,6 @@
 """The parts of the vLLM plugin that need no vLLM: attention, denoising, settings. tests/on_vllm tests the rest."""
 
+import contextlib
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bard_vl import BardVLConfig, BardVLGenerationConfig
-from bard_vl.generation_config_bard_vl import DecodingSettings
+from bard_vl.generation_config_bard_vl import SETTINGS, DecodingSettings, Setting, passes
 from bard_vl.inputs_bard_vl import Prompt
 from bard_vl.masking_bard_vl import block_visibility
 from bard_vl.remasking_bard_vl import REMASKING_RULES
@@ -154,9 +155,22 @@ def test_a_request_that_cannot_be_served_is_refused_by_name(changes: dict[str, A
         request_settings(params(**changes), served.hf_config)
 
 
-def test_a_checkpoint_that_asks_for_other_tokens_is_refused() -> None:
-    with pytest.raises(ValueError, match="no_repeat_ngram_size=2"):
-        read_checkpoint(model_config(override_generation_config={"no_repeat_ngram_size": 2}))
+@pytest.mark.parametrize("row", SETTINGS.values(), ids=SETTINGS)
+def test_a_checkpoint_that_asks_for_other_tokens_is_refused(row: Setting) -> None:
+    """Settings that the table sends to the plugin are taken, all others refused unless they ask for nothing."""
+    some = (*row.allowed.get("choices", ()), "x", 1, 0.25, [5], [[5, 6]], [[[5, 6], 0.5]])
+    value = next(value for value in some if value not in row.off and passes(row, value))
+    with contextlib.nullcontext() if "vllm" in row.reaches else pytest.raises(ValueError, match=f"{row.name}=.*plugin"):
+        read_checkpoint(model_config(override_generation_config={row.name: value}))
+    for neutral in row.off:
+        read_checkpoint(model_config(override_generation_config={row.name: neutral}))
+
+
+def test_what_the_plugin_does_not_do() -> None:
+    assert {name for name, row in SETTINGS.items() if "vllm" not in row.reaches} == {
+        *("revision", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens"),
+        *("sequence_bias", "stop_strings", "max_time", "seed"),
+    }
 
 
 def test_block_size_and_threshold_of_a_published_name() -> None:

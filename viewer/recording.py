@@ -74,9 +74,8 @@ class Recording:
         if getattr(output, "history", None) is None:
             raise ValueError("no history: call `generate` with output_history=True and return_dict_in_generate=True")
         mask = processor.mask_token_id if mask_token_id is None else mask_token_id
-        confidences = output.confidences[row].tolist()
-        num_tokens = max((place + 1 for place, value in enumerate(confidences) if value), default=0)
-        ids = output.sequences[row, output.sequences.shape[1] - len(confidences) :][:num_tokens].tolist()
+        num_tokens, longest = int(output.num_tokens[row]), output.confidences.shape[1]
+        ids = output.sequences[row, output.sequences.shape[1] - longest :][:num_tokens].tolist()
         tokens_per_forward = float(output.tokens_per_forward[row])
         steps = [
             RecordedStep(

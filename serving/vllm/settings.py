@@ -5,25 +5,13 @@ from typing import Any
 from ...app.checkpoints import complete_settings, last_part, stored_settings
 from ...configuration_bard_vl import BardVLConfig
 from ...convert_qwen3vl_to_bard import BLOCK_SIZE_IN_NAME
-from ...generation_config_bard_vl import FIELDS, BardVLGenerationConfig, DecodingSettings, merged_settings
+from ...generation_config_bard_vl import FIELDS, SETTINGS, BardVLGenerationConfig, DecodingSettings, merged_settings
 from ...remasking_bard_vl import REMASKING_RULES
 
 # The settings that a request may state in `extra_args`, which is `vllm_xargs` in OpenAI's protocol.
 BOUNDS = tuple(dict.fromkeys(rule.bound for rule in REMASKING_RULES.values()))
 OF_REQUESTS = ("denoising_steps", "remasking_strategy", *BOUNDS)
-# Settings that change tokens and that this sampler does not do, with the values by which they do not.
-NOT_SERVED: dict[str, tuple[Any, ...]] = {
-    "revision": (),
-    "repetition_penalty": (1.0,),
-    "no_repeat_ngram_size": (0,),
-    "bad_words_ids": (),
-    "suppress_tokens": ([],),
-    "sequence_bias": ([],),
-    "stop_strings": ("", []),
-    "max_time": (),
-    "seed": (),
-}
-# The same of vLLM's own parameters of a request.
+# vLLM's own parameters of a request that this sampler does not heed, with the values by which they ask for nothing.
 NOT_TAKEN: dict[str, tuple[Any, ...]] = {
     "min_p": (0.0,),
     "min_tokens": (0,),
@@ -73,9 +61,9 @@ def read_checkpoint(model_config: Any) -> list[str]:
     given = {name: value for name, value in model_config.override_generation_config.items() if name in FIELDS}
     over = {name: value for name, value in given.items() if value is not None}
     merged = merged_settings(stored.explicit() if stored else {}, {}, over)
-    for name, neutral in NOT_SERVED.items():
-        if name in merged and merged[name] not in neutral:
-            raise ValueError(f"`{name}={merged[name]!r}` of the checkpoint's settings is not served by the vLLM plugin")
+    for name, value in merged.items():
+        if "vllm" not in SETTINGS[name].reaches and value not in SETTINGS[name].off:
+            raise ValueError(f"`{name}={value!r}` of the checkpoint's settings is not served by the vLLM plugin")
     completed, notices = complete_settings(model_config.model, config, BardVLGenerationConfig(**merged), **where)
     config.served = completed.explicit()
     resolve(config.served, config)
