@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from bard_vl import BardVLConfig
-from bard_vl.evaluation import cells, experiment, report, scenes, small_study, tiny_model
+from bard_vl import BardVLConfig, BardVLForConditionalGeneration, BardVLProcessor
+from bard_vl.evaluation import agreement, cells, experiment, llama_as_qwen3vl, report, scenes, small_study, tiny_model
+from bard_vl.training.chats import ChatEncoder, ChatLimits
+from bard_vl.training.data import PackingCollator
 from bard_vl.training.packing import Sample, pack
 from bard_vl.training.trainer import BlockDiffusionTrainer
-from transformers import Qwen3VLForConditionalGeneration
+from training_cases import MASK, bard_folder
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3VLForConditionalGeneration
 
 SPLITS = {"train": False, "held-out": True}
 
@@ -305,3 +308,53 @@ def test_the_report_shows_seeds_and_names_what_is_missing(tmp_path: Path) -> Non
 
 def test_a_report_of_nothing(tmp_path: Path) -> None:
     assert "No cell has been run yet" in report.write_report(tmp_path / "results", tmp_path).read_text()
+
+
+# A parent of another kind ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_llama_moves_into_qwen3vl_exactly(tied: bool) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": tiny_model.VOCAB_SIZE}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.3}
+    llama = LlamaForCausalLM(LlamaConfig(**shape, **heads, rope_theta=1e5, tie_word_embeddings=tied)).eval()
+    config = tiny_model.model_config(tiny_model.Shape(hidden=96, vision_hidden=32, vision_layers=1))
+    config |= {"text_config": llama_as_qwen3vl.text_config(llama.config), "tie_word_embeddings": tied}
+    moved = llama_as_qwen3vl.move(llama, config)
+    input_ids = torch.randint(tiny_model.NUM_BASE_TOKENS, (2, 200))
+    with torch.no_grad():
+        expected, found = llama(input_ids).logits, moved(input_ids=input_ids).logits
+    assert expected.abs().max() > 5
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+    kept = torch.tensor([llama_as_qwen3vl.SPARE, llama_as_qwen3vl.UNDO])
+    torch.testing.assert_close(kept.bfloat16().float(), kept, rtol=2e-5, atol=0)
+
+
+def test_a_llama_with_scaled_frequencies_is_refused() -> None:
+    config = LlamaConfig(rope_scaling={"rope_type": "linear", "factor": 2.0})
+    with pytest.raises(ValueError, match="'linear'"):
+        llama_as_qwen3vl.text_config(config)
+
+
+def test_agreement_is_asked_for_in_the_states_of_inference() -> None:
+    processor = BardVLProcessor.from_pretrained(bard_folder())
+    model = BardVLForConditionalGeneration.from_pretrained(bard_folder()).eval()
+    encoder = ChatEncoder(processor, model.config, ChatLimits(4, 256))
+    chat = {
+        "messages": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "A red circle, as ever."}]
+    }
+    sample = encoder.encode(chat)
+    rows = PackingCollator(encoder, needs_vision=False)([sample])
+    start, end = sample.responses[0]
+    for shown in range(4):
+        hidden = rows.noisy & ((rows.place - rows.origin) % 4 >= shown)
+        found = agreement.choices(model, rows, rows.input_ids.masked_fill(hidden, MASK))[rows.noisy]
+        for first in range(start, end, 4):
+            ids = torch.cat([sample.input_ids[: first + shown], torch.full((4 - shown,), MASK)])[None]
+            block = torch.cat([torch.arange(first) // 4, torch.full((4,), 99)])[None]
+            block[0, start:first] = 50 + torch.arange(first - start) // 4
+            logits = model(input_ids=ids, block_ids=block).logits[0, first:]
+            logits[:, MASK] = -torch.inf
+            assert found[first - start : first - start + 4].tolist() == logits.argmax(-1).tolist()

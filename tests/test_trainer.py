@@ -18,12 +18,12 @@ import transformers
 from accelerate import skip_first_batches
 from bard_vl import BardVLForConditionalGeneration, BardVLProcessor
 from bard_vl.training import distill, merge_and_distill, merge_blocks
-from bard_vl.training.arguments import parse_recipe
+from bard_vl.training.arguments import RecipeError, parse_recipe
 from bard_vl.training.checkpoints import complete_checkpoints
 from bard_vl.training.cost import Cost, activation_memory, state_memory
 from bard_vl.training.data import PackingCollator
 from bard_vl.training.packing import Sample, dense_mask, packed_length
-from bard_vl.training.stages import Run, Stage, build_trainer, write_checkpoint
+from bard_vl.training.stages import Run, Stage, build_trainer, freeze, write_checkpoint
 from bard_vl.training.trainer import (
     BlockDiffusionTrainer,
     EveryEpoch,
@@ -300,11 +300,18 @@ def test_group_of(name, group):
 
 
 def test_frozen_groups_keep_their_weights(tmp_path):
-    run = train(tmp_path / "run", max_steps=2, freeze=["vision", "merger"])
+    run = train(tmp_path / "run", max_steps=2, freeze=["vision", "merger", "*.layers.0.*q_proj.weight"])
     before = weights(bard_folder())
     for name, value in weights(run / "block-4").items():
         if name.endswith("proj.weight") or "visual" in name:
-            assert torch.equal(value, before[name]) == ("visual" in name), name
+            frozen = "visual" in name or name.endswith("layers.0.self_attn.q_proj.weight")
+            assert torch.equal(value, before[name]) == frozen, name
+
+
+@pytest.mark.parametrize(("names", "told"), [(["*.z_norm.weight"], "'\\*.z_norm.weight'"), (["*"], "nothing to train")])
+def test_names_that_freeze_nothing_or_all(names, told):
+    with pytest.raises(RecipeError, match=told):
+        freeze(torch.nn.Sequential(torch.nn.Linear(1, 1)), names)
 
 
 # --- Interruption -----------------------------------------------------------------------------------------------------

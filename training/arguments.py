@@ -89,7 +89,11 @@ class ModelArguments:
     save_dtype: Literal["float32", "bfloat16"] | None = option(None, "dtype of finished stages (unset: the source's)")
     attn_implementation: str | None = option(None, "attention of the model (unset: the package's own)")
     freeze: list[str] = field(
-        default_factory=list, metadata={"help": "parameter groups that are not trained: language, merger, vision"}
+        default_factory=list,
+        metadata={
+            "help": "what is not trained: groups of parameters (language, merger, vision), or patterns of parameters' "
+            "names, such as *.q_norm.weight"
+        },
     )
     use_lora: bool = option(False, "train low-rank adapters (PEFT) and merge them into the finished stage")
     lora_rank: int = option(16, "rank of the adapters")
@@ -114,9 +118,10 @@ class ModelArguments:
         require(
             self.model_name_or_path is not None, "`model_name_or_path` is missing: name the checkpoint to start from"
         )
-        for group in self.freeze:
+        for each in self.freeze:
             require(
-                group in PARAMETER_GROUPS, f"`freeze` names {group!r}; the groups are {', '.join(PARAMETER_GROUPS)}"
+                each in PARAMETER_GROUPS or "." in each or "*" in each,
+                f"`freeze` names {each!r}; the groups are {', '.join(PARAMETER_GROUPS)}, other names have a dot or a *",
             )
         require(
             set(self.freeze) != set(PARAMETER_GROUPS), "`freeze` names every parameter group: nothing is left to train"

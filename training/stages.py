@@ -1,6 +1,7 @@
 """One stage of a run: load, train, and leave a checkpoint folder that is either whole or not there."""
 
 import contextlib
+import fnmatch
 import gc
 import json
 import os
@@ -328,10 +329,23 @@ def load_student(run: Run, stage: Stage) -> Any:
     model = load(stage.source, DTYPES[run.model.dtype], run.model.attn_implementation, **settings)
     if run.model.use_lora:
         model = with_adapters(model, run.model)
-    for name, parameter in model.named_parameters():
-        if group_of(name) in run.model.freeze:
-            parameter.requires_grad_(False)
+    freeze(model, run.model.freeze)
     return model
+
+
+def freeze(model: Any, names: Sequence[str]) -> None:
+    """Leave parameters of a model untrained, by their group or a pattern of their names.
+
+    Raises:
+        RecipeError: no parameter has such a name, or nothing is left to train.
+    """
+    parameters = dict(model.named_parameters())
+    for each in names:
+        found = [name for name in parameters if group_of(name) == each or fnmatch.fnmatchcase(name, each)]
+        require(bool(found), f"`freeze` names {each!r}, and no parameter of the model has such a name")
+        for name in found:
+            parameters[name].requires_grad_(False)
+    require(any(each.requires_grad for each in parameters.values()), "`freeze` leaves nothing to train")
 
 
 def load(folder: Path, dtype: Any, attention: str | None, **settings: Any) -> Any:
