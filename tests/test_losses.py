@@ -160,6 +160,25 @@ def test_chunks_give_the_loss_and_gradients_of_whole_logits(mixture: str, chunk_
 
 
 @pytest.mark.parametrize("chunk_size", [4, 1000])
+@pytest.mark.parametrize("mixture", ["cross entropy", "reference"])
+def test_certainty_is_the_entropy_of_what_is_right_already(mixture: str, chunk_size: int) -> None:
+    problem, (ce_weight, kd_weight, direction, temperature, top_k) = Problem(), MIXTURES[mixture]
+    logits = problem.hidden @ problem.head.T
+    problem.targets[::3] = logits.argmax(-1)[::3]
+    expected = problem.whole(*MIXTURES[mixture])
+    for position, target in enumerate(problem.targets.tolist()):
+        shares = (logits[position] / 0.7).softmax(-1)
+        if logits[position].argmax() == target:
+            expected = expected - 0.4 * problem.weights[position] * (shares * shares.log()).sum()
+    settings = {"ce_weight": ce_weight, "kd_weight": kd_weight, "direction": direction, "temperature": temperature}
+    certainty = {"certainty_weight": 0.4, "certainty_temperature": 0.7}
+    found = problem.losses(kd_weight > 0, top_k=top_k, chunk_size=chunk_size, **settings, **certainty)
+    torch.testing.assert_close(found.loss, expected)
+    for mine, other in zip(problem.gradients(found.loss), problem.gradients(expected), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("chunk_size", [4, 1000])
 @pytest.mark.parametrize("mixture", ["paper", "reference", "reverse"])
 def test_where_the_teacher_is_not_followed_cross_entropy_takes_both_weights(mixture: str, chunk_size: int) -> None:
     problem, (ce_weight, kd_weight, direction, temperature, top_k) = Problem(), MIXTURES[mixture]
@@ -580,6 +599,8 @@ def weigh(form: str = "corrupted_mean", noisy: torch.Tensor = FLAGS, padding_wei
         (lambda: kl_divergence(LOGITS, LOGITS, top_k=31), r"`top_k`.*vocabulary of 30, got 31"),
         (lambda: kl_divergence(LOGITS, LOGITS, top_k=0), r"`top_k`.*got 0"),
         (lambda: kl_divergence(LOGITS, LOGITS[:, :20]), r"share a vocabulary, got 30 and 20"),
+        (lambda: Problem().losses(False, certainty_weight=-0.1), r"weight of certainty.*got -0.1"),
+        (lambda: Problem().losses(False, certainty_temperature=0.0), r"temperature of certainty.*got 0.0"),
         (lambda: Problem().losses(False, chunk_size=0), r"chunk size.*got 0"),
         (lambda: Problem().losses(False, kd_weight=0.5), r"weight 0.5 needs a teacher"),
         (lambda: Problem().losses(True, ce_weight=0.0), r"CE 0.0 and KD 0.0"),

@@ -17,7 +17,7 @@ from bard_vl.training.noise import (
     replacement_ids,
     sample_times,
 )
-from bard_vl.training.packing import CLEAN, PackedRows, Sample, pack
+from bard_vl.training.packing import CLEAN, NEVER, PackedRows, Sample, pack
 
 VOCAB_SIZE, MASK, EOS, SPECIAL = 64, 60, 61, (0, 61, 62)
 REPLACEMENTS = replacement_ids(VOCAB_SIZE, MASK, SPECIAL)
@@ -350,3 +350,39 @@ IDS = torch.tensor([1, 2, 3])
 def test_bad_values_are_named(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_answers_with_an_order_stand_before_a_random_step_of_each_block() -> None:
+    orders = [
+        torch.tensor([[0, 2, NEVER, 1, 1, 0, 2, 0], [0] * 8]).flatten(),
+        torch.tensor([1, 1, 3, 1, NEVER, 0, 2, 0]),
+    ]
+    written = replace(conversation(21, [(5, 14), (3, 7)]), orders=orders)
+    alone, among = packed([written]), packed([*CONVERSATIONS, written], noisy_copies=2)
+    blocks = [*orders[0].split(8), orders[1]]
+    seen: list[set[int]] = [set(), set(), set()]
+    for seed in range(40):
+        noise = corrupted(alone, "mixed", seed=seed)
+        assert not noise.replaced.any()
+        assert torch.equal(noise.ids, alone.input_ids.masked_fill(noise.masked, MASK))
+        masked = by_sample(alone, noise)[21][1].split(8)
+        for number, (order, hidden) in enumerate(zip(blocks, masked, strict=True)):
+            steps = sorted(set(order.tolist()) - {NEVER})
+            (at,) = [step for step in range(steps[-1] + 1) if torch.equal(hidden, order >= step)]
+            seen[number].add(at)
+        beside = corrupted(among, "mixed", seed=seed)
+        first = (among.sample == 3) & among.noisy & (among.view == 0)
+        assert torch.equal(beside.masked[first], noise.masked[alone.noisy])
+        others = (among.sample < 3) & among.noisy & (among.view == 0)
+        plain = corrupted(packed(CONVERSATIONS, noisy_copies=2), "mixed", seed=seed)
+        assert beside.masked[others].sum() == plain.masked[packed(CONVERSATIONS, noisy_copies=2).view == 0].sum()
+    assert seen == [{0, 1, 2}, {0}, {0, 1, 2, 3}]
+
+
+@pytest.mark.parametrize("order", [[0] * 7, [0] * 7 + [-1]])
+def test_an_order_covers_whole_blocks(order: list[int]) -> None:
+    written = replace(conversation(21, [(5, 7)]), orders=[torch.tensor(order)])
+    with pytest.raises(ValueError, match=r"id 21.*order of the response \[5, 12\) must be 8 steps of at least 0"):
+        packed([written])
+    with pytest.raises(ValueError, match="2 orders for 1 responses"):
+        packed([replace(written, orders=written.orders * 2)])

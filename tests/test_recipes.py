@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import yaml
 from bard_vl import BardVLGenerationConfig
+from bard_vl.app.checkpoints import EMBEDDED
 from bard_vl.app.session import Session
-from bard_vl.training import distill, merge_and_distill, merge_blocks, what_fits
+from bard_vl.evaluation.grounding import write_chats
+from bard_vl.training import distill, merge_and_distill, merge_blocks, self_distill, what_fits
 from bard_vl.training.arguments import RecipeError, parse_recipe
 from bard_vl.training.stages import Run, build_trainer
 from tiny import draw_scene
@@ -52,8 +54,15 @@ def parse(module: Any, name: str, **flags: Any) -> tuple[Any, ...]:
 @pytest.mark.process
 @pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml")))
 def test_shipped_recipes_build_and_take_a_step(tmp_path, name):
-    module = distill if name.startswith("distill") else merge_blocks
+    module = {"distill": distill, "self": self_distill}.get(name.split("_")[0], merge_blocks)
     flags = {**TINY, "model_name_or_path": str(bard_folder()), "output_dir": tmp_path / "run"}
+    if module is self_distill:  # needs a model whose answers end
+        write_chats(tmp_path / "words", 1, about="words")
+        flags |= {
+            "model_name_or_path": EMBEDDED,
+            "train_data": tmp_path / "words" / "chats.jsonl",
+            "max_pixels": "4096",
+        }
     if module is distill:
         flags["model_name_or_path"] = merged_run(tmp_path / "merged", 4, 8)
     elif name.startswith("merge"):
@@ -62,7 +71,8 @@ def test_shipped_recipes_build_and_take_a_step(tmp_path, name):
     model, data, args, special = parse(module, name, **flags)
     run = Run(model, data, args)
     stages = module.plan(run, special)
-    trainer = build_trainer(run, stages[-1 if module is distill else 0], args)
+    stage = stages if module is self_distill else stages[-1 if module is distill else 0]
+    trainer = build_trainer(run, stage, args)
     trainer.args.max_steps = 1
     assert trainer.args.learning_rate == recipe["learning_rate"]
     assert trainer.args.bf16
@@ -330,7 +340,7 @@ def test_commands_of_the_manual_parse(command):
         merging, _, distilling, _ = merge_and_distill.parse(words)
         assert merging.data.train_data == distilling.data.train_data == [flags[flags.index("--train_data") + 1]]
         return
-    module = {"bard_vl.training.merge_blocks": merge_blocks, "bard_vl.training.distill": distill}[name]
+    module = {each.__name__: each for each in (merge_blocks, distill, self_distill)}[name]
     parsed = parse_recipe(module.RECIPE, [str(RECIPES.parents[1] / recipe), *flags, "--use_cpu", "true"])
     assert parsed[1].train_data == [flags[flags.index("--train_data") + 1]]
 

@@ -4,9 +4,10 @@ import copy
 import dataclasses
 import difflib
 import fnmatch
+import importlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -235,6 +236,11 @@ class BlockDiffusionArguments(TrainingArguments):
         0.0,
         "weight of response tokens that the noise left alone; above 0 they are learnt too, as `revision` needs",
     )
+    certainty_weight: float = option(
+        0.0,
+        "weight of the entropy of predictions that are right already: they become surer, and fewer steps decide more",
+    )
+    certainty_temperature: float = option(0.5, "temperature at which that entropy is taken")
     loss_chunk_size: int = option(1024, "positions that are projected to the vocabulary at a time", decides=False)
     fill_rows: bool = option(
         False,
@@ -315,6 +321,9 @@ class BlockDiffusionArguments(TrainingArguments):
             f"`padding_weight` must be at least 0, got {self.padding_weight}",
         )
         require(self.visible_weight >= 0, f"`visible_weight` must be at least 0, got {self.visible_weight}")
+        weight, temperature = self.certainty_weight, self.certainty_temperature
+        require(0 <= weight < math.inf, f"`certainty_weight` must be at least 0, got {weight}")
+        require(0 < temperature < math.inf, f"`certainty_temperature` must be above 0, got {temperature}")
         patience = self.early_stopping_patience
         require(patience is None or patience >= 1, f"`early_stopping_patience` must be at least 1, got {patience}")
         require(
@@ -423,6 +432,60 @@ class DistillArguments:
             self.teacher_kind == "block" or self.teacher_block_size is None,
             f"`teacher_block_size` {self.teacher_block_size} has no meaning for `teacher_kind: ar`",
         )
+
+
+@dataclass
+class SelfDistillArguments:
+    """Training on the model's own answers: which are kept, and what is learnt of them."""
+
+    accept: str = option(
+        "exact",
+        "own answers that are learnt: `exact`, those that are the data's; `all` that came to their end; or those for "
+        "which a function `module:function` of (chat, answer, the data's answer) is true",
+    )
+    states: Literal["recorded", "random"] = option(
+        "recorded",
+        "what stands visible: the tokens that had been decided before a random step of the answer's own decoding; or "
+        "what `noise` leaves",
+    )
+    answer_max_new_tokens: int = option(256, "longest own answer; one that has not ended by then is left out")
+    answer_confidence_threshold: float | None = option(None, "threshold of its decoding (unset: the model's)")
+    answers: str | None = option(
+        None, "folder that the own answers are written to, or were (unset: `answers` in `output_dir`)", decides=False
+    )
+    answer_batch_size: int = option(16, "answers decoded together by each process", decides=False)
+
+    def check(self) -> None:
+        """Raise `RecipeError` for invalid settings."""
+        for name in ("answer_max_new_tokens", "answer_batch_size"):
+            require(getattr(self, name) >= 1, f"`{name}` must be at least 1, got {getattr(self, name)}")
+        threshold = self.answer_confidence_threshold
+        require(
+            threshold is None or 0 <= threshold <= 1,
+            f"`answer_confidence_threshold` must lie between 0 and 1, got {threshold}",
+        )
+        self.judge()
+
+    def judge(self) -> "Judge":
+        """Whether an own answer is learnt: a function of its chat, its text and the data's.
+
+        Raises:
+            RecipeError: there is no such function.
+        """
+        known: dict[str, Judge] = {"exact": lambda _, own, told: own == told, "all": lambda *_: True}
+        if self.accept in known:
+            return known[self.accept]
+        module, _, name = self.accept.partition(":")
+        require(bool(module and name), f"`accept` must be exact, all or module:function, got {self.accept!r}")
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise RecipeError(f"`accept` {self.accept!r} names no function: {error}") from error
+        require(callable(found), f"`accept` {self.accept!r} is no function")
+        return found
+
+
+Judge = Callable[[Mapping[str, Any], str, str], Any]
 
 
 def require(condition: bool, message: str) -> None:

@@ -254,6 +254,15 @@ class ChatSamples(torch.utils.data.Dataset):
         """Usable chats."""
         return len(self.indices)
 
+    @property
+    def sample_ids(self) -> list[int]:
+        """The `sample_id` of every usable chat."""
+        return self.indices
+
+    def chat(self, number: int) -> Any:
+        """A usable chat as it is in the data."""
+        return self.chats[self.indices[number]]
+
     def __getitem__(self, number: int) -> Sample | Broken:
         """A sample, or why there is none after all: some faults show only when pixels are decoded."""
         index = self.indices[number]
@@ -288,6 +297,21 @@ class Mixture(torch.utils.data.Dataset):
     def __len__(self) -> int:
         """Entries of an epoch."""
         return len(self.indices)
+
+    @property
+    def encoder(self) -> ChatEncoder:
+        """That of the first source; those of the others differ in their folders alone."""
+        return self.sources[0].encoder
+
+    @property
+    def sample_ids(self) -> list[int]:
+        """The `sample_id` of every entry."""
+        return [self.first_ids[place] + self.sources[place].indices[number] for place, number in self.indices]
+
+    def chat(self, entry: int) -> Any:
+        """An entry's chat as it is in the data."""
+        place, number = self.indices[entry]
+        return self.sources[place].chat(number)
 
     def __getitem__(self, entry: int) -> Sample | Broken:
         """A sample, or why there is none after all."""

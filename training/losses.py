@@ -221,15 +221,19 @@ def linear_losses(
     direction: str = "forward",
     temperature: float = 1.0,
     top_k: int | None = None,
+    certainty_weight: float = 0.0,
+    certainty_temperature: float = 0.5,
     chunk_size: int = 1024,
 ) -> LinearLosses:
     """Sum of weighted losses of hidden states, projected to the vocabulary chunk by chunk.
 
     The loss of a position is `ce_weight * CE + kd_weight * temperature^2 * KL`; where the teacher is not followed it is
-    `(ce_weight + kd_weight) * CE`. Select the positions that have a weight first: `hidden[weights > 0]`. No tensor of
-    more than `chunk_size` positions x vocabulary exists, forward or backward, nor such tensors of two chunks at once:
-    all chunks but the last, which backward begins with, run under activation checkpointing. Logits are computed in the
-    dtype of the hidden states, what follows in float32. No positions give a loss of 0 that is part of the graph.
+    `(ce_weight + kd_weight) * CE`. Where the likeliest token is the right one already, `certainty_weight` times the
+    entropy of the prediction at `certainty_temperature` is added (dParallel, arXiv 2509.26488). Select the positions
+    that have a weight first: `hidden[weights > 0]`. No tensor of more than `chunk_size` positions x vocabulary exists,
+    forward or backward, nor such tensors of two chunks at once: all chunks but the last, which backward begins with,
+    run under activation checkpointing. Logits are computed in the dtype of the hidden states, what follows in float32.
+    No positions give a loss of 0 that is part of the graph.
 
     PyTorch's `linear_cross_entropy` (2.13 and later) projects in chunks too, and takes weights through
     `reduction="none"`, but it returns losses of bfloat16 hidden states in bfloat16, knows no teacher and wants a bare
@@ -247,6 +251,7 @@ def linear_losses(
         taught: (n,) bool, where the teacher is followed; None for everywhere.
         ce_weight, kd_weight: of the mixture.
         direction, temperature, top_k: as in `kl_divergence`.
+        certainty_weight, certainty_temperature: of the entropy of predictions that are right already.
         chunk_size: positions projected at a time.
 
     Raises:
@@ -256,8 +261,11 @@ def linear_losses(
     _check_linear(hidden, head, targets, weights, teacher, taught, ce_weight, kd_weight, chunk_size)
     taught = torch.ones_like(targets, dtype=torch.bool) if taught is None else taught
     check_distillation(direction, temperature, top_k)
+    check_certainty(certainty_weight, certainty_temperature)
     divergence = partial(kl_divergence, direction=direction, temperature=temperature, top_k=top_k)
-    mixture = partial(_chunk_losses, head, divergence, ce_weight + kd_weight, ce_weight, kd_weight * temperature**2)
+    certainty = partial(certainty_loss, weight=certainty_weight, temperature=certainty_temperature)
+    weights_of_losses = ce_weight + kd_weight, ce_weight, kd_weight * temperature**2
+    mixture = partial(_chunk_losses, head, divergence, certainty, *weights_of_losses)
     chunks = []
     for start in range(0, max(len(hidden), 1), chunk_size):
         part = slice(start, start + chunk_size)
@@ -271,19 +279,39 @@ def linear_losses(
     )
 
 
-def _chunk_losses(head, divergence, weight_alone, ce_weight, kd_weight, hidden, targets, weights, teacher):
+def _chunk_losses(head, divergence, certainty, weight_alone, ce_weight, kd_weight, hidden, targets, weights, teacher):
     """(weighted sum, cross entropy, divergence or None) of some positions; the latter two are detached."""
     logits = at_least_float32(_project(hidden, head))
     cross_entropy = F.cross_entropy(logits, targets, reduction="none")
+    extra = certainty(logits, targets)
     if teacher is None:
-        return (ce_weight * cross_entropy * weights).sum(), cross_entropy.detach(), None
+        return ((ce_weight * cross_entropy + extra) * weights).sum(), cross_entropy.detach(), None
     *teacher, taught = teacher
     with torch.no_grad():
         teacher_logits = _project(*teacher)
     distance = torch.where(taught, divergence(logits, teacher_logits), 0.0)
     entropies = torch.where(taught, ce_weight * cross_entropy, weight_alone * cross_entropy)
-    losses = entropies + kd_weight * distance
+    losses = entropies + kd_weight * distance + extra
     return (losses * weights).sum(), cross_entropy.detach(), distance.detach()
+
+
+def certainty_loss(
+    logits: torch.Tensor, targets: torch.Tensor, weight: float, temperature: float
+) -> torch.Tensor | float:
+    """Weighted entropy in nats, (n,), of predictions (n, vocabulary) at a temperature; 0 where they are wrong."""
+    if not weight:
+        return 0.0
+    shares = _log_probabilities(logits, temperature)
+    entropy = -(shares.exp() * shares).sum(-1)
+    return weight * torch.where(logits.argmax(-1) == targets, entropy, 0.0)
+
+
+def check_certainty(weight: float, temperature: float) -> None:
+    """Raise `ValueError` naming the value that the loss of certainty cannot work with."""
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"the weight of certainty must be at least 0, got {weight}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"the temperature of certainty must be positive, got {temperature}")
 
 
 def _project(hidden: torch.Tensor, head: Head) -> torch.Tensor:
@@ -327,6 +355,8 @@ __all__ = [
     "LOSS_FORMS",
     "LinearLosses",
     "at_least_float32",
+    "certainty_loss",
+    "check_certainty",
     "check_distillation",
     "kl_divergence",
     "likeliest",

@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-if TYPE_CHECKING:
-    from .packing import PackedRows
+from .packing import NEVER, PackedRows
 
 NOISE_KINDS = ("mask", "uniform", "mixed")
 TIME_SCHEMES = ("sample", "block", "stratified")
@@ -200,6 +199,32 @@ def complement(
     return Corrupted(corrupted, masked, replaced, 1 - noise.t, torch.zeros_like(masked))
 
 
+def recorded_state(
+    ids: torch.Tensor, order: torch.Tensor, block: torch.Tensor, mask_token_id: int, generator: torch.Generator
+) -> Corrupted:
+    """The answers' blocks as they stood before a random step of their decoding: the rest is masked.
+
+    A block that `n` steps decided stands before step 0, 1, ... or n - 1, each as likely as the others, independently of
+    the other blocks. Its time is the share of it that is visible.
+
+    Args:
+        ids: (length,) clean tokens.
+        order: (length,) step that decided each, at least 0; steps of `NEVER` are beyond all others.
+        block: (length,) number of each token's block, ascending from 0.
+        mask_token_id: what masked positions hold.
+        generator: of the CPU.
+    """
+    num_blocks = int(block.max()) + 1 if len(block) else 0
+    steps = torch.zeros(num_blocks, dtype=torch.long)
+    steps.scatter_reduce_(0, block, torch.where(order == NEVER, 0, order + 1), "amax")
+    draw = torch.rand(num_blocks, generator=generator, dtype=torch.float64)
+    shown = order < (draw * steps).long()[block]
+    shares = torch.zeros(num_blocks).index_add_(0, block, shown.float()) / block.bincount(minlength=num_blocks)
+    masked = ~shown
+    nothing = torch.zeros_like(masked)
+    return Corrupted(ids.masked_fill(masked, mask_token_id), masked, nothing, shares[block], nothing.clone())
+
+
 def _check_replacements(replacements: torch.Tensor, mask_token_id: int) -> None:
     if len(replacements) < 2:
         raise ValueError(f"noise by replacement needs at least two ids, got {replacements.tolist()}")
@@ -249,6 +274,8 @@ def corrupt_rows(
     A second noisy copy gets the first one's `complement`; the first copy's noise is that which it has alone. Which
     masks become drafts is drawn last, so the rest of the noise is the same at every share.
 
+    Answers with an order of commitment get no such noise: their blocks are `recorded_state`s, a second copy's too.
+
     Args:
         rows: packed samples.
         block_size: tokens per block; a block has one time.
@@ -268,7 +295,7 @@ def corrupt_rows(
     sample, turn, noisy, place, rank, view = (
         field.cpu() for field in (layout.sample, layout.turn, layout.noisy, layout.place, layout.rank, layout.view)
     )
-    clean = rows.input_ids.cpu()
+    clean, order = rows.input_ids.cpu(), rows.order.cpu()
     ids, t = clean.clone(), torch.ones(clean.shape, dtype=torch.float32)
     masked, replaced, drafted = (torch.zeros_like(noisy) for _ in range(3))
     # By turn and place, so that no order of the copies within a row can matter.
@@ -279,11 +306,13 @@ def corrupt_rows(
         where = copies[0]
         blocks, block = torch.stack([turn[where], rank[where]]).unique_consecutive(dim=1, return_inverse=True)
         generator = noise_generator(seed, step, sample_id, repeat)
-        times = sample_times(blocks.shape[1], scheme, generator, low, high)[block]
-        noise = corrupt(clean[where], times, kind, mask_token_id, replacements, generator)
-        noises = [noise]
-        if len(copies) > 1:
-            noises.append(complement(clean[where], noise, kind, mask_token_id, replacements, generator))
+        if (order[where] >= 0).any():
+            noises = [recorded_state(clean[where], order[where], block, mask_token_id, generator) for _ in copies]
+        else:
+            times = sample_times(blocks.shape[1], scheme, generator, low, high)[block]
+            noises = [corrupt(clean[where], times, kind, mask_token_id, replacements, generator)]
+            if len(copies) > 1:
+                noises.append(complement(clean[where], noises[0], kind, mask_token_id, replacements, generator))
         for copy, each in zip(copies, noises, strict=True):
             draw = torch.rand(each.masked.shape, generator=generator, dtype=torch.float32)
             each = each._replace(drafted=each.masked & (draw < draft_share))
@@ -309,6 +338,7 @@ __all__ = [
     "corrupt_rows",
     "corruption_probabilities",
     "noise_generator",
+    "recorded_state",
     "replacement_ids",
     "sample_times",
 ]

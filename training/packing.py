@@ -23,6 +23,7 @@ from ..inputs_bard_vl import MEDIA_KINDS, VISUAL_INPUTS
 BASE, CLEAN, NOISY = 0, 1, 2
 TILE = 128  # queries, and keys, that FlexAttention's kernel takes together
 EVERYTHING = 2**31 - 1  # an anchor behind every place
+NEVER = 2**31 - 1  # in the order of an answer: a place that no step decided
 
 
 @dataclass
@@ -38,6 +39,8 @@ class Sample:
         visual_inputs: pixels and grids as the processor makes them, absent where there are none.
         sample_id: seeds the sample's noise.
         merge_size: patches along a side of a visual feature.
+        orders: of responses that a model wrote, the order of commitment: for every response (whole blocks,) the step of
+            its block that decided each token, from 0, or `NEVER`. Empty for responses without one.
     """
 
     input_ids: torch.Tensor
@@ -47,6 +50,7 @@ class Sample:
     visual_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     sample_id: int = 0
     merge_size: int = 2
+    orders: list[torch.Tensor] = field(default_factory=list)
 
     def features_per_item(self) -> list[torch.Tensor]:
         """Visual features of each image, then of each video: two (items,) tensors."""
@@ -172,6 +176,8 @@ class PackedRows:
         twin: column of a noisy token's clean twin, -1 for other tokens.
         previous: column of the clean token right before a noisy token's place, where an autoregressive model predicts
             it; -1 for other tokens.
+        order: step that decided a noisy token when a model wrote the answer, `NEVER` if none did, -1 where no order is
+            known.
         sample_ids: (samples,) `sample_id` of each sample.
     """
 
@@ -190,6 +196,7 @@ class PackedRows:
     is_response_padding: torch.Tensor
     twin: torch.Tensor
     previous: torch.Tensor
+    order: torch.Tensor
     sample_ids: torch.Tensor
 
     @property
@@ -242,10 +249,15 @@ def packed_length(responses: Sequence[tuple[int, int]], length: int, block_size:
     check_responses(responses, length)
     anchors = [start // block_size * block_size for start, _ in responses]
     copies = (
-        start - anchor + (1 + noisy_copies) * -(-(end - start) // block_size) * block_size
+        start - anchor + (1 + noisy_copies) * whole_blocks(end - start, block_size)
         for (start, end), anchor in zip(responses, anchors, strict=True)
     )
     return anchors[-1] + sum(copies)
+
+
+def whole_blocks(length: int, block_size: int) -> int:
+    """`length` rounded up to a multiple of `block_size`."""
+    return -(-length // block_size) * block_size
 
 
 def check_responses(responses: Sequence[tuple[int, int]], length: int) -> None:
@@ -266,6 +278,8 @@ def check_responses(responses: Sequence[tuple[int, int]], length: int) -> None:
 def check_sample(sample: Sample) -> None:
     """Raise `ValueError` unless a sample's shapes, responses and visual features agree; the message names the value."""
     length = len(sample.input_ids)
+    if len(sample.orders) not in (0, len(sample.responses)):
+        raise ValueError(f"the sample has {len(sample.orders)} orders for {len(sample.responses)} responses")
     shapes = {"position_ids": (3, length), "visual_index": (length,)}
     for name, shape in shapes.items():
         if tuple(getattr(sample, name).shape) != shape:
@@ -284,6 +298,17 @@ def check_sample(sample: Sample) -> None:
     for start, end in sample.responses:
         if (sample.visual_index[start:end] >= 0).any():
             raise ValueError(f"the response [{start}, {end}) holds visual tokens, which nothing can generate")
+
+
+def check_orders(sample: Sample, block_size: int) -> None:
+    """Raise `ValueError` unless the orders of a sample are those of its responses, filled up to whole blocks."""
+    for order, (start, end) in zip(sample.orders, sample.responses, strict=False):
+        width = whole_blocks(end - start, block_size)
+        if tuple(order.shape) != (width,) or (order < 0).any():
+            raise ValueError(
+                f"the order of the response [{start}, {end}) must be {width} steps of at least 0, "
+                f"got {order.tolist()[:8]} of shape {tuple(order.shape)}"
+            )
 
 
 def truncate(sample: Sample, block_size: int, max_length: int, noisy_copies: int = 1) -> Sample | None:
@@ -307,6 +332,11 @@ def truncate(sample: Sample, block_size: int, max_length: int, noisy_copies: int
             return None
         excess = packed_length(responses, length, block_size, noisy_copies) - max_length
     return sample if responses == sample.responses else _keep(sample, responses)
+
+
+def until(sample: Sample, turn: int) -> Sample:
+    """The sample up to the end of a turn (of 0, 1, ...), with what is seen by then."""
+    return _keep(sample, sample.responses[: turn + 1])
 
 
 def _keep(sample: Sample, responses: list[tuple[int, int]]) -> Sample:
@@ -437,6 +467,7 @@ def pack(
     for number, sample in enumerate(samples):
         try:
             check_sample(sample)
+            check_orders(sample, block_size)
         except ValueError as error:
             raise ValueError(f"sample {number} (id {sample.sample_id}): {error}") from error
         lengths.append(packed_length(sample.responses, len(sample.input_ids), block_size, noisy_copies))
@@ -452,7 +483,7 @@ def pack(
         columns["sample"] = torch.full_like(columns["place"], number)
     rows = first_fit_decreasing(lengths, max_length) or [[]]
     width = max(1, *(sum(lengths[number] for number in row) for row in rows))
-    width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
+    width = whole_blocks(width, pad_to_multiple_of)
     padding = _padding(pad_token_id, width)
     joined = [_join([laid_out[number] for number in row] + [padding], width) for row in rows]
     tensors = {name: torch.stack([row[name] for row in joined], dim=-2) for name in padding}
@@ -474,11 +505,13 @@ def _lay_out(sample: Sample, block_size: int, response_padding_id: int, noisy_co
     num_columns = end_of_base
     for turn, (start, end) in enumerate(sample.responses, start=1):
         anchor = start // block_size * block_size
-        width = -(-(end - start) // block_size) * block_size
+        width = whole_blocks(end - start, block_size)
         shared = {"turn": turn, "origin": start, "anchor": anchor}
         parts.append(_part(anchor, start + width, stream=CLEAN, **shared))
         num_columns += start + width - anchor
         noisy = _part(start, start + width, stream=NOISY, **shared)
+        if sample.orders:
+            noisy["order"] = sample.orders[turn - 1]
         noisy["twin"] = torch.arange(num_columns - width, num_columns)
         noisy["previous"] = noisy["twin"] - 1
         if start == anchor:  # no tail: the token before the response is in the base
@@ -501,11 +534,11 @@ def _lay_out(sample: Sample, block_size: int, response_padding_id: int, noisy_co
 
 
 def _part(start: int, end: int, **constants: int) -> Columns:
-    """Columns of the places [start, end) with the same constants, without twins."""
+    """Columns of the places [start, end) with the same constants, without twins or an order."""
     place = torch.arange(start, end)
     nothing = torch.full_like(place, -1)
     columns = {name: torch.full_like(place, value) for name, value in {"view": 0, **constants}.items()}
-    return {"place": place, "twin": nothing, "previous": nothing, **columns}
+    return {"place": place, "twin": nothing, "previous": nothing, "order": nothing, **columns}
 
 
 def _padding(pad_token_id: int, width: int) -> Columns:
@@ -513,7 +546,7 @@ def _padding(pad_token_id: int, width: int) -> Columns:
     return {
         "input_ids": torch.full((width,), pad_token_id),
         "position_ids": zeros.expand(3, -1),
-        **dict.fromkeys(("visual_index", "sample", "twin", "previous"), nothing),
+        **dict.fromkeys(("visual_index", "sample", "twin", "previous", "order"), nothing),
         **dict.fromkeys(("turn", "stream", "view", "place", "origin"), zeros),
         "anchor": torch.full((width,), EVERYTHING),
         "is_response_padding": zeros.bool(),
@@ -552,10 +585,12 @@ def _join_visual(samples: Sequence[Sample], laid_out: list[Columns]) -> dict[str
 __all__ = [
     "BASE",
     "CLEAN",
+    "NEVER",
     "NOISY",
     "Layout",
     "PackedRows",
     "Sample",
+    "check_orders",
     "check_responses",
     "check_sample",
     "deal",
@@ -566,5 +601,7 @@ __all__ = [
     "pack",
     "packed_length",
     "truncate",
+    "until",
     "visible",
+    "whole_blocks",
 ]

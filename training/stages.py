@@ -37,6 +37,7 @@ from .arguments import (
     DistillArguments,
     ModelArguments,
     RecipeError,
+    SelfDistillArguments,
     decides,
     decisive,
     parse_recipe,
@@ -46,6 +47,7 @@ from .chats import ChatEncoder, ChatLimits
 from .checkpoints import GOES_ON, complete_checkpoints, damage, read_json, reading, sync, writing
 from .cost import Cost
 from .data import ChatSamples, Mixture, PackingCollator, limit_pixels, media_folder_of, open_chats, stream_chats
+from .own_answers import AnswerFiles, OwnAnswers, Writer
 from .trainer import BlockDiffusionTrainer, Teacher, group_of
 
 CODE_FOLDER = Path(__file__).resolve().parents[1]
@@ -78,6 +80,7 @@ class Stage:
         steps: optimizer steps, None for what the recipe says.
         number: counts the stages of a run; each has its own noise and order of samples.
         teacher: folder and kind of the model to distil from.
+        own_answers: learn from the model's own answers, not from the data's.
     """
 
     source: Path
@@ -87,6 +90,7 @@ class Stage:
     number: int = 0
     teacher: Path | None = None
     distillation: DistillArguments | None = None
+    own_answers: SelfDistillArguments | None = None
 
     @property
     def run_folder(self) -> Path:
@@ -252,6 +256,8 @@ def build_trainer(run: Run, stage: Stage, args: BlockDiffusionArguments) -> Bloc
         config = student_config(run, stage)
     with one_line():
         train, held_out, encoder = load_data(run, stage, processor, config, args)
+    if stage.own_answers is not None:
+        train = answered(run, stage, train)
     args.max_steps = args.steps(None if run.data.streaming else len(train)) if stage.steps is None else stage.steps
     args.check_warmup()  # before minutes are spent on the weights
     set_seed(args.seed)  # new adapters are random
@@ -302,6 +308,34 @@ def load_data(
             chats = chats.select(range(min(data.max_eval_samples, len(chats))))
             held_out = ChatSamples(chats, encoder(data.eval_data), data.measuring_processes)
     return train, held_out, encoder(sources[0])
+
+
+def answered(run: Run, stage: Stage, chats: ChatSamples | Mixture) -> OwnAnswers:
+    """Those of the model's own answers to chats that are learnt; they are written first, or what is left of them."""
+    settings, args = stage.own_answers, run.args
+    assert settings is not None
+    files = AnswerFiles(Path(settings.answers or run.output / "answers"), args.process_index)
+    known = {"source": str(stage.source), "block_size": stage.block_size}
+    known |= {name: value for name, value in decisive(settings).items() if name.startswith("answer_")}
+    files.begin(known | {"usable chats": f"{len(chats)}, {Hasher.hash([chats.indices, chats.lengths])}"})
+    wait = args.distributed_state.wait_for_everyone
+    wait()
+    done = files.read()
+    # A chat that comes several times in an epoch is asked once.
+    left = {sample_id: number for number, sample_id in enumerate(chats.sample_ids) if sample_id not in done}
+    share = list(left.values())[args.process_index :: args.world_size]
+    wait()
+    if share:
+        with whole_models():
+            model = load(stage.source, "auto", run.model.attn_implementation, config=student_config(run, stage))
+        model = model.to(args.device).eval()
+        writer = Writer(model, chats.encoder.tokenizer, stage.block_size, settings)
+        writer.write(chats, share, files, args.disable_tqdm or not args.should_save)
+    wait()
+    found = OwnAnswers(chats, files.read(), settings.judge(), settings.states == "recorded")
+    if args.should_save:
+        print(found, flush=True)
+    return found
 
 
 def mixed(sources: list[ChatSamples], weights: list[float] | None, seed: int) -> ChatSamples | Mixture:
@@ -440,6 +474,8 @@ def decisive_settings(run: Run, stage: Stage) -> dict[str, Any]:
         settings["dataloader_num_workers"] = run.args.dataloader_num_workers
     if stage.distillation is not None:
         settings |= decisive(stage.distillation) | {"teacher": str(stage.teacher)}
+    if stage.own_answers is not None:
+        settings |= decisive(stage.own_answers)
     settings |= {"source": str(stage.source), "block_size": stage.block_size}
     return json.loads(json.dumps(settings, default=str))
 
@@ -562,8 +598,8 @@ def write_checkpoint(
     shutil.copy(CODE_FOLDER / "LICENSE", folder / "LICENSE-CODE")
     (folder / "README.md").write_text(card(run, stage), "utf-8")
     recipe = {**asdict(run.model), **asdict(run.data)}
-    if stage.distillation is not None:
-        recipe |= asdict(stage.distillation)
+    for more in filter(None, (stage.distillation, stage.own_answers)):
+        recipe |= asdict(more)
     settings = run.args.to_dict()
     # Of transformers' own only what is not at its default: other lines have other ones.
     said = [each for each in fields(run.args) if "decides" in each.metadata or settings.get(each.name) != each.default]

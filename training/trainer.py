@@ -21,6 +21,7 @@ from .checkpoints import COMPLETE, complete_checkpoints, mark_complete, writing
 from .data import PackedBatch, PackingCollator, SkippedChats
 from .losses import LinearLosses, likeliest, linear_losses, position_weights
 from .noise import corrupt_rows, corruption_probabilities, replacement_ids
+from .own_answers import prompt_inputs
 from .packing import Layout, PackedRows, Sample, deal, dense_mask, fair, flex_mask
 
 NUM_TIMES = 4  # metrics by quarters of t
@@ -502,10 +503,13 @@ class BlockDiffusionTrainer(Trainer):
         rows, teacher = batch.rows, self.teacher
         index = batch.weights.flatten().nonzero()[:, 0]
         targets, weights = rows.input_ids.flatten()[index], batch.weights.flatten()[index]
-        settings: dict[str, Any] = {}
+        settings: dict[str, Any] = {
+            "certainty_weight": self.args.certainty_weight,
+            "certainty_temperature": self.args.certainty_temperature,
+        }
         if teacher is not None:
             mask = self.attention_mask(rows.layout(teacher.block_size))
-            settings = {
+            settings |= {
                 "teacher": (teacher.hidden_states(batch, index, mask), teacher.model.lm_head),
                 "taught": None if batch.taught is None else batch.taught.flatten()[index],
                 "ce_weight": teacher.settings.ce_weight,
@@ -710,32 +714,20 @@ class BlockDiffusionTrainer(Trainer):
     def respond(self, model: Any, samples: list[Sample], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Last answers of at most `longest` tokens, decoded: ids (n, length), and tokens per forward (n,)."""
         args = self.args
-        prompts = [sample.input_ids[: sample.responses[-1][0]] for sample in samples]
-        width = max(map(len, prompts))
-        tokens = torch.full((len(prompts), width), self.processing_class.tokenizer.pad_token_id, dtype=torch.long)
-        real = torch.zeros_like(tokens)
-        for row, prompt in enumerate(prompts):
-            tokens[row, width - len(prompt) :] = prompt
-            real[row, width - len(prompt) :] = 1
-        visual = {
-            name: torch.cat([sample.visual_inputs[name] for sample in samples if name in sample.visual_inputs])
-            for name in {name for sample in samples for name in sample.visual_inputs}
-        }
+        inputs = prompt_inputs(samples, self.processing_class.tokenizer.pad_token_id)
         given = {
             "confidence_threshold": args.decode_confidence_threshold,
             "denoising_steps": args.decode_denoising_steps,
         }
         with self.accelerator.autocast():
             output = model.generate(
-                input_ids=tokens.to(args.device),
-                attention_mask=real.to(args.device),
-                **{name: value.to(args.device) for name, value in visual.items()},
+                **{name: value.to(args.device) for name, value in inputs.items()},
                 block_size=self.block_size,
                 max_new_tokens=longest,
                 return_dict_in_generate=True,
                 **{name: value for name, value in given.items() if value is not None},
             )
-        return output.sequences[:, width:].cpu(), output.tokens_per_forward
+        return output.sequences[:, inputs["input_ids"].shape[1] :].cpu(), output.tokens_per_forward
 
     def show_answers(self, count: int) -> None:
         """Print the answers to `count` chats before and after training: held-out ones, if there are any.
