@@ -1,52 +1,50 @@
 """The cells of the study, as data: which stages of training, and how the result is decoded.
 
-Budgets are counted in units of `Scale.unit` optimizer steps. All ways to one block size get the same number
-of units: one for each stage of progressive block merging, and one to finish.
+Budgets are counted in units of `Scale.unit` optimizer steps.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import takewhile
 from typing import Literal
 
-SIZES = (4, 8, 16, 32)
-THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
-TeacherName = Literal["anchor", "long anchor", "large anchor", "autoregressive"]
+THRESHOLDS = (0.7, 0.8, 0.9, 0.95)
+TOKENS_PER_STEP = (1, 2, 4)
+FINISHING_RATE = 0.5
+REVISIONS: tuple[Literal["overwrite", "remask"] | None, ...] = (None, "overwrite", "remask")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run at one block size; block size 0 is autoregressive training.
+    """One training run at one block size.
 
     Attributes:
         block_size: tokens per block.
         units: optimizer steps, in units.
-        teacher: distil from it: the chain's first stage, another one with ten times its steps, that of the
-            larger model, or the parent.
+        teacher: distil from it: the study's anchor, or the autoregressive parent.
         ce_weight, kd_weight: of the cross entropy, and of the divergence from the teacher.
         kd_positions: where the teacher is followed.
         noise: mask, uniform or mixed.
-        visible_weight: in the loss, of tokens that the noise left alone.
-        draft_share: of the masks, whose place the model's own drafts take.
-        loss_form: of the loss; the committed results were made with "corrupted_mean".
-        padding_weight: of the padding behind an answer, None for the form's own.
         complementary_masks: two noisy copies of each answer, the second of which masks what the first shows.
+        batch_share: of the samples of a step.
         faulty_mask: clean tokens see the noisy ones of their block and of earlier blocks, as in the reference.
         rate: share of the peak learning rate.
-        large: the larger model.
+        visible_weight: in the loss, of tokens that the noise left alone.
+        draft_share: of the masks, whose place the model's own drafts take.
+        loss_form: of the loss.
+        padding_weight: of the padding behind an answer, None for the form's own.
     """
 
     block_size: int
     units: int = 1
-    teacher: TeacherName | None = None
+    teacher: Literal["anchor", "autoregressive"] | None = None
     ce_weight: float = 0.0
     kd_weight: float = 1.0
     kd_positions: Literal["all", "fair"] = "all"
     noise: Literal["mask", "uniform", "mixed"] = "mask"
     complementary_masks: bool = False
+    batch_share: float = 1.0
     faulty_mask: bool = False
     rate: float = 1.0
-    large: bool = False
     visible_weight: float = 0.0
     draft_share: float = 0.0
     loss_form: Literal["sample_mean", "corrupted_mean", "inverse_time"] = "corrupted_mean"
@@ -55,10 +53,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Decoding:
-    """The settings of decoding."""
+    """The settings of decoding: a threshold of confidence, or a fixed number of tokens per step."""
 
-    threshold: float
+    threshold: float | None = None
     revision: Literal["overwrite", "remask"] | None = None
+    tokens_per_step: int | None = None
+
+
+CURVE = tuple(map(Decoding, THRESHOLDS))
+STATIC = tuple(Decoding(tokens_per_step=number) for number in TOKENS_PER_STEP)
+REVISED = tuple(Decoding(threshold, revision) for revision in REVISIONS for threshold in THRESHOLDS)
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Cell:
 
     name: str
     stages: tuple[Stage, ...]
-    decodings: tuple[Decoding, ...] = tuple(map(Decoding, THRESHOLDS))
+    decodings: tuple[Decoding, ...] = (*CURVE, *STATIC)
 
     @property
     def block_size(self) -> int:
@@ -80,57 +84,60 @@ class Cell:
         return sum(stage.units for stage in self.stages)
 
 
-def merging(block_size: int, **settings: object) -> tuple[Stage, ...]:
-    """Progressive block merging up to a block size."""
-    sizes = [*takewhile(lambda size: size < block_size, SIZES), block_size]
-    return tuple(Stage(size, **settings) for size in sizes)  # type: ignore[arg-type]
-
-
-def ways(block_size: int) -> tuple[Cell, ...]:
-    """Direct, warm, and warm with distillation from the parent and from the anchor, in equal steps."""
-    merged = merging(block_size)
-    finish = partial(Stage, block_size, rate=FINISHING_RATE)
+def finishes(before: tuple[Stage, ...], units: int) -> tuple[Cell, ...]:
+    """The same model finished at block 32 in several ways, in equal steps."""
+    last = partial(Stage, 32, units, rate=FINISHING_RATE)
     return (
-        Cell(f"direct-{block_size}", (Stage(block_size, len(merged) + 1),)),
-        Cell(f"warm-{block_size}", (*merged, finish())),
-        Cell(f"swd-{block_size}", (*merged, finish(teacher="anchor"))),
-        Cell(f"ar-distilled-{block_size}", (*merged, finish(teacher="autoregressive"))),
+        Cell("cross-entropy", (*before, last())),
+        Cell("swd", (*before, last(teacher="anchor"))),
+        Cell("fair-swd", (*before, last(teacher="anchor", kd_positions="fair"))),
+        Cell("swd+ce", (*before, last(teacher="anchor", ce_weight=1.0))),
+        Cell("on-policy", (*before, last(draft_share=0.5, visible_weight=1.0)), (*REVISED, *STATIC)),
     )
 
 
-FINISHING_RATE = 0.5
-LONGEST = len(SIZES) + 1
-REVISIONS = tuple(Decoding(0.9, revision) for revision in (None, "overwrite", "remask"))
+PARENT = Cell("parent", (), (Decoding(),))
+HALF = Stage(32, 4, complementary_masks=True, batch_share=0.5)
 
-# A larger budget, with an anchor that has had as many steps as its student.
-LONG = (*(Stage(size, 2) for size in (4, 8, 16)), Stage(32, 4))
-LONG_ANCHOR = (Stage(4, sum(stage.units for stage in LONG)),)
-LONG_CELLS = (
-    Cell("long-warm-32", (*LONG, Stage(32, 2, rate=FINISHING_RATE))),
-    Cell("long-direct-32", (Stage(32, LONG_ANCHOR[0].units + 2),)),
-    Cell("long-anchor-4", LONG_ANCHOR),
-    Cell("long-swd-32", (*LONG, Stage(32, 2, teacher="long anchor", rate=FINISHING_RATE))),
+# In the order in which they run: what decides most comes first. The unit of both has 50 steps.
+ANCHOR = (Stage(4, 6),)
+PILOT_CELLS = (
+    Cell("plain", (Stage(32, 4),)),
+    Cell("complementary", (HALF,)),
+    *finishes((Stage(32, 4),), 3),
+    Cell("complementary-all", (replace(HALF, batch_share=1.0),)),
+    Cell("anchor", ANCHOR, CURVE),
+    PARENT,
 )
 
-# In the order of the claims that they decide.
-CELLS = (
-    *ways(32),
-    Cell("block-1", (Stage(1, LONGEST),), (Decoding(0.9),)),
-    *LONG_CELLS,
-    Cell("parent", (), (Decoding(1.0),)),
-    Cell("anchor-4", merging(4)),
-    Cell("swd-long-anchor-32", (*merging(32), Stage(32, teacher="long anchor", rate=FINISHING_RATE))),
-    *ways(16),
-    Cell("faulty-mask-8", merging(8, faulty_mask=True)),
-    Cell("right-mask-8", merging(8)),
-    Cell("mask-noise-8", merging(8), REVISIONS),
-    Cell("mixed-noise-8", merging(8, noise="mixed"), REVISIONS),
-    Cell("uniform-noise-8", merging(8, noise="uniform"), REVISIONS),
-    Cell("mixed-noise-visible-8", merging(8, noise="mixed", visible_weight=1.0), REVISIONS),
-    Cell("draft-noise-visible-8", merging(8, draft_share=0.5, visible_weight=1.0), REVISIONS),
-    Cell("swd+ce-32", (*merging(32), Stage(32, teacher="anchor", ce_weight=1.0, rate=FINISHING_RATE))),
-    *ways(8),
-    Cell("warm-4", (*merging(4), Stage(4, rate=FINISHING_RATE))),
-    Cell("ar-continued", (Stage(0, LONGEST),), (Decoding(1.0),)),
-    Cell("large-teacher-32", (*merging(32), Stage(32, teacher="large anchor", rate=FINISHING_RATE))),
+LARGER_ANCHOR = (Stage(4, 24),)
+DIRECT = partial(Stage, 32, 24)
+MERGED = tuple(Stage(size, 6) for size in (4, 8, 16))
+LARGER_CELLS = (
+    Cell("plain", (DIRECT(),)),
+    Cell("complementary", (DIRECT(complementary_masks=True, batch_share=0.5),)),
+    *finishes(MERGED, 6),
+    Cell("parent-distilled", (*MERGED, Stage(32, 6, teacher="autoregressive", rate=FINISHING_RATE))),
+    Cell("mixed-noise", (DIRECT(noise="mixed"),)),
+    Cell("faulty-mask", (DIRECT(faulty_mask=True),)),
+    Cell("anchor", LARGER_ANCHOR, CURVE),
+    PARENT,
+)
+
+# Captions of one form, on which some claims were decided: the unit has 100 steps.
+ONCE_REVISED = tuple(Decoding(0.9, revision) for revision in REVISIONS)
+MERGED_8 = (Stage(4), Stage(8))
+FIXED_CELLS = (
+    Cell("block-1", (Stage(1, 5),), (Decoding(0.9),)),
+    Cell("block-4", (Stage(4, 10),), tuple(map(Decoding, (0.5, *THRESHOLDS, 0.99)))),
+    *(
+        Cell(f"{name}-8", tuple(replace(stage, **settings) for stage in MERGED_8), ONCE_REVISED)
+        for name, settings in {
+            "mask-noise": {},
+            "uniform-noise": {"noise": "uniform"},
+            "mixed-noise": {"noise": "mixed"},
+            "mixed-noise-visible": {"noise": "mixed", "visible_weight": 1.0},
+        }.items()
+    ),
+    PARENT,
 )

@@ -1,7 +1,8 @@
 """The parts of a cell of the study: samples, one stage of training, one measurement."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +16,13 @@ from ..training.data import PackingCollator
 from ..training.packing import Layout, Sample, dense_mask
 from ..training.trainer import BlockDiffusionTrainer, Teacher
 from .cells import Decoding, Stage
-from .scenes import Scene
-from .tiny_model import PAD_TOKEN_ID, autoregressive_batch
+from .scenes import Scene, facts_f1, is_valid, phrase_spans
+from .tiny_model import EOS_TOKEN_ID, PAD_TOKEN_ID
 
 ROW_LENGTH = 320
 LONGEST_ANSWER = 96
 ROWS_DECODED = 128
+SHOWN = 3  # last tokens of a phrase that the probe of the right context shows
 
 
 def chat(scene: Scene, question: str, told: str) -> dict[str, Any]:
@@ -31,16 +33,18 @@ def chat(scene: Scene, question: str, told: str) -> dict[str, Any]:
 
 
 def encode(processor: Any, config: Any, chats: Iterable[tuple[Scene, str, str]]) -> list[Sample]:
-    """The chats as samples; both chats about a scene share its pixels."""
+    """The chats as samples; chats about one scene that follow each other share its pixels."""
     encoder = ChatEncoder(processor, config, ChatLimits(1, ROW_LENGTH))
     samples: list[Sample] = []
+    before = None
     for number, (scene, question, told) in enumerate(chats):
         sample = encoder.encode(chat(scene, question, told), number)
         if not isinstance(sample, Sample):
             raise ValueError(f"chat {number} cannot be used: {sample}")
-        if number % 2:
+        if scene is before:
             sample.visual_inputs = samples[-1].visual_inputs
         samples.append(sample)
+        before = scene
     return samples
 
 
@@ -55,7 +59,7 @@ class FaultyMaskTrainer(BlockDiffusionTrainer):
         return (dense_mask(layout) | fault)[:, None]
 
 
-def train_stage(
+def trainer_of(
     model: BardVLForConditionalGeneration,
     stage: Stage,
     samples: Sequence[Sample],
@@ -67,13 +71,14 @@ def train_stage(
     seed: int,
     folder: Path,
     teacher: BardVLForConditionalGeneration | None = None,
-) -> dict[str, float]:
-    """Train `model` in place with the package's trainer; what it took, and the mean loss of the last tenth."""
+) -> BlockDiffusionTrainer:
+    """The package's trainer with the settings of a stage."""
     rate = learning_rate * stage.rate
     arguments = BlockDiffusionArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=batch_size,
+        per_device_train_batch_size=max(round(batch_size * stage.batch_share), 1),
+        per_device_eval_batch_size=batch_size,
         learning_rate=rate,
         min_learning_rate=rate / 10,
         warmup_steps=min(20, steps // 10),
@@ -94,7 +99,7 @@ def train_stage(
     copies = 1 + stage.complementary_masks
     limits = ChatLimits(stage.block_size, ROW_LENGTH + LONGEST_ANSWER * (copies - 1), noisy_copies=copies)
     encoder = ChatEncoder(processor, model.config, limits)
-    trainer = (FaultyMaskTrainer if stage.faulty_mask else BlockDiffusionTrainer)(
+    return (FaultyMaskTrainer if stage.faulty_mask else BlockDiffusionTrainer)(
         model,
         arguments,
         stage.block_size,
@@ -103,6 +108,13 @@ def train_stage(
         PackingCollator(encoder),
         teacher=None if teacher is None else as_teacher(teacher, stage),
     )
+
+
+def train_stage(
+    model: BardVLForConditionalGeneration, stage: Stage, samples: Sequence[Sample], processor: Any, **settings: Any
+) -> dict[str, float]:
+    """Train `model` in place, with settings of `trainer_of`; what it took, and the mean loss of the last tenth."""
+    trainer = trainer_of(model, stage, samples, processor, **settings)
     start = time.monotonic()
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -126,38 +138,122 @@ def answer(sample: Sample) -> torch.Tensor:
 
 
 @torch.no_grad()
+def held_out_cross_entropy(
+    model: BardVLForConditionalGeneration, samples: Sequence[Sample], processor: Any, folder: Path
+) -> float:
+    """Mean over masked tokens of answers, in nats, under mask noise that is the same for all models of a block size."""
+    stage = Stage(model.config.block_size, padding_weight=0.0)
+    settings = {"steps": 1, "batch_size": 16, "learning_rate": 1e-3, "seed": 0, "folder": folder}
+    return round(trainer_of(model, stage, samples, processor, **settings).held_out_loss(samples)["loss"], 4)
+
+
+@torch.no_grad()
+def right_context(model: BardVLForConditionalGeneration, samples: Sequence[Sample], tokenizer: Any) -> float | None:
+    """Mean probability of the true tokens that begin a thing's phrase where all else is visible.
+
+    Of each caption the first phrase that a whole block holds is taken, and all but its last three tokens are masked.
+    These three tell which form the phrase has, and follow what they decide: a model that heeds only what comes before
+    is near a half at the first token. None if no block holds a phrase.
+    """
+    found = []
+    for sample in samples:
+        places = masked_phrase(sample, tokenizer, model.config.block_size)
+        if places:
+            ids = sample.input_ids[None].clone()
+            wanted = ids[0, places].clone()
+            ids[0, places] = model.config.mask_token_id
+            logits = model(**on(model.device, {"input_ids": ids, **pictures([sample])})).logits[0, places].cpu()
+            found.append(logits.softmax(-1).gather(1, wanted[:, None]).mean())
+    return round(torch.stack(found).mean().item(), 4) if found else None
+
+
+def masked_phrase(sample: Sample, tokenizer: Any, block_size: int) -> list[int]:
+    """Places of the tokens that `right_context` masks; none if no whole block holds a phrase."""
+    start, _ = sample.responses[0]
+    text = tokenizer.decode(answer(sample), skip_special_tokens=True)
+    spans = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
+    for first, last in phrase_spans(text):
+        places = [start + number for number, (_, end) in enumerate(spans) if first < end <= last]
+        if places[0] // block_size == places[-1] // block_size < len(sample.input_ids) // block_size:
+            return places[:-SHOWN]
+    return []
+
+
+Judge = Callable[[Sequence[Sample], Sequence[torch.Tensor]], dict[str, Any]]
+
+
+def exactness(samples: Sequence[Sample], responses: Sequence[torch.Tensor]) -> dict[str, float]:
+    """Percent of answers right in every token: all, captions (even numbers) and questions (odd ones)."""
+    pairs = [(answer(sample), response) for sample, response in zip(samples, responses, strict=True)]
+    exact = torch.tensor([torch.equal(response[: len(expected)], expected) for expected, response in pairs]).float()
+    parts = {"exact": exact, "captions": exact[::2], "questions": exact[1::2]}
+    return {name: round(100 * part.mean().item(), 2) for name, part in parts.items()}
+
+
+def reading(tokenizer: Any) -> Judge:
+    """A judge that reads captions: valid ones, valid ones that are true in all, and the mean F1 of facts, in percent.
+
+    `is_valid` has a digit for each answer, in the order of the samples.
+    """
+
+    def text_of(ids: torch.Tensor) -> str:
+        return tokenizer.decode(until_end(ids), skip_special_tokens=True)
+
+    def judge(samples: Sequence[Sample], responses: Sequence[torch.Tensor]) -> dict[str, Any]:
+        pairs = [(text_of(response), text_of(answer(each))) for each, response in zip(samples, responses, strict=True)]
+        f1 = torch.tensor([facts_f1(*pair) for pair in pairs])
+        valid = torch.tensor([is_valid(said) for said, _ in pairs])
+        figures = {"valid": valid.float(), "right": (valid & (f1 == 1)).float(), "f1": f1}
+        return {
+            **{name: round(100 * figure.mean().item(), 2) for name, figure in figures.items()},
+            "is_valid": "".join(map(str, valid.int().tolist())),
+        }
+
+    return judge
+
+
+def until_end(ids: torch.Tensor) -> torch.Tensor:
+    """Ids (length,) up to the first end of sequence."""
+    return ids[: len(ids) - int((ids == EOS_TOKEN_ID).cummax(0).values.sum())]
+
+
+@torch.no_grad()
 def measure(
-    model: BardVLForConditionalGeneration, samples: Sequence[Sample], decoding: Decoding
-) -> dict[str, float | str | None]:
-    """Decode the answers of `samples`, alternately captions and questions, and compare them with what they should be.
+    model: Qwen3VLForConditionalGeneration | BardVLForConditionalGeneration,
+    samples: Sequence[Sample],
+    decoding: Decoding,
+    judge: Judge = exactness,
+) -> dict[str, Any]:
+    """Decode the answers of `samples` and judge them.
 
     Returns:
-        Percentages of exact answers; the mean over answers of tokens per forward, that is of tokens up to the end of
+        What the judge says; the mean over answers of tokens per forward, that is of tokens up to the end of
         sequence over the forwards that the answer took part in, whatever they were for; seconds.
     """
-    exact, speed = torch.zeros(len(samples)), torch.zeros(len(samples))
+    responses: list[torch.Tensor] = [torch.empty(0)] * len(samples)
+    speed = torch.zeros(len(samples))
     order = sorted(range(len(samples)), key=lambda number: len(answer(samples[number])))
     start = time.monotonic()
     for first in range(0, len(order), ROWS_DECODED):
         numbers = order[first : first + ROWS_DECODED]
-        responses, tokens_per_forward = decode(model, [samples[number] for number in numbers], decoding)
-        speed[numbers] = tokens_per_forward
-        for number, response in zip(numbers, responses, strict=True):
-            expected = answer(samples[number])
-            exact[number] = torch.equal(response[: len(expected)], expected)
+        written, speed[numbers] = decode(model, [samples[number] for number in numbers], decoding)
+        for number, response in zip(numbers, written, strict=True):
+            responses[number] = response
     return {
-        "threshold": decoding.threshold,
-        "revision": decoding.revision,
-        **percentages(exact),
+        **asdict(decoding),
+        **judge(samples, responses),
         "tokens_per_forward": round(speed.mean().item(), 3),
         "seconds": round(time.monotonic() - start, 1),
     }
 
 
 def decode(
-    model: BardVLForConditionalGeneration, samples: Sequence[Sample], decoding: Decoding, **others: Any
+    model: Qwen3VLForConditionalGeneration | BardVLForConditionalGeneration,
+    samples: Sequence[Sample],
+    decoding: Decoding,
+    **others: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Responses (samples, length) and tokens per forward (samples,), decoded as one batch.
+    """Responses (samples, length) and tokens per forward (samples,), decoded greedily as one batch.
 
     `others` are further arguments of `generate`.
     """
@@ -168,16 +264,22 @@ def decode(
     for row, prompt in enumerate(prompts):
         input_ids[row, width - len(prompt) :] = prompt
         attention_mask[row, width - len(prompt) :] = 1
-    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, **pictures(samples)}
-    output = model.generate(
-        **{name: value.to(model.device) for name, value in inputs.items()},
-        confidence_threshold=decoding.threshold,
-        revision=decoding.revision,
-        max_new_tokens=LONGEST_ANSWER,
-        return_dict_in_generate=True,
-        **others,
-    )
+    inputs = on(model.device, {"input_ids": input_ids, "attention_mask": attention_mask, **pictures(samples)})
+    if not isinstance(model, BardVLForConditionalGeneration):
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
+        written = model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False, **others)
+        return written[:, width:].cpu(), torch.ones(len(samples))
+    settings: dict[str, Any] = {"confidence_threshold": decoding.threshold, "revision": decoding.revision}
+    if decoding.tokens_per_step is not None:
+        steps = -(-model.config.block_size // decoding.tokens_per_step)
+        settings = {"remasking_strategy": "low_confidence_static", "denoising_steps": steps}
+    output = model.generate(**inputs, **settings, max_new_tokens=LONGEST_ANSWER, return_dict_in_generate=True, **others)
     return output.sequences[:, width:].cpu(), output.tokens_per_forward.cpu()
+
+
+def on(device: torch.device, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors on a device."""
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def pictures(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
@@ -186,32 +288,3 @@ def pictures(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         name: torch.cat([sample.visual_inputs[name] for sample in samples])
         for name in ("pixel_values", "image_grid_thw")
     }
-
-
-@torch.no_grad()
-def measure_autoregressive(model: Qwen3VLForConditionalGeneration, samples: Sequence[Sample]) -> dict[str, Any]:
-    """As `measure`, for greedy decoding of an autoregressive model.
-
-    Greedy decoding writes the expected answer exactly if each of its tokens is the likeliest after those before it, so
-    one forward over the expected answers tells.
-    """
-    exact = torch.zeros(len(samples))
-    start = time.monotonic()
-    for first in range(0, len(samples), ROWS_DECODED):
-        batch = autoregressive_batch(samples[first : first + ROWS_DECODED])
-        labels = batch.pop("labels")[:, 1:]
-        predicted = model(**batch).logits[:, :-1].argmax(-1)
-        exact[first : first + ROWS_DECODED] = ((predicted == labels) | (labels == -100)).all(1).float()
-    return {
-        "threshold": None,
-        "revision": None,
-        **percentages(exact),
-        "tokens_per_forward": 1.0,
-        "seconds": round(time.monotonic() - start, 1),
-    }
-
-
-def percentages(exact: torch.Tensor) -> dict[str, float]:
-    """Exact answers in percent: all, captions (even numbers) and questions (odd ones)."""
-    parts = {"exact": exact, "captions": exact[::2], "questions": exact[1::2]}
-    return {name: round(100 * part.mean().item(), 2) for name, part in parts.items()}

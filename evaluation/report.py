@@ -1,50 +1,77 @@
 """Tables and plots of the study, from the JSON files of its cells alone."""
 
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .cells import CELLS, SIZES
+from .cells import FIXED_CELLS, LARGER_CELLS, PILOT_CELLS, REVISIONS, THRESHOLDS, TOKENS_PER_STEP
 
 Run = dict[str, Any]
 Score = dict[str, Any]
-THRESHOLD = 0.9  # of the tables that show one
-WAYS = {
-    "direct": "direct",
-    "warm": "warm (PBM)",
-    "ar-distilled": "warm + AR distillation",
-    "swd": "warm + SWD",
-}
-FINDINGS = Path(__file__).with_name("findings.md")  # what a reader sees in the full study's figures
-BUDGETS = ("long-", "")  # prefixes of names
+Runs = dict[str, list[Run]]
+FINDINGS = Path(__file__).with_name("findings.md")  # what a reader sees in the committed figures
+SPEED = 3.0  # tokens per forward at which validity is compared, and claimed at equal accuracy
+THRESHOLD = 0.9
 MARGIN = 2.0  # points below block size 1 that count as equal
-SPEED = 3.0  # tokens per forward claimed at equal accuracy
-CONTROLS = {
-    "Cross entropy or distillation, equal steps": ("warm-32", "swd-32", "swd+ce-32"),
-    "The teacher: an anchor of one unit, of ten units, a larger one; and what the anchors themselves reach": (
-        *("swd-32", "swd-long-anchor-32", "large-teacher-32", "anchor-4", "long-anchor-4"),
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571)  # two-sided, for 2 to 6 seeds
+CLAIMS = {
+    "Complementary masks beat plain ones at equal compute": ("complementary", "plain"),
+    "With all samples, at twice the compute, they beat plain ones": ("complementary-all", "plain"),
+    "SWD finishes better than cross entropy": ("swd", "cross-entropy"),
+    "SWD and cross entropy together finish better than cross entropy": ("swd+ce", "cross-entropy"),
+    "Fair SWD finishes better than cross entropy": ("fair-swd", "cross-entropy"),
+    "On-policy noise finishes better than plain noise": ("on-policy", "cross-entropy"),
+    "Distillation from the parent finishes better than cross entropy": ("parent-distilled", "cross-entropy"),
+    "Mixed noise beats mask noise": ("mixed-noise", "plain"),
+    "The right mask beats the reference's": ("plain", "faulty-mask"),
+}
+FREE = {"pilot": PILOT_CELLS, "larger": LARGER_CELLS, "smoke": PILOT_CELLS}
+FIXED_CLAIMS = {
+    "For plain decoding mask noise beats uniform noise": (("mask-noise-8", None), ("uniform-noise-8", None)),
+    "Where only corrupted tokens are learnt, `overwrite` beats no revision": (
+        *(("mixed-noise-8", "overwrite"), ("mixed-noise-8", None)),
     ),
-    "A larger budget": ("long-direct-32", "long-warm-32", "long-swd-32"),
-    "The reference's mask (clean tokens see noisy ones) or the right one": ("faulty-mask-8", "right-mask-8"),
-    "The autoregressive parent, as it is and trained on": ("parent", "ar-continued"),
+    "Where visible tokens are learnt too, `overwrite` beats no revision": (
+        *(("mixed-noise-visible-8", "overwrite"), ("mixed-noise-visible-8", None)),
+    ),
 }
-NOISES = ("mask-noise-8", "uniform-noise-8", "mixed-noise-8", "mixed-noise-visible-8")
+ABOUT = """Every figure below comes from the JSON files in `results/`; `python -m bard_vl.evaluation.small_study
+--report` writes this page again. Pictures show three to five coloured shapes on a grid of 4 x 4, half of them a word
+too; those that answers are about were never trained on. Tokens per forward count every forward, the prompt's included.
+Arms are paired by seed: ± is half a 95 % t interval over seeds, p is McNemar's, exact, over the answers of all
+seeds."""
+FREE_CAPTIONS = """Captions are free in form: a thing is "at a4 a large blue circle" or "a large blue circle at a4", of
+equal length, and no picture tells which, so tokens that are decided together must agree. A parser judges: an answer is
+*valid* if it is a caption in all its words, *right* if all that it says is true too; F1 counts facts (things, and the
+word). Validity at a speed is read off the line through the thresholds."""
 COLOURS = {
-    "direct": "#b0413e",
-    "warm": "#e0a030",
-    "ar-distilled": "#7a8ca0",
-    "swd": "#1f6f8b",
-    "anchor": "#5a8f3c",
-    "block-1": "#303030",
+    "plain": "#b0413e",
+    "complementary": "#e0a030",
+    "complementary-all": "#8a6d3b",
+    "cross-entropy": "#303030",
+    "swd": "#7a8ca0",
+    "swd+ce": "#6a4c93",
+    "fair-swd": "#1f6f8b",
+    "on-policy": "#5a8f3c",
+}
+Settings = dict[str, Any]  # of decoding
+# None for validity at a speed, which no single answers have.
+MEASURES: dict[str, Settings | None] = {
+    f"at {SPEED:g} tokens per forward": None,
+    f"at threshold {THRESHOLD}": {"threshold": THRESHOLD},
+    "at 2 tokens a step": {"tokens_per_step": 2},
 }
 
 
-def read_runs(results: Path) -> dict[str, list[Run]]:
+def read_runs(results: Path) -> Runs:
     """Finished runs by the name of their cell, one for each seed."""
-    runs: dict[str, list[Run]] = defaultdict(list)
+    runs: Runs = defaultdict(list)
     for path in sorted(results.glob("*.json")):
         run = read_run(path)
         runs[run["cell"]].append(run)
@@ -62,61 +89,84 @@ def read_run(path: Path) -> Run:
 
 
 def write_report(results: Path, output: Path) -> Path:
-    """Write `SMALL_STUDY.md` and its plots into a folder; returns the path of the text."""
-    runs = read_runs(results)
+    """Write `SMALL_STUDY.md` and its plot into a folder; returns the path of the text."""
     folder = output / "plots"
     folder.mkdir(parents=True, exist_ok=True)
-    plots = [plot_block_sizes(runs, folder / "block_sizes.png"), plot_trade_off(runs, folder / "trade_off.png")]
-    sections = [
-        heading(runs),
-        claims(runs),
-        FINDINGS.read_text("utf-8").strip() if output == FINDINGS.parent else "",
-        "## By block size\n\n" + block_size_table(runs),
-        "\n".join(f"![{path.stem.replace('_', ' ')}](plots/{path.name})" for path in plots if path),
-        "## Over thresholds\n\n" + threshold_table(runs),
-        "## Controls\n\n" + "\n\n".join(control_table(runs, *control) for control in CONTROLS.items()),
-        "## Noise and revision\n\n" + noise_table(runs),
-        missing(runs),
-    ]
+    scales = {name: runs for name in FREE if (runs := read_runs(results / name))}
+    fixed = read_runs(results / "fixed")
+    sections = ["# The small-scale study\n\n" + (ABOUT if scales or fixed else "No cell has been run yet.")]
+    findings = FINDINGS.read_text("utf-8").strip() if output == FINDINGS.parent else ""
+    for name, runs in scales.items():
+        plot = plot_trade_off(runs, folder / f"trade_off_{name}.png")
+        sections += [
+            f"## Free captions, scale `{name}`\n\n{FREE_CAPTIONS}\n\n{sizes(runs)}",
+            claims(runs),
+            findings if name == "pilot" else "",
+            "### Validity\n\n" + validity_table(runs, FREE[name]),
+            f"![validity against tokens per forward](plots/{plot.name})" if plot else "",
+            "### Beside validity\n\n" + other_table(runs, FREE[name]),
+            "### Revision\n\n" + revision_table(runs.get("on-policy", [])),
+        ]
+    if fixed:
+        sections.append(fixed_section(fixed))
+    sections.append(missing({**scales, "fixed": fixed}))
     path = output / "SMALL_STUDY.md"
     path.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
     return path
 
 
-def heading(runs: dict[str, list[Run]]) -> str:
-    """The models and the data of the measurements."""
+def sizes(runs: Runs) -> str:
+    """Models, data and budgets of the measurements."""
     every = [run for group in runs.values() for run in group]
-    if not every:
-        return "# The small-scale study\n\nNo cell has been run yet."
     first = every[0]
-    seeds = sorted({run["seed"] for run in every})
-    return f"""# The small-scale study
-
-Every figure below comes from the JSON files in `results/`; `python -m bard_vl.evaluation.small_study --report` writes
-this page again. Exact answers: percent of {first["answers"]} answers about scenes that no training has seen, half of
-them captions and half answers to questions, {first["answer_length"]} tokens on average with the end of sequence, that
-are right in every token. Tokens per forward count every forward, the prompt's included. A step has
-{first["batch_size"]} samples. Seeds: {", ".join(map(str, seeds))}; with several, the range stands in brackets."""
-
-
-def score_at(run: Run, threshold: float | None = THRESHOLD, revision: str | None = None) -> Score | None:
-    """The run's score at a threshold, or its only one."""
-    scores = [s for s in run["scores"] if s["threshold"] in (threshold, None) and s["revision"] == revision]
-    return scores[0] if scores else None
+    seeds = ", ".join(map(str, sorted({run["seed"] for run in every})))
+    seconds = {tuple(map(repr, run["stages"])): run["stages"][-1]["seconds"] for run in every if run["stages"]}
+    return (
+        f"Qwen3-VL's architecture with {first['parameters'] / 1e6:.1f}M parameters; an autoregressive parent of "
+        f"{first['parent_steps']:,} steps; {first['scenes']:,} scenes to train on; {first['batch_size']} samples a "
+        f"step, peak rate {first['rate']:g}; {first['answers']} held-out answers of {first['answer_length']} tokens on "
+        f"average with the end of sequence, the same for all; seeds {seeds}. The last stages of all cells took "
+        f"{sum(seconds.values()) / 3600:.1f} hours of one thread."
+    )
 
 
-def figure(runs: Sequence[Run], name: str, threshold: float = THRESHOLD, revision: str | None = None) -> str:
-    """Mean over seeds of one figure, with the range where there are several."""
-    values = [score[name] for run in runs if (score := score_at(run, threshold, revision))]
-    if not values:
-        return ""
-    text = f"{mean(values):.{2 if name == 'tokens_per_forward' else 1}f}"
-    return text if len(values) == 1 else f"{text} ({min(values):.1f}-{max(values):.1f})"
+# --- Figures of a run -------------------------------------------------------------------------------------------------
 
 
-def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean."""
-    return sum(values) / len(values)
+def score_at(run: Run, **settings: Any) -> Score | None:
+    """The run's score by some settings of decoding, the others unset."""
+    wanted = {"threshold": None, "revision": None, "tokens_per_step": None, **settings}
+    return next((s for s in run["scores"] if all(s.get(name) == value for name, value in wanted.items())), None)
+
+
+def of_score(run: Run, name: str, **settings: Any) -> Any:
+    """One figure of that score, None where there is none."""
+    score = score_at(run, **settings)
+    return None if score is None else score.get(name)
+
+
+def curve(run: Run, name: str = "valid", revision: str | None = None) -> list[tuple[float, float]]:
+    """(tokens per forward, figure) over thresholds, slowest first."""
+    scores = [s for s in run["scores"] if s["threshold"] is not None and s["revision"] == revision]
+    return sorted((score["tokens_per_forward"], score[name]) for score in scores)
+
+
+def at_speed(run: Run, revision: str | None = None, speed: float = SPEED) -> float | None:
+    """Valid answers at so many tokens per forward, between the two nearest thresholds; None beyond all of them."""
+    points = curve(run, revision=revision)
+    for (slow, first), (fast, second) in pairwise(points):
+        if slow <= speed <= fast:
+            return first + (second - first) * (speed - slow) / max(fast - slow, 1e-9)
+    return None
+
+
+def shown(values: Iterable[float | None], digits: int = 1) -> str:
+    """Each seed's figure, and their mean if there are several."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    each = ", ".join(f"{value:.{digits}f}" for value in known)
+    return each if len(known) == 1 else f"{statistics.fmean(known):.{digits}f} ({each})"
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
@@ -126,219 +176,208 @@ def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])
 
 
-def block_size_table(runs: dict[str, list[Run]]) -> str:
-    """Exact answers and tokens per forward of every way to every block size."""
-    header = ["block size", "steps", *WAYS.values()]
+def validity_table(runs: Runs, cells: Iterable[Any]) -> str:
+    """Valid answers of every cell in every way of decoding that needs no revision."""
+    header = ["cell", "steps", f"at {SPEED:g} tokens per forward", *map(str, THRESHOLDS)]
+    header += [f"{number} a step" for number in TOKENS_PER_STEP]
     rows = []
-    for size in SIZES:
-        cells = [runs.get(f"{way}-{size}", []) for way in WAYS]
-        steps = next((group[0]["steps"] for group in cells if group), "")
-        shown = [f"{figure(g, 'exact')} at {figure(g, 'tokens_per_forward')}" if g else "not run" for g in cells]
-        rows.append([size, steps, *shown])
-    single = runs.get("block-1")
-    if single:
-        rows.insert(0, [1, single[0]["steps"], f"{figure(single, 'exact')} at 1.00", "", "", ""])
-    return f"Exact answers at tokens per forward, threshold {THRESHOLD}.\n\n" + table(header, rows)
+    for name in (cell.name for cell in cells if cell.name in runs and cell.stages):
+        group = runs[name]
+        row = [name, group[0]["steps"], shown(map(at_speed, group))]
+        for threshold in THRESHOLDS:
+            speed = [of_score(run, "tokens_per_forward", threshold=threshold) for run in group]
+            valid = shown(of_score(run, "valid", threshold=threshold) for run in group)
+            row.append(f"{valid} at {statistics.fmean(filter(None, speed)):.2f}" if any(speed) else "-")
+        for number in TOKENS_PER_STEP:
+            row.append(shown(of_score(run, "valid", tokens_per_step=number) for run in group))
+        rows.append(row)
+    return (
+        "Percent of valid answers: at a speed (the primary measure), at thresholds with their tokens per forward, and "
+        "at fixed numbers of tokens a step. Several seeds: mean (each).\n\n" + table(header, rows)
+    )
 
 
-def threshold_table(runs: dict[str, list[Run]]) -> str:
-    """Accuracy against tokens per forward for the cells that were decoded at several thresholds."""
-    chosen = {name: group for name, group in runs.items() if len(thresholds(group)) > 1}
-    if not chosen:
-        return "Not run yet."
-    columns = sorted({threshold for group in chosen.values() for threshold in thresholds(group)})
+def other_table(runs: Runs, cells: Iterable[Any]) -> str:
+    """What else tells cells apart."""
+    at = {"threshold": THRESHOLD}
+    header = ["cell", "right", "F1", "held-out cross entropy", "right context"]
     rows = []
-    for name in (cell.name for cell in CELLS if cell.name in chosen):
-        group = chosen[name]
-        shown = [f"{figure(group, 'exact', t)} at {figure(group, 'tokens_per_forward', t)}" for t in columns]
-        rows.append([name, *shown])
-    return "Exact answers at tokens per forward.\n\n" + table(["cell", *map(str, columns)], rows)
+    for name in (cell.name for cell in cells if cell.name in runs):
+        group = runs[name]
+        settings = at if group[0]["stages"] else {}
+        figures = [shown(of_score(run, part, **settings) for run in group) for part in ("right", "f1")]
+        probes = [shown((run.get(part) for run in group), 3) for part in ("cross_entropy", "right_context")]
+        rows.append([name, *figures, *probes])
+    return (
+        f"Right answers and F1 in percent at threshold {THRESHOLD}, the parent's by its own greedy decoding. Cross "
+        "entropy in nats under mask noise that is the same for all of one block size. Right context: the mean "
+        "probability of the true first four tokens of a phrase when the last three, which tell its form, and all else "
+        "are visible.\n\n" + table(header, rows)
+    )
 
 
-def thresholds(group: Sequence[Run]) -> list[float]:
-    """Thresholds that a cell was decoded at without revision."""
-    scores = [score for score in group[0]["scores"] if score["revision"] is None] if group else []
-    return [score["threshold"] for score in scores if score["threshold"] is not None]
-
-
-def control_table(runs: dict[str, list[Run]], title: str, names: Sequence[str]) -> str:
-    """Cells that differ in one thing."""
-    header = ["cell", "steps", "exact", "captions", "questions", "tokens per forward", "last training loss"]
+def revision_table(group: Sequence[Run]) -> str:
+    """Ways of revision of the model that was trained on its own drafts, at equal forwards."""
     rows = []
-    for name in names:
-        group = runs.get(name)
-        if not group:
-            rows.append([name, *["not run"] * (len(header) - 1)])
-            continue
-        losses = [run["stages"][-1]["loss"] for run in group if run["stages"]]
-        numbers = [figure(group, part) for part in ("exact", "captions", "questions", "tokens_per_forward")]
-        rows.append([name, group[0]["steps"], *numbers, f"{mean(losses):.4f}" if losses else ""])
-    return f"### {title}\n\n" + table(header, rows)
+    for revision in REVISIONS:
+        valid = [of_score(run, "valid", threshold=THRESHOLD, revision=revision) for run in group]
+        speed = [of_score(run, "tokens_per_forward", threshold=THRESHOLD, revision=revision) for run in group]
+        points = [shown(at_speed(run, revision, speed) for run in group) for speed in (SPEED, 2 * SPEED)]
+        rows.append([revision or "none", *points, shown(valid), shown(speed, 2)])
+    header = ["revision", *(f"at {speed:g} tokens per forward" for speed in (SPEED, 2 * SPEED))]
+    return "The cell `on-policy`.\n\n" + table([*header, f"at {THRESHOLD}", "tokens per forward there"], rows)
 
 
-def noise_table(runs: dict[str, list[Run]]) -> str:
-    """Kinds of noise in training, ways of revision in decoding."""
-    rows = []
-    for name in NOISES:
-        for revision in (None, "overwrite", "remask"):
-            group = runs.get(name, [])
-            numbers = [figure(group, part, revision=revision) for part in ("exact", "tokens_per_forward")]
-            rows.append([name, revision or "none", *(numbers if group else ["not run"] * 2)])
-    return table(["cell", "revision", "exact", "tokens per forward"], rows)
-
-
-def missing(runs: dict[str, list[Run]]) -> str:
-    """The names of the cells that have not been run."""
-    names = [cell.name for cell in CELLS if cell.name not in runs]
-    return "## Not run yet\n\n" + ", ".join(f"`{name}`" for name in names) if names else ""
+def missing(scales: dict[str, Runs]) -> str:
+    """Which cells have not been run, and with which seeds."""
+    lines = []
+    for name, cells in {**FREE, "fixed": FIXED_CELLS}.items():
+        runs = scales.get(name, {})
+        seeds = {run["seed"] for group in runs.values() for run in group}
+        gaps = []
+        for cell in cells:
+            lacking = sorted(seeds - {run["seed"] for run in runs.get(cell.name, [])})
+            if cell.name not in runs:
+                gaps.append(f"`{cell.name}`")
+            elif lacking and name in FREE and cell.name not in ("parent", "anchor"):
+                gaps.append(f"`{cell.name}` with seed {', '.join(map(str, lacking))}")
+        if gaps and (runs or name == "larger"):
+            lines.append(f"- `{name}`: {', '.join(gaps)}" if runs else f"- `{name}`: all of it")
+    return "## Not run yet\n\n" + "\n".join(lines) if lines else ""
 
 
 # --- Claims -----------------------------------------------------------------------------------------------------------
 
 
-def claims(runs: dict[str, list[Run]]) -> str:
-    """A verdict by the figures on each claim of the method."""
-    verdicts = [
-        *(
-            compare(runs, f"warm-{size}", f"direct-{size}", f"At block {size}, merging beats direct training")
-            for size in SIZES[1:]
-        ),
-        compare(runs, "long-warm-32", "long-direct-32", "At block 32 with the larger budget"),
-        compare(runs, "swd-32", "warm-32", "Distillation from the anchor adds to merging"),
-        compare(runs, "long-swd-32", "long-warm-32", "The same with the larger budget and a well-trained anchor"),
-        compare(runs, "ar-distilled-32", "warm-32", "Distillation from the autoregressive parent adds to merging"),
-        *(
-            compare(runs, "mask-noise-8", f"{kind}-noise-8", f"For plain decoding mask noise beats {kind} noise")
-            for kind in ("mixed", "uniform")
-        ),
-        compare(runs, "right-mask-8", "faulty-mask-8", "The right mask beats the reference's"),
-        speed_claim(runs),
+def claims(runs: Runs) -> str:
+    """What the figures say of each claim whose cells have been run."""
+    rows = [
+        [claim, *(verdict(runs[better], runs[worse], settings) for settings in MEASURES.values())]
+        for claim, (better, worse) in CLAIMS.items()
+        if better in runs and worse in runs
     ]
-    return "## Claims\n\n" + "\n".join(f"- {verdict}" for verdict in verdicts)
+    told = (
+        "Gains in points of valid answers. A claim is decided where the t interval leaves out 0; with one seed, where "
+        "McNemar's p is below 0.05, which tells of the answers and not of the training."
+    )
+    return f"### Claims\n\n{told}\n\n{table(['claim', *MEASURES], rows)}" if rows else ""
 
 
-def compare(runs: dict[str, list[Run]], better: str, worse: str, claim: str) -> str:
-    """One cell against another at the same threshold, paired by seed, with the error of a difference of shares."""
-    if better not in runs or worse not in runs:
-        return f"{claim}: not run yet."
-    others = {run["seed"]: run for run in runs[worse]}
-    pairs = [(run, others[run["seed"]]) for run in runs[better] if run["seed"] in others]
-    scores = [(exact(first), exact(second)) for first, second in pairs]
-    gains = [first - second for first, second in scores]
+def verdict(better: Sequence[Run], worse: Sequence[Run], settings: Settings | None) -> str:
+    """The gain in valid answers of one cell over another, at a speed or by some settings of decoding."""
+    if settings is None:
+        return gain_of(better, worse, at_speed, at_speed)
+    valid, answers = (partial(of_score, name=name, **settings) for name in ("valid", "is_valid"))
+    others = {run["seed"]: answers(run) for run in worse}
+    p = mcnemar([(answers(run), others[run["seed"]]) for run in better if run["seed"] in others])
+    return gain_of(better, worse, valid, valid, p)
+
+
+def gain_of(
+    better: Sequence[Run],
+    worse: Sequence[Run],
+    measure: Callable[[Run], float | None],
+    other_measure: Callable[[Run], float | None],
+    p: float | None = None,
+) -> str:
+    """The gain of one measure over another, paired by seed, and what follows; p is that of single answers."""
+    others = {run["seed"]: other_measure(run) for run in worse}
+    pairs = [(measure(run), others.get(run["seed"])) for run in better]
+    gains = [first - second for first, second in pairs if first is not None and second is not None]
     if not gains:
-        return f"{claim}: not run yet with a common seed."
-    # The larger of what the choice of scenes and, with several seeds, what training makes uncertain.
-    errors = [mean([standard_error(a, b, pairs[0][0]["answers"]) for a, b in scores])]
-    errors += [statistics.stdev(gains)] if len(gains) > 1 else []
-    gain, error = mean(gains), max(errors) / len(gains) ** 0.5
-    verdict = "yes" if gain > 2 * error else "no" if gain < -2 * error else "undecided"
-    values = " and ".join(f"{mean(column):.1f}" for column in zip(*scores, strict=True))
-    seeds = f"{len(gains)} seed{'s' * (len(gains) > 1)}"
-    return f"{claim}: **{verdict}**; {values} percent exact, {gain:+.1f} ± {error:.1f} points ({seeds})."
+        return "-"
+    gain, error = statistics.fmean(gains), half_interval(gains)
+    bound = error if error is not None else 0.0 if p is not None and p < 0.05 else math.inf
+    told = "yes" if gain > bound else "no" if gain < -bound else "undecided"
+    spread = "" if error is None else f" ± {error:.1f}"
+    chance = "" if p is None else f", p {p:.2g}" if p >= 0.001 else ", p < 0.001"
+    return f"**{told}**: {gain:+.1f}{spread}{chance}"
 
 
-def exact(run: Run) -> float:
-    """Percent of exact answers at the common threshold."""
-    score = score_at(run)
-    assert score is not None, f"{run['cell']} was not decoded at threshold {THRESHOLD}"
-    return score["exact"]
+def half_interval(gains: Sequence[float]) -> float | None:
+    """Half the width of the 95 % t interval of a mean; None for one value."""
+    if len(gains) < 2:
+        return None
+    return T_95[min(len(gains) - 2, len(T_95) - 1)] * statistics.stdev(gains) / math.sqrt(len(gains))
 
 
-def standard_error(first: float, second: float, count: int) -> float:
-    """Of the difference of two percentages of `count` independent answers."""
-    return (sum(p * (100 - p) for p in (first, second)) / count) ** 0.5
+def mcnemar(pairs: Sequence[Sequence[str | None]]) -> float | None:
+    """Two-sided exact p of two models' answers, a digit for each answer; None where single answers are not known.
+
+    Only the answers count that one of both has right: they fall to either alike if the models are equally good.
+    """
+    if not all(first and second for first, second in pairs):
+        return None
+    digits = [both for first, second in pairs for both in zip(first or "", second or "", strict=True)]
+    wins, losses = digits.count(("1", "0")), digits.count(("0", "1"))
+    tail = sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, 2 * tail / 2 ** (wins + losses))
 
 
-def speed_claim(runs: dict[str, list[Run]]) -> str:
+# --- Captions of one form ---------------------------------------------------------------------------------------------
+
+
+def fixed_section(runs: Runs) -> str:
+    """The claims that captions of one form decide, which are easy for parallel decoding."""
+    every = [run for group in runs.values() for run in group]
+    answers, length = every[0]["answers"], every[0]["answer_length"]
+    lines = [speed_claim(runs)]
+    for claim, sides in FIXED_CLAIMS.items():
+        if all(name in runs for name, _ in sides):
+            groups = [runs[name] for name, _ in sides]
+            ways = [partial(of_score, name="exact", threshold=THRESHOLD, revision=revision) for _, revision in sides]
+            lines.append(f"{claim}: {gain_of(*groups, *ways)} points.")
+    rows = []
+    for name in (cell.name for cell in FIXED_CELLS if cell.name in runs):
+        for score in runs[name][0]["scores"]:
+            settings = {part: score.get(part) for part in ("threshold", "revision")}
+            group = runs[name]
+            exact, speed = (
+                [of_score(run, part, **settings) for run in group] for part in ("exact", "tokens_per_forward")
+            )
+            ways = [score["threshold"] or "-", score["revision"] or "none"]
+            rows.append([name, group[0]["steps"], *ways, shown(exact), shown(speed, 2)])
+    header = ["cell", "steps", "threshold", "revision", "exact", "tokens per forward"]
+    return (
+        f"## Captions of one form\n\nScale `fixed`: {answers} answers, captions and answers to questions, {length} "
+        "tokens on average; exact ones are right in every token. The parent had 1,500 steps.\n\n"
+        + "\n".join(f"- {line}" for line in lines)
+        + "\n\n"
+        + table(header, rows)
+    )
+
+
+def speed_claim(runs: Runs) -> str:
     """Whether some cell writes as many tokens per forward as claimed at block size 1's accuracy."""
     claim = f"At least {SPEED:g} tokens per forward within {MARGIN:g} points of block size 1"
     if "block-1" not in runs:
         return f"{claim}: not run yet."
-    reference = mean([exact(run) for run in runs["block-1"]])
-    points = [(score, name) for name, group in runs.items() for score in trade_off(group) if name != "block-1"]
-    equal = [point for point in points if point[0]["exact"] >= reference - MARGIN]
+    reference = statistics.fmean(of_score(run, "exact", threshold=THRESHOLD) or 0.0 for run in runs["block-1"])
+    points = [
+        (*point, name)
+        for name, group in runs.items()
+        if name != "block-1"
+        for run in group
+        for point in curve(run, "exact")
+    ]
+    equal = [point for point in points if point[1] >= reference - MARGIN]
     if not equal:
         return f"{claim}: **no**; no cell comes within {MARGIN:g} points of its {reference:.1f} percent."
-    best, name = max(equal, key=lambda point: point[0]["tokens_per_forward"])
-    verdict = "yes" if best["tokens_per_forward"] >= SPEED else "no"
+    speed, exact, name = max(equal)
+    told = "yes" if speed >= SPEED else "no"
     return (
-        f"{claim}: **{verdict}**; `{name}` ({runs[name][0]['steps']:,} steps) at threshold {best['threshold']} writes "
-        f"{best['tokens_per_forward']:.2f} with {best['exact']:.1f} percent exact, block size 1 "
-        f"({runs['block-1'][0]['steps']:,} steps) has {reference:.1f}."
+        f"{claim}: **{told}**; `{name}` ({runs[name][0]['steps']:,} steps) writes {speed:.2f} with {exact:.1f} percent "
+        f"exact, block size 1 ({runs['block-1'][0]['steps']:,} steps) has {reference:.1f}."
     )
 
 
-def trade_off(group: Sequence[Run]) -> list[Score]:
-    """Mean exact answers and tokens per forward over seeds, for each threshold without revision."""
-    points = []
-    for threshold in thresholds(group):
-        scores = [score for run in group if (score := score_at(run, threshold))]
-        figures = {name: mean([score[name] for score in scores]) for name in ("exact", "tokens_per_forward")}
-        points.append({"threshold": threshold, **figures})
-    return points
+# --- Plot -------------------------------------------------------------------------------------------------------------
 
 
-# --- Plots ------------------------------------------------------------------------------------------------------------
-
-
-def plot_block_sizes(runs: dict[str, list[Run]], path: Path) -> Path | None:
-    """Exact answers over block sizes where several were measured; a line for each way, a bar for the range of seeds."""
-
-    def draw(axes: Any) -> None:
-        for way, label in WAYS.items():
-            sizes = [size for size in SIZES if f"{way}-{size}" in runs]
-            values = [[exact(run) for run in runs[f"{way}-{size}"]] for size in sizes]
-            if sizes:
-                means = [mean(each) for each in values]
-                spread = [[mean(each) - min(each) for each in values], [max(each) - mean(each) for each in values]]
-                axes.errorbar(sizes, means, yerr=spread, marker="o", capsize=3, color=COLOURS[way], label=label)
-        if "block-1" in runs:
-            reference = mean([exact(run) for run in runs["block-1"]])
-            axes.axhline(reference, color=COLOURS["block-1"], linestyle=":", label="block size 1")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(SIZES, list(map(str, SIZES)))
-        axes.set_xlabel("block size")
-        axes.set_title("Exact answers by block size, equal steps for each size")
-
-    measured = [size for size in SIZES if runs.keys() & {f"{way}-{size}" for way in WAYS}]
-    return figure_file(path, draw, len(measured) > 1)
-
-
-def plot_trade_off(runs: dict[str, list[Run]], path: Path) -> Path | None:
-    """Exact answers against tokens per forward, a line over thresholds for each cell."""
-    labels = {**WAYS, "anchor": "anchor"}
-    named = {f"{prefix}{way}-{size}": way for prefix in BUDGETS for way in labels for size in (4, 16, 32)}
-    names = [name for name in named if len(thresholds(runs.get(name, []))) > 1]
-
-    def draw(axes: Any) -> None:
-        for name in names:
-            points = sorted(trade_off(runs[name]), key=lambda point: point["threshold"])
-            steps = runs[name][0]["steps"]
-            axes.plot(
-                [point["tokens_per_forward"] for point in points],
-                [point["exact"] for point in points],
-                marker="o",
-                markersize=4,
-                linestyle="-" if name.startswith("long") else "--" if name.endswith("32") else ":",
-                color=COLOURS[named[name]],
-                label=f"{labels[named[name]]}, block {runs[name][0]['block_size']}, {steps:,} steps",
-            )
-        if "block-1" in runs:
-            reference = mean([exact(run) for run in runs["block-1"]])
-            axes.axhspan(reference - MARGIN, reference, color=COLOURS["block-1"], alpha=0.12, linewidth=0)
-            axes.axhline(
-                reference, color=COLOURS["block-1"], linestyle=":", label=f"block size 1, less {MARGIN:g} points"
-            )
-        axes.axvline(SPEED, color="#bbbbbb", linewidth=1)
-        axes.set_xlabel("tokens per forward")
-        axes.set_title("Exact answers against speed, thresholds 0.5 to 0.99")
-
-    return figure_file(path, draw, bool(names))
-
-
-def figure_file(path: Path, draw: Callable[[Any], None], wanted: bool) -> Path | None:
-    """Draw one figure of percentages into a file; nothing where there is nothing to show."""
-    if not wanted:
+def plot_trade_off(runs: Runs, path: Path) -> Path | None:
+    """Valid answers against tokens per forward, means over seeds, a line over thresholds for each cell."""
+    lines = {name: group for name, group in runs.items() if name in COLOURS and len(curve(group[0])) > 1}
+    if not lines:
         return None
     import matplotlib
 
@@ -346,8 +385,16 @@ def figure_file(path: Path, draw: Callable[[Any], None], wanted: bool) -> Path |
     from matplotlib import pyplot
 
     chart, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
-    draw(axes)
-    axes.set_ylabel("exact answers (%)")
+    for name, group in lines.items():
+        points = [
+            [statistics.fmean(each) for each in zip(*same, strict=True)]
+            for same in zip(*map(curve, group), strict=True)
+        ]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=COLOURS[name], label=name)
+    axes.axvline(SPEED, color="#bbbbbb", linewidth=1)
+    axes.set_xlabel("tokens per forward")
+    axes.set_ylabel("valid answers (%)")
+    axes.set_title("Valid answers against speed, over thresholds")
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

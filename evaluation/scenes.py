@@ -6,7 +6,9 @@ held-out split is ever seen in training, whatever the seeds.
 
 import math
 import random
+import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
@@ -40,6 +42,7 @@ OUTLINES: dict[str, list[tuple[float, float]]] = {
 WORDS = ("bard", "song", "tale", "poem", "moon", "rain", "snow", "wind", "tree", "leaf", "rose", "bird", "wolf", "gold")
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 HELD_OUT_SHARE = 16  # one scene in 16 is never trained on
+Fact = tuple[str, ...]  # a thing as (cell, size, colour, shape), the word as (row, colour, text)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ class Thing:
         """For instance `at b3 a large red circle`."""
         return f"at {self.cell} a {self.size} {self.colour} {self.shape}"
 
+    @property
+    def phrase_place_last(self) -> str:
+        """The other form, of as many tokens: `a large red circle at b3`."""
+        return f"a {self.size} {self.colour} {self.shape} at {self.cell}"
+
 
 @dataclass(frozen=True)
 class Word:
@@ -91,9 +99,10 @@ class Scene:
         """Whether no training may see it."""
         return zlib.crc32(repr(self).encode()) % HELD_OUT_SHARE == 0
 
-    def caption(self) -> str:
-        """All that is in the picture."""
-        shapes = f"There are {NUMBERS[len(self.things)]} shapes: {listing([thing.phrase for thing in self.things])}."
+    def caption(self, rng: random.Random | None = None) -> str:
+        """All that is in the picture; `rng` draws the form of each thing's phrase, which is else one and the same."""
+        phrases = [thing.phrase_place_last if rng and rng.random() < 0.5 else thing.phrase for thing in self.things]
+        shapes = f"There are {NUMBERS[len(self.things)]} shapes: {listing(phrases)}."
         if self.word is None:
             return shapes
         return f"{shapes} The word {self.word.text} is written in row {self.word.row + 1}, in {self.word.colour}."
@@ -177,3 +186,52 @@ def conversations(held_out: bool, seed: int, num_scenes: int) -> list[tuple[Scen
         question, told = rng.choice(rng.choice(kinds))
         pairs.append((shown, question, told))
     return pairs
+
+
+def free_captions(held_out: bool, seed: int, num_scenes: int) -> list[tuple[Scene, str, str]]:
+    """(scene, question, answer): captions whose phrases have either form, drawn at random.
+
+    No picture tells which form comes, so tokens that are decided together must agree on one.
+    """
+    shown = [(index, scene(held_out, seed, index)) for index in range(num_scenes)]
+    return [
+        (each, "Describe the picture.", each.caption(random.Random(f"form-{held_out}-{seed}-{index}")))
+        for index, each in shown
+    ]
+
+
+TEXTS: dict[str, Callable[[bool, int, int], list[tuple[Scene, str, str]]]] = {
+    "fixed": conversations,
+    "free": free_captions,
+}
+
+_PLACE = f"at ([{COLUMNS}][1-{GRID}])"
+_THING = f"a ({'|'.join(RADII)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+_PHRASE = re.compile(rf"\b(?:{_PLACE} {_THING}|{_THING} {_PLACE})\b")
+_WORD = re.compile(rf" The word ({'|'.join(WORDS)}) is written in row ([1-{GRID}]), in ({'|'.join(COLOURS)})\.")
+
+
+def phrase_spans(caption: str) -> list[tuple[int, int]]:
+    """[start, end) of every thing's phrase, in characters."""
+    return [found.span() for found in _PHRASE.finditer(caption)]
+
+
+def facts(caption: str) -> set[Fact]:
+    """What a caption says of its picture, wherever it can be read."""
+    things = [(place or last, *filter(None, rest)) for place, *rest, last in _PHRASE.findall(caption)]
+    return {*things, *((row, colour, text) for text, row, colour in _WORD.findall(caption))}
+
+
+def is_valid(caption: str) -> bool:
+    """Whether a caption is one in all its words, in either form: true of its picture or not."""
+    shapes, words = _WORD.subn("", caption)
+    count = len(_PHRASE.findall(shapes))
+    if not 0 < count < len(NUMBERS) or words > 1 or not caption.startswith(shapes):
+        return False
+    return _PHRASE.sub("a thing", shapes) == f"There are {NUMBERS[count]} shapes: {listing(['a thing'] * count)}."
+
+
+def facts_f1(caption: str, expected: str) -> float:
+    """F1 of the facts of two captions, 0 to 1."""
+    said, true = facts(caption), facts(expected)
+    return 2 * len(said & true) / max(len(said) + len(true), 1)

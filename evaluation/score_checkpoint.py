@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, Qwen3VLForConditionalGener
 
 from ..processing_bard_vl import BardVLProcessor
 from .cells import Decoding
-from .experiment import answer, encode, measure, measure_autoregressive
+from .experiment import answer, encode, measure
 from .scenes import conversations
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "checkpoint"
@@ -39,9 +39,7 @@ def score(folder: Path, parent: Path | None, num_scenes: int, threshold: float |
         "checkpoint": measure(model, samples, Decoding(threshold)),
     }
     if parent is not None:
-        found["parent"] = measure_autoregressive(
-            Qwen3VLForConditionalGeneration.from_pretrained(parent).eval(), samples
-        )
+        found["parent"] = measure(Qwen3VLForConditionalGeneration.from_pretrained(parent).eval(), samples, Decoding())
     return found
 
 

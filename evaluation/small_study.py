@@ -1,6 +1,6 @@
 """The small-scale study: data, parent, conversion, training, decoding, tables and plots by one command.
 
-    python -m bard_vl.evaluation.small_study [--smoke | --quick] [--cells warm-32 direct-32 ...] [--seeds 0 1 2]
+    python -m bard_vl.evaluation.small_study [--scale pilot] [--cells plain complementary ...] [--seeds 0 1 2]
 
 Cell by cell: every finished cell is one JSON file, which is not computed again; the trained stages that cells share are
 kept in the work folder. Several processes may run beside each other, each takes the cells that are left. The report is
@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import sys
-import time
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -32,10 +32,19 @@ from ..modeling_bard_vl import BardVLForConditionalGeneration
 from ..processing_bard_vl import BardVLProcessor
 from ..training.checkpoints import damage
 from ..training.packing import Sample
-from .cells import CELLS, LONG_ANCHOR, SIZES, Cell, Stage, merging
-from .experiment import answer, encode, measure, measure_autoregressive, train_stage
+from .cells import ANCHOR, FIXED_CELLS, LARGER_ANCHOR, LARGER_CELLS, PILOT_CELLS, Cell, Stage
+from .experiment import (
+    answer,
+    encode,
+    exactness,
+    held_out_cross_entropy,
+    measure,
+    reading,
+    right_context,
+    train_stage,
+)
 from .report import read_run, write_report
-from .scenes import conversations
+from .scenes import TEXTS
 from .tiny_model import MASK_TOKEN_ID, Shape, train_autoregressive, write_json, write_parent
 
 RESULTS = Path(__file__).with_name("results")
@@ -44,7 +53,8 @@ SCENES_SEED = 0
 ROLES = ["user\n", "assistant\n"] * 10  # often enough to become whole tokens
 PARENT_SEED = 0  # seeds of the study vary what comes after the parent
 
-NORMAL, LARGE = Shape(), Shape(hidden=192, intermediate=576)
+
+NORMAL = Shape()
 
 
 @dataclass(frozen=True)
@@ -52,18 +62,24 @@ class Scale:
     """The size of a study.
 
     Attributes:
-        name: also of its folder in the work folder.
-        cells: what runs unless `--cells` says otherwise, None for all.
-        scenes, held_out_scenes: pictures, each with a caption and a question.
+        name: also of its folders.
+        about: for the reader of its help.
+        texts: what is said of the pictures, a name in `TEXTS`.
+        cells: all of it.
+        anchor: the teacher of the cells that have one, trained once, with the parent's seed.
+        scenes, held_out_scenes: pictures; each has a caption, and a question too if texts are fixed.
         parent_steps: optimizer steps of the parent's autoregressive training.
         unit: optimizer steps of a unit.
         batch_size: samples of a step.
         rate: peak learning rate.
-        shape, large_shape: of the parent, and of the parent of the larger teacher.
+        shape: of the parent.
     """
 
     name: str
-    cells: tuple[str, ...] | None
+    about: str
+    texts: str
+    cells: tuple[Cell, ...]
+    anchor: tuple[Stage, ...]
     scenes: int
     held_out_scenes: int
     parent_steps: int
@@ -71,40 +87,62 @@ class Scale:
     batch_size: int = 16
     rate: float = 1e-3
     shape: Shape = NORMAL
-    large_shape: Shape = LARGE
+
+    def sizes(self) -> dict[str, Any]:
+        """What a reader of a cell's figures should know."""
+        return {name: getattr(self, name) for name in ("texts", "scenes", "parent_steps", "unit", "batch_size", "rate")}
 
 
-CLAIMS = ("direct-16", "warm-16", "swd-16", "parent")
-FULL = Scale("full", None, 8000, 256, 1500, 100)
-QUICK = Scale("quick", CLAIMS, 3000, 64, 900, 40)
-SMOKE = Scale("smoke", CLAIMS, 8, 2, 2, 1, 2, 1e-3, Shape(64, 1, 64, 32, 1), Shape(64, 2, 64, 32, 1))
+PILOT = Scale(
+    *("pilot", "200 steps, and 150 to finish, of a smaller model", "free", PILOT_CELLS, ANCHOR, 6000, 256, 800, 50),
+    shape=Shape(96, 4, 288),
+)
+LARGER = Scale(
+    *("larger", "1,200 steps: 5.5 hours for 4 seeds on two cores", "free", LARGER_CELLS, LARGER_ANCHOR),
+    *(8000, 1024, 6000, 50),
+)
+FIXED = Scale("fixed", "captions of one form", "fixed", FIXED_CELLS, (), 8000, 256, 1500, 100)
+SMOKE_CELLS = tuple(cell for cell in PILOT_CELLS if cell.name in ("plain", "complementary", "fair-swd", "parent"))
+SMOKE = Scale(
+    *("smoke", "seconds, whose numbers say nothing", "free", SMOKE_CELLS, ANCHOR, 8, 2, 2, 1, 2, 1e-3),
+    Shape(64, 1, 64, 32, 1),
+)
+SCALES = {scale.name: scale for scale in (PILOT, LARGER, FIXED, SMOKE)}
 
 
 class Study:
     """Computes cells of one scale and seed; everything that may be used again is kept in `work`."""
 
     def __init__(self, scale: Scale, seed: int, work: Path):
-        self.scale, self.seed, self.work = scale, seed, work / scale.name
+        self.scale, self.seed, self.root, self.work = scale, seed, work, work / scale.name
         self.work.mkdir(parents=True, exist_ok=True)
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Train and measure a cell."""
-        if cell.block_size:
+        if cell.stages:
             model, training = self.trained(cell.stages)
-            scores = [measure(model, self.held_out, decoding) for decoding in cell.decodings]
         else:
-            model, training = self.autoregressive(cell.stages)
-            scores = [measure_autoregressive(model, self.held_out)]
+            model, training = Qwen3VLForConditionalGeneration.from_pretrained(self.parent()).eval(), []
+        tokenizer = self.processor.tokenizer
+        is_free = self.scale.texts == "free"
+        judge = reading(tokenizer) if is_free else exactness
+        found = {"scores": [measure(model, self.held_out, decoding, judge) for decoding in cell.decodings]}
+        if is_free and cell.stages:
+            with tempfile.TemporaryDirectory() as folder:
+                entropy = held_out_cross_entropy(model, self.held_out, self.processor, Path(folder))
+            found |= {"cross_entropy": entropy, "right_context": right_context(model, self.held_out, tokenizer)}
+        lengths = [len(answer(sample)) for sample in self.held_out]
         return {
             "cell": cell.name,
             "seed": self.seed,
             "block_size": cell.block_size,
             "steps": cell.units * self.scale.unit,
-            "batch_size": self.scale.batch_size,
+            **self.scale.sizes(),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "stages": [asdict(stage) | how for stage, how in zip(cell.stages, training, strict=True)],
-            "answers": len(self.held_out),
-            "answer_length": round(sum(len(answer(sample)) for sample in self.held_out) / len(self.held_out), 1),
-            "scores": scores,
+            "answers": len(lengths),
+            "answer_length": round(sum(lengths) / len(lengths), 1),
+            **found,
         }
 
     def publish(self, cell: Cell, output: Path) -> None:
@@ -121,14 +159,14 @@ class Study:
 
     # --- Data and parent ----------------------------------------------------------------------------------------------
 
-    def random(self, large: bool = False) -> Path:
+    def random(self) -> Path:
         """Folder of the untrained parent, which has the tokenizer and the processor of all models."""
-        folder = self.work / ("large-random" if large else "random")
+        folder = self.work / "random"
         with once(folder) as partial:
             if partial:
-                chats = conversations(False, SCENES_SEED, min(self.scale.scenes, 2000))
+                chats = TEXTS[self.scale.texts](False, SCENES_SEED, min(self.scale.scenes, 2000))
                 texts = [text for _, *said in chats for text in said]
-                write_parent(partial, texts + ROLES, self.scale.large_shape if large else self.scale.shape, PARENT_SEED)
+                write_parent(partial, texts + ROLES, self.scale.shape, PARENT_SEED)
         return folder
 
     @cached_property
@@ -153,28 +191,28 @@ class Study:
             if partial:
                 settings = json.loads((self.random() / "config.json").read_text())
                 config = BardVLConfig(**{name: value for name, value in settings.items() if name != "model_type"})
-                chats = conversations(split == "held-out", SCENES_SEED, num_scenes)
+                chats = TEXTS[self.scale.texts](split == "held-out", SCENES_SEED, num_scenes)
                 write_samples(encode(self.processor, config, chats), partial / "samples.safetensors")
         return read_samples(folder / "samples.safetensors")
 
-    def parent(self, large: bool = False) -> Path:
+    def parent(self) -> Path:
         """Folder of the trained autoregressive parent."""
-        folder, scale = self.work / ("large-parent" if large else "parent"), self.scale
+        folder, scale = self.work / "parent", self.scale
         with once(folder) as partial:
             if partial:
-                shutil.copytree(self.random(large), partial, dirs_exist_ok=True)
+                shutil.copytree(self.random(), partial, dirs_exist_ok=True)
                 model = Qwen3VLForConditionalGeneration.from_pretrained(partial)
                 train_autoregressive(model, self.train, scale.parent_steps, scale.batch_size, scale.rate, PARENT_SEED)
                 model.save_pretrained(partial)
         return folder
 
-    def start(self, large: bool = False) -> Path:
+    def start(self) -> Path:
         """The parent as a Bard-VL folder, by the package's converter."""
-        folder = self.work / ("large-start" if large else "start")
+        folder = self.work / "start"
         with once(folder) as partial:
             if partial:
                 partial.rmdir()
-                convert(self.parent(large), partial, 4, MASK_TOKEN_ID, progress=False)
+                convert(self.parent(), partial, 4, MASK_TOKEN_ID, progress=False)
         return folder
 
     # --- Training -----------------------------------------------------------------------------------------------------
@@ -187,7 +225,7 @@ class Study:
         folder = self.stage_folder(stages)
         with once(folder) as partial:
             if partial:
-                source = load(self.start(stage.large)) if not before else self.trained(tuple(before))[0]
+                source = self.trained(tuple(before))[0]
                 how = train_stage(
                     source,
                     stage,
@@ -196,9 +234,9 @@ class Study:
                     steps=stage.units * self.scale.unit,
                     batch_size=self.scale.batch_size,
                     learning_rate=self.scale.rate,
-                    seed=self.seed * len(SIZES) * 2 + len(before),
+                    seed=self.seed * 8 + len(before),  # a cell has fewer stages
                     folder=partial,
-                    teacher=self.teacher(stages),
+                    teacher=self.teacher(stage),
                 )
                 source.save_pretrained(partial)
                 (partial / "how.json").write_text(json.dumps(how))
@@ -216,28 +254,13 @@ class Study:
         digest = hashlib.sha256(repr((self.seed, stages)).encode()).hexdigest()[:12]
         return self.work / "stages" / f"block-{stages[-1].block_size}-{digest}"
 
-    def teacher(self, stages: tuple[Stage, ...]) -> BardVLForConditionalGeneration | None:
-        """The frozen model that the last stage learns from."""
-        name = stages[-1].teacher
-        if name is None:
+    def teacher(self, stage: Stage) -> BardVLForConditionalGeneration | None:
+        """The frozen model that a stage learns from."""
+        if stage.teacher is None:
             return None
-        if name == "autoregressive":
+        if stage.teacher == "autoregressive":
             return load(self.start())
-        chains = {"anchor": stages[:1], "long anchor": LONG_ANCHOR, "large anchor": merging(4, large=True)}
-        return self.trained(chains[name])[0]
-
-    def autoregressive(
-        self, stages: tuple[Stage, ...]
-    ) -> tuple[Qwen3VLForConditionalGeneration, list[dict[str, float]]]:
-        """The parent, trained further as it was before."""
-        model = Qwen3VLForConditionalGeneration.from_pretrained(self.parent())
-        scale, start = self.scale, time.monotonic()
-        how = []
-        for stage in stages:
-            steps = stage.units * scale.unit
-            loss = train_autoregressive(model, self.train, steps, scale.batch_size, scale.rate, self.seed + 1)
-            how.append({"seconds": round(time.monotonic() - start, 1), "loss": round(loss, 4)})
-        return model.eval(), how
+        return Study(self.scale, PARENT_SEED, self.root).trained(self.scale.anchor)[0]
 
 
 def load(folder: Path) -> BardVLForConditionalGeneration:
@@ -331,7 +354,8 @@ def run_cells(cells: list[Cell], seeds: list[int], scale: Scale, work: Path, res
     """Run what is neither finished nor being run by another process."""
     for seed in seeds:
         study = Study(scale, seed, work)
-        for cell in cells:
+        # All seeds have one parent and one anchor.
+        for cell in (each for each in cells if seed == PARENT_SEED or each.stages not in ((), scale.anchor)):
             path = results / f"{cell.name}-seed-{seed}.json"
             with contextlib.suppress(BlockingIOError), locked(work / scale.name / path.name, wait=False):
                 if not is_measured(path):
@@ -346,18 +370,18 @@ def run_cells(cells: list[Cell], seeds: list[int], scale: Scale, work: Path, res
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", dest="scale", action="store_const", const=QUICK, default=FULL, help="under 15 minutes")
-    size.add_argument(
-        "--smoke", dest="scale", action="store_const", const=SMOKE, help="seconds; the numbers say nothing"
-    )
-    parser.add_argument("--cells", nargs="+", choices=[cell.name for cell in CELLS], help="default: all of the scale's")
+    scales = "; ".join(f"{scale.name}: {scale.about}" for scale in SCALES.values())
+    parser.add_argument("--scale", choices=SCALES, default=PILOT.name, help=f"{scales}; default: %(default)s")
+    parser.add_argument("--smoke", dest="scale", action="store_const", const=SMOKE.name, help="short for --scale smoke")
+    parser.add_argument("--cells", nargs="+", help="default: all of the scale's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of training; default: %(default)s")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
     parser.add_argument(
         "--work", type=Path, default=WORK, help="folder for what can be made again; default: %(default)s"
     )
-    parser.add_argument("--results", type=Path, help="folder of the JSON files; the full study's are the package's own")
+    parser.add_argument(
+        "--results", type=Path, help="folder of the JSON files; the package's own, but for the smoke scale"
+    )
     parser.add_argument(
         "--publish", type=Path, metavar="FOLDER", help="write the checkpoint of the one cell of --cells"
     )
@@ -368,23 +392,24 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Run the study and write its report."""
     given = parse_arguments(arguments)
-    scale = given.scale
+    scale = SCALES[given.scale]
+    unknown = set(given.cells or ()) - {cell.name for cell in scale.cells}
+    if unknown:
+        raise SystemExit(f"error: the scale {scale.name} has no cell {', '.join(sorted(unknown))}")
     if given.threads:
         torch.set_num_threads(given.threads)
-    results = given.results or (RESULTS if scale is FULL else given.work / scale.name / "results")
+    results = given.results or (given.work / "results" if scale is SMOKE else RESULTS)
     make_private(given.work)
-    names = given.cells or scale.cells
-    cells = [cell for cell in CELLS if names is None or cell.name in names]
+    cells = [cell for cell in scale.cells if given.cells is None or cell.name in given.cells]
     if given.publish is not None:
         if len(cells) != 1:
             raise SystemExit(f"error: --publish writes one cell's checkpoint, --cells names {len(cells)}")
         Study(scale, given.seeds[0], given.work).publish(cells[0], given.publish)
         return
     if not given.report:
-        run_cells(cells, given.seeds, scale, given.work, results)
-    output = Path(__file__).parent if results == RESULTS else results.parent
+        run_cells(cells, given.seeds, scale, given.work, results / scale.name)
     try:
-        print(write_report(results, output))
+        print(write_report(results, results.parent))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
 

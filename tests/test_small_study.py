@@ -18,6 +18,8 @@ from training_cases import MASK, bard_folder
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3VLForConditionalGeneration
 
 SPLITS = {"train": False, "held-out": True}
+SMOKE = ("--smoke", "--threads", "1")
+DECODING = ("threshold", "revision", "tokens_per_step")
 
 
 # Scenes --------------------------------------------------------------------------------------------------------------
@@ -67,25 +69,60 @@ def test_answers_of_a_scene() -> None:
     assert row == [("What is in row 1?", told)]
 
 
+FREE = "There are three shapes: at b1 a large red star, a small blue cross at d1 and at a2 a large red star."
+WORD = " The word moon is written in row 3, in black."
+
+
+def test_free_captions_are_valid_and_say_what_is_shown() -> None:
+    told = scenes.free_captions(True, 0, 60)
+    assert told == scenes.free_captions(True, 0, 60)
+    for shown, _, caption in told:
+        expected = {(thing.cell, thing.size, thing.colour, thing.shape) for thing in shown.things}
+        if shown.word is not None:
+            expected.add((str(shown.word.row + 1), shown.word.colour, shown.word.text))
+        assert scenes.is_valid(caption)
+        assert scenes.facts(caption) == expected
+        assert all((thing.phrase in caption) != (thing.phrase_place_last in caption) for thing in shown.things)
+    both = [thing.phrase in caption for shown, _, caption in told for thing in shown.things]
+    assert 0.3 < sum(both) / len(both) < 0.7
+
+
+def test_the_parser_reads_only_whole_captions() -> None:
+    assert scenes.is_valid(FREE)
+    assert scenes.is_valid(FREE + WORD)
+    for wrong in (
+        *("", WORD, FREE + WORD + WORD, FREE + " ", FREE[:-1], FREE.replace("three", "four"), WORD + FREE),
+        *(FREE.replace(" at d1", " d1"), FREE.replace("a small blue cross at d1", "at d1 a small blue cross at d1")),
+        *(FREE.replace(" and at", ", at"), FREE.replace("large red star,", "large star,"), FREE + "."),
+    ):
+        assert not scenes.is_valid(wrong), wrong
+
+
+def test_f1_counts_facts() -> None:
+    assert scenes.facts_f1(FREE + WORD, FREE + WORD) == 1
+    assert scenes.facts_f1(FREE + WORD, FREE) == pytest.approx(2 * 3 / 7)
+    assert scenes.facts_f1(FREE.replace("blue", "green"), FREE) == pytest.approx(2 / 3)
+    assert scenes.facts_f1("a small blue cross at d1 at", FREE) == pytest.approx(2 / 4)
+    assert scenes.facts_f1("", FREE) == 0
+
+
 # Cells ---------------------------------------------------------------------------------------------------------------
 
 
-def test_cells_have_names_of_their_own_and_equal_budgets() -> None:
-    names = [cell.name for cell in cells.CELLS]
+@pytest.mark.parametrize("scale", small_study.SCALES.values(), ids=small_study.SCALES)
+def test_cells_have_names_of_their_own(scale: small_study.Scale) -> None:
+    names = [cell.name for cell in scale.cells]
     assert len(set(names)) == len(names)
-    for size in cells.SIZES:
-        assert len({cell.units for cell in cells.ways(size)}) == 1
-        assert {cell.block_size for cell in cells.ways(size)} == {size}
-    compared = {name for group in report.CONTROLS.values() for name in group} | set(report.NOISES)
-    assert compared <= set(names)
-    assert set(small_study.CLAIMS) <= set(names)
 
 
-def test_budgets_of_controls_are_equal() -> None:
-    units = {cell.name: cell.units for cell in cells.CELLS}
-    for names in (("warm-32", "swd-32", "swd+ce-32", "large-teacher-32", "ar-continued", "block-1"), report.NOISES):
-        assert len({units[name] for name in names}) == 1
-    assert units["faulty-mask-8"] == units["right-mask-8"]
+@pytest.mark.parametrize("scale", [small_study.PILOT, small_study.LARGER], ids=lambda scale: scale.name)
+def test_arms_that_are_compared_have_equal_steps(scale: small_study.Scale) -> None:
+    units = {cell.name: cell.units for cell in scale.cells}
+    compared = [pair for pair in report.CLAIMS.values() if set(pair) <= units.keys()]
+    assert len(compared) >= 6
+    assert all(units[better] == units[worse] for better, worse in compared)
+    if scale is small_study.LARGER:
+        assert units["plain"] * scale.unit == units["fair-swd"] * scale.unit == 1200
 
 
 def plain_sample(prompt: int, response: int) -> Sample:
@@ -116,87 +153,124 @@ def test_the_faulty_mask_shows_clean_tokens_the_noisy_ones() -> None:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The work folder of a finished smoke study."""
     work = tmp_path_factory.mktemp("study")
-    small_study.main(["--smoke", "--work", str(work), "--threads", "1"])
+    small_study.main([*SMOKE, "--work", str(work), "--results", str(work / "results")])
     return work
 
 
 def test_every_cell_leaves_its_figures(work: Path) -> None:
-    for name in small_study.CLAIMS:
-        run = json.loads((work / "smoke" / "results" / f"{name}-seed-0.json").read_text())
-        assert run["cell"] == name
-        assert [stage["block_size"] for stage in run["stages"]][-1:] == ([16] if name != "parent" else [])
+    for cell in small_study.SMOKE.cells:
+        run = json.loads((work / "results" / "smoke" / f"{cell.name}-seed-0.json").read_text())
+        assert run["cell"] == cell.name
+        assert [stage["block_size"] for stage in run["stages"]][-1:] == [32] * bool(cell.stages)
+        assert [score["tokens_per_step"] for score in run["scores"]] == [
+            each.tokens_per_step for each in cell.decodings
+        ]
         for score in run["scores"]:
-            assert 0 <= score["exact"] <= 100
+            assert len(score["is_valid"]) == run["answers"] == 2
+            assert score["valid"] == 100 * score["is_valid"].count("1") / 2 >= score["right"]
             assert score["tokens_per_forward"] > 0
+        if cell.stages:
+            assert run["cross_entropy"] > 0
+            assert 0 < run["right_context"] < 1
 
 
 def test_finished_cells_and_shared_stages_are_kept(work: Path, capsys: pytest.CaptureFixture) -> None:
     folders = sorted(path.name for path in (work / "smoke" / "stages").iterdir() if path.is_dir())
-    assert sorted(name.rpartition("-")[0] for name in folders) == ["block-16"] * 4 + ["block-4", "block-8"]
-    before = {path: path.stat().st_mtime_ns for path in (work / "smoke").rglob("*") if path.name != "SMALL_STUDY.md"}
-    small_study.main(["--smoke", "--work", str(work), "--cells", "warm-16", "--threads", "1"])
-    assert "warm-16, seed" not in capsys.readouterr().out
-    changed = [path for path in before if path.stat().st_mtime_ns != before[path] and path.suffix == ".json"]
-    assert not changed
+    assert [name.rpartition("-")[0] for name in folders] == ["block-32"] * 3 + ["block-4"]
+    before = {path: path.stat().st_mtime_ns for path in work.rglob("*.json")}
+    results = str(work / "results")
+    small_study.main([*SMOKE, "--work", str(work), "--results", results, "--cells", "fair-swd"])
+    assert "fair-swd, seed" not in capsys.readouterr().out
+    assert not [path for path in before if path.stat().st_mtime_ns != before[path]]
+
+
+def test_other_seeds_share_the_parent_and_the_anchor(work: Path, capsys: pytest.CaptureFixture) -> None:
+    cells = ["--cells", "parent", "--seeds", "1"]
+    small_study.main([*SMOKE, "--work", str(work), "--results", str(work / "results"), *cells])
+    assert "seed 1" not in capsys.readouterr().out
+
+
+def test_a_cell_that_a_scale_has_not_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="error: the scale smoke has no cell block-1, swd"):
+        small_study.main([*SMOKE, "--work", str(tmp_path / "work"), "--cells", "swd", "plain", "block-1"])
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.process
 def test_what_is_damaged_is_named_and_made_again(work: Path, capsys: pytest.CaptureFixture) -> None:
-    folder = next((work / "smoke" / "stages").glob("block-8-*"))
+    folder = small_study.Study(small_study.SMOKE, 0, work).stage_folder(small_study.SMOKE.cells[0].stages)
     weights, how = folder / "model.safetensors", folder / "how.json"
     weights.write_bytes(weights.read_bytes()[:-9])
     how.write_bytes(b"\0" * 40)
-    result = work / "smoke" / "results" / "warm-16-seed-0.json"
+    results = work / "results"
+    result = results / "smoke" / "fair-swd-seed-0.json"
     before = json.loads(result.read_text())
     result.write_text(result.read_text()[:50])
-    with pytest.raises(SystemExit, match=r"error: .*warm-16-seed-0.json is damaged: JSONDecodeError"):
-        small_study.main(["--smoke", "--work", str(work), "--report"])
-    small_study.main(["--smoke", "--work", str(work), "--cells", "warm-16", "--threads", "1"])
+    with pytest.raises(SystemExit, match=r"error: .*fair-swd-seed-0.json is damaged: JSONDecodeError"):
+        small_study.main(["--work", str(work), "--results", str(results), "--report"])
+    small_study.main([*SMOKE, "--work", str(work), "--results", str(results), "--cells", "fair-swd"])
     told = capsys.readouterr().err
     assert f"{result} is damaged: JSONDecodeError" in told
     assert f"{folder} is damaged and made again: how.json is damaged" in told
     after = json.loads(result.read_text())
-    assert [score["exact"] for score in after["scores"]] == [score["exact"] for score in before["scores"]]
+    assert [score["f1"] for score in after["scores"]] == [score["f1"] for score in before["scores"]]
 
 
 def test_a_cell_that_another_process_runs_is_left_to_it(work: Path) -> None:
     results = work / "other"
     with small_study.locked(work / "smoke" / "parent-seed-0.json"):
-        small_study.main(
-            ["--smoke", "--work", str(work), "--results", str(results), "--cells", "parent", "--threads", "1"]
-        )
-    assert not list(results.glob("*.json"))
+        small_study.main([*SMOKE, "--work", str(work), "--results", str(results), "--cells", "parent"])
+    assert not list(results.rglob("*.json"))
 
 
 def test_the_parent_is_measured_as_it_decodes(work: Path) -> None:
     study = small_study.Study(small_study.SMOKE, 0, work)
     model = Qwen3VLForConditionalGeneration.from_pretrained(study.parent()).eval()
-    samples = []
-    for sample in study.held_out[:2]:
-        start = sample.responses[0][0]
-        inputs = {"input_ids": sample.input_ids[None, :start], **experiment.pictures([sample])}
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
-        settings = {"max_new_tokens": 8, "eos_token_id": -1, "pad_token_id": tiny_model.PAD_TOKEN_ID}
-        written = model.generate(**inputs, **settings, do_sample=False)[0]
-        positions = torch.cat([sample.position_ids[:, :start], sample.position_ids[:, start : start + 8]], dim=1)
-        samples.append(Sample(written, positions, [(start, start + 8)], sample.visual_index, sample.visual_inputs))
-    assert experiment.measure_autoregressive(model, samples)["exact"] == 100
-    samples[0].input_ids[-3] = (samples[0].input_ids[-3] + 1) % 256
-    assert experiment.measure_autoregressive(model, samples) | {"seconds": 0} == {
-        "threshold": None,
-        "revision": None,
-        "exact": 50,
-        "captions": 0,
-        "questions": 100,
-        "tokens_per_forward": 1.0,
-        "seconds": 0,
-    }
+    samples, (written, _) = study.held_out[:2], experiment.decode(model, study.held_out[:2], cells.Decoding())
+    for sample, response in zip(samples, written, strict=True):
+        start, ids = sample.responses[0][0], sample.input_ids.clone()
+        for place in range(start, start + 4):
+            inputs = {"input_ids": ids[None, :place], **experiment.pictures([sample])}
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
+            assert model(**inputs).logits[0, -1].argmax() == response[place - start]
+            ids[place] = response[place - start]
+    found = experiment.measure(model, samples, cells.Decoding())
+    assert (found["exact"], found["tokens_per_forward"]) == (0.0, 1.0)
+
+
+def test_answers_are_read_up_to_their_end(work: Path) -> None:
+    study = small_study.Study(small_study.SMOKE, 0, work)
+    judge, samples = experiment.reading(study.processor.tokenizer), study.held_out
+    answers = [experiment.answer(sample) for sample in samples]
+    endless = [torch.cat([answers[0], answers[1]]), answers[1][:-1].repeat(2)]
+    wrong = [answers[1], answers[1]]
+    assert judge(samples, answers) == {"valid": 100, "right": 100, "f1": 100, "is_valid": "11"}
+    assert judge(samples, endless)["is_valid"] == "10"
+    assert judge(samples, wrong) | {"f1": 0} == {"valid": 100, "right": 50, "f1": 0, "is_valid": "11"}
+
+
+def test_the_probe_masks_what_the_right_decides(work: Path) -> None:
+    study = small_study.Study(small_study.SMOKE, 0, work)
+    tokenizer = study.processor.tokenizer
+    for sample in study.held_out:
+        places = experiment.masked_phrase(sample, tokenizer, 32)
+        text = tokenizer.decode(sample.input_ids[places[0] : places[-1] + 1 + experiment.SHOWN]).strip()
+        assert [(0, len(text))] == scenes.phrase_spans(text)
+        assert places[0] // 32 == (places[-1] + experiment.SHOWN) // 32
+        assert experiment.masked_phrase(sample, tokenizer, 2) == []
+
+
+def test_held_out_noise_never_changes(work: Path, tmp_path: Path) -> None:
+    study = small_study.Study(small_study.SMOKE, 0, work)
+    model, _ = study.trained(small_study.SMOKE.cells[0].stages)
+    entropies = {experiment.held_out_cross_entropy(model, study.held_out, study.processor, tmp_path) for _ in range(2)}
+    run = json.loads((work / "results" / "smoke" / "plain-seed-0.json").read_text())
+    assert entropies == {run["cross_entropy"]}
 
 
 def test_answers_are_long_enough_for_large_blocks(work: Path) -> None:
     study = small_study.Study(small_study.SMOKE, 0, work)
-    captions = study.held_out[::2]
-    assert min(len(experiment.answer(sample)) for sample in captions) > 32
+    assert min(len(experiment.answer(sample)) for sample in study.held_out) > 32
 
 
 def test_samples_are_kept_as_they_are(work: Path, tmp_path: Path) -> None:
@@ -242,68 +316,97 @@ def test_the_work_folder_is_of_one_user(tmp_path: Path, monkeypatch: pytest.Monk
 # Report --------------------------------------------------------------------------------------------------------------
 
 
-def run_of(name: str, exact: float, tokens_per_forward: float, seed: int = 0, answers: int = 1000) -> dict[str, Any]:
-    score = {"threshold": 0.9, "revision": None, "exact": exact, "captions": exact, "questions": exact}
-    scores = [score | {"tokens_per_forward": tokens_per_forward, "seconds": 1.0}]
-    stages = [{"block_size": 8, "loss": 0.5, "seconds": 60.0}]
-    return {"cell": name, "seed": seed, "block_size": 8, "steps": 10, "batch_size": 4, "stages": stages} | {
-        "answers": answers,
+def run_of(name: str, valid: str, speed: float, seed: int = 0, **others: Any) -> dict[str, Any]:
+    """Figures of a cell: `valid` has a digit for each answer, of all ways of decoding alike but for their speed."""
+    figures = {part: 100 * valid.count("1") / len(valid) for part in ("valid", "right", "f1", "exact")}
+    scores = [
+        {"revision": None, **way, **figures, "is_valid": valid, "tokens_per_forward": rate, "seconds": 1.0}
+        for way, rate in (
+            ({"threshold": 0.9, "tokens_per_step": None}, speed),
+            ({"threshold": 0.7, "tokens_per_step": None}, 2 * speed),
+            ({"threshold": None, "tokens_per_step": 2}, 1.9),
+        )
+    ]
+    stages = [{"block_size": 32, "loss": 0.5, "seconds": 60.0}]
+    sizes = {"parent_steps": 10, "scenes": 8, "batch_size": 4, "rate": 1e-3, "parameters": 1_500_000}
+    return {"cell": name, "seed": seed, "block_size": 32, "steps": 10, "stages": stages, "scores": scores, **sizes} | {
+        "answers": len(valid),
         "answer_length": 30.0,
-        "scores": scores,
+        **others,
     }
 
 
-@pytest.mark.parametrize(
-    ("warm", "direct", "verdict"),
-    [(90.0, 80.0, "**yes**"), (80.0, 90.0, "**no**"), (80.0, 80.5, "**undecided**")],
-)
-def test_claims_follow_the_figures(warm: float, direct: float, verdict: str) -> None:
-    runs = {"warm-32": [run_of("warm-32", warm, 5)], "direct-32": [run_of("direct-32", direct, 6)]}
-    line = report.compare(runs, "warm-32", "direct-32", "Warm beats direct")
-    assert verdict in line
-    assert f"{warm:.1f} and {direct:.1f} percent exact" in line
+def digits(share: float, count: int = 100) -> str:
+    return "1" * round(share * count) + "0" * (count - round(share * count))
 
 
-def test_claims_without_their_cells_are_open() -> None:
-    assert report.compare({}, "warm-32", "direct-32", "Warm beats direct") == "Warm beats direct: not run yet."
+def test_gains_are_paired_by_seed() -> None:
+    better = [run_of("swd", digits(share), 2.0, seed) for seed, share in enumerate((0.95, 0.80, 0.90))]
+    worse = [run_of("plain", digits(share), 2.0, seed) for seed, share in enumerate((0.80, 0.85, 0.84))]
+    at = {"threshold": 0.9}
+    # 15, -5 and 6: mean 16 / 3, deviation 10.02, times 4.303 / sqrt(3); 21 answers to 5 that one has alone.
+    assert report.verdict(better, worse, at) == "**undecided**: +5.3 ± 24.9, p 0.0025"
+    near = [run_of("swd", digits(share + 0.1), 2.0, seed) for seed, share in enumerate((0.81, 0.85, 0.83))]
+    assert report.verdict(near, worse, at).startswith("**yes**: +10.0 ± 2.5")
+    assert report.verdict(worse, near, at).startswith("**no**: -10.0 ± 2.5")
+    assert report.verdict(better, [run_of("plain", digits(0.5), 2.0, 7)], at) == "-"
+
+
+def test_one_seed_is_judged_by_its_answers() -> None:
+    at = {"threshold": 0.9}
+    pair = [run_of("swd", digits(0.9), 2.0)], [run_of("plain", digits(0.8), 2.0)]
+    assert report.verdict(*pair, at) == "**yes**: +10.0, p 0.002"
+    assert report.verdict(*pair, None) == "**undecided**: +10.0"
+    assert report.verdict([run_of("swd", digits(0.82), 2.0)], pair[1], at) == "**undecided**: +2.0, p 0.5"
+
+
+@pytest.mark.parametrize(("wins", "losses", "p"), [(0, 0, 1), (5, 0, 2 / 32), (5, 5, 1), (8, 2, 2 * 56 / 1024)])
+def test_mcnemar_counts_what_one_has_alone(wins: int, losses: int, p: float) -> None:
+    first = "1" * wins + "0" * losses + "1100"
+    second = "0" * wins + "1" * losses + "1100"
+    assert report.mcnemar([(first, second)]) == pytest.approx(p)
+    assert report.mcnemar([(first, second), (first, None)]) is None
+
+
+def test_validity_at_a_speed_lies_between_thresholds() -> None:
+    run = run_of("plain", digits(0.9), 2.0)
+    run["scores"][1]["valid"] = 50.0
+    assert report.at_speed(run) == pytest.approx(70.0)
+    assert report.at_speed(run, speed=4.5) is None
+    assert report.at_speed(run, speed=1.9) is None
+    assert report.at_speed(run, revision="remask") is None
+
+
+@pytest.mark.parametrize(("exact", "speed", "told"), [(0.93, 4.0, "yes"), (0.93, 1.2, "no"), (0.80, 4.0, "no")])
+def test_the_claim_of_speed(exact: float, speed: float, told: str) -> None:
+    runs = {"block-1": [run_of("block-1", digits(0.95), 1.0)], "block-4": [run_of("block-4", digits(exact), speed)]}
+    runs["block-4"][0]["scores"][1]["exact"] = 0.0
+    assert f"**{told}**" in report.speed_claim(runs)
     assert report.speed_claim({}).endswith("not run yet.")
-    apart = {"warm-32": [run_of("warm-32", 90.0, 5, 0)], "direct-32": [run_of("direct-32", 80.0, 6, 1)]}
-    assert report.compare(apart, "warm-32", "direct-32", "Warm beats direct").endswith(
-        "not run yet with a common seed."
-    )
-
-
-def test_seeds_that_disagree_leave_a_claim_open() -> None:
-    runs = {
-        "warm-32": [run_of("warm-32", exact, 5, seed) for seed, exact in enumerate((95.0, 80.0, 90.0))],
-        "direct-32": [run_of("direct-32", exact, 6, seed) for seed, exact in enumerate((80.0, 85.0, 84.0))],
-    }
-    line = report.compare(runs, "warm-32", "direct-32", "Warm beats direct")
-    assert "**undecided**; 88.3 and 83.0 percent exact, +5.3 ± 5.8 points (3 seeds)" in line
-
-
-@pytest.mark.parametrize(
-    ("exact", "speed", "verdict"), [(93.0, 4.0, "**yes**"), (93.0, 2.0, "**no**"), (80.0, 4.0, "**no**")]
-)
-def test_the_claim_of_speed(exact: float, speed: float, verdict: str) -> None:
-    runs = {"block-1": [run_of("block-1", 95.0, 1.0)], "swd-32": [run_of("swd-32", exact, speed)]}
-    for score in (runs["swd-32"][0]["scores"][0],):
-        runs["swd-32"][0]["scores"].append(score | {"threshold": 0.5, "exact": exact - 50})
-    assert verdict in report.speed_claim(runs)
 
 
 def test_the_report_shows_seeds_and_names_what_is_missing(tmp_path: Path) -> None:
     results = tmp_path / "results"
-    results.mkdir()
-    for seed, exact in enumerate((80.0, 90.0)):
-        (results / f"warm-32-seed-{seed}.json").write_text(json.dumps(run_of("warm-32", exact, 5.0, seed)))
-    (results / "warm-16-seed-0.json").write_text(json.dumps(run_of("warm-16", 95.0, 4.0)))
+    (results / "pilot").mkdir(parents=True)
+    for name, seed, share in (("plain", 0, 0.8), ("plain", 1, 0.9), ("complementary", 0, 0.95)):
+        run = run_of(name, digits(share), 2.0, seed, cross_entropy=0.25, right_context=0.5)
+        (results / "pilot" / f"{name}-seed-{seed}.json").write_text(json.dumps(run))
     text = report.write_report(results, tmp_path).read_text()
-    assert "85.0 (80.0-90.0)" in text
+    assert "| plain | 10 | 85.0 (80.0, 90.0) |" in text
+    assert "| **yes**: +15.0, p < 0.001 |" in text
     missing = text.rpartition("## Not run yet")[2]
-    assert "`direct-32`" in missing
-    assert "`warm-32`" not in missing
-    assert (tmp_path / "plots" / "block_sizes.png").stat().st_size > 10_000
+    assert "`swd`" in missing
+    assert "`complementary` with seed 1" in missing
+    assert "`plain`" not in missing
+    assert "- `larger`: all of it" in missing
+    assert (tmp_path / "plots" / "trade_off_pilot.png").stat().st_size > 10_000
+
+
+def test_the_committed_page_is_that_of_its_figures(tmp_path: Path) -> None:
+    folder = Path(report.__file__).parent
+    text = report.write_report(folder / "results", tmp_path).read_text()
+    findings = report.FINDINGS.read_text().strip() + "\n\n"
+    assert (folder / "SMALL_STUDY.md").read_text().replace(findings, "") == text
 
 
 def test_a_report_of_nothing(tmp_path: Path) -> None:
