@@ -91,7 +91,7 @@ def read_things(answer: Any, width: int, height: int) -> list[Thing]:
 
 def find_things(text: str, width: int, height: int) -> list[Thing]:
     """The things of the first JSON in a text that places any; none where nothing does. See `read_things`."""
-    for start in re.finditer(r"[\[{]", text):
+    for start in re.finditer(r"\[\s*(?={)|{", text):
         with contextlib.suppress(ValueError, RecursionError):
             found = read_things(json.JSONDecoder().raw_decode(text, start.start())[0], width, height)
             if found:

@@ -5,8 +5,10 @@ most of what is called.
 """
 
 import atexit
+import contextlib
 import gc
 import importlib
+import io
 import json
 import os
 import shutil
@@ -105,6 +107,16 @@ def answer(request: dict[str, Any]) -> None:
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def command_line(*arguments: str) -> str:
+    """What `bard-vl` prints with these arguments; for `call`, with the package."""
+    from bard_vl_cli.main import main
+
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        code = main([*arguments])
+    assert code == 0, code
+    return output.getvalue()
 
 
 def python(*command: Any, home: Path, line: str = "", cwd: Path | None = None, **variables: str) -> str:

@@ -15,6 +15,7 @@ from bard_vl.masking_bard_vl import block_visibility, partition_prompt, to_atten
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ragged import Row, generate, load, partition_sequence
+from thorough import cases
 
 
 @dataclass
@@ -128,7 +129,7 @@ def tokens_needed(batch: list[Any], step_counts: torch.Tensor, size: int, is_pad
 
 
 @pytest.mark.parametrize("attention", ["bard_vl", "eager"])
-@settings(max_examples=50)
+@settings(max_examples=cases(50))
 @given(batch=st.lists(ragged.rows(), min_size=1, max_size=5), arguments=ragged.settings())
 def test_a_row_in_a_padded_batch_is_the_row_alone(
     attention: str, tally: Counter[str], batch: list[Any], arguments: dict[str, Any]
@@ -222,7 +223,7 @@ def test_greedy_returned_sequences_are_all_the_same_and_the_prompt_is_encoded_on
     assert torch.equal(output.block_step_counts, single.block_step_counts.repeat_interleave(3, dim=0))
 
 
-@settings(max_examples=12)
+@settings(max_examples=cases(12))
 @given(
     batch=st.lists(ragged.rows(), min_size=1, max_size=4),
     arguments=ragged.settings(max_new_tokens=12),
@@ -247,7 +248,7 @@ def test_a_second_turn_on_a_batch_cache_is_each_rows_own_second_turn(
         assert reused <= min(len(row.ids) + arguments["max_new_tokens"] for row in batch)
 
 
-@settings(max_examples=12)
+@settings(max_examples=cases(12))
 @given(row=ragged.rows(), arguments=ragged.settings())
 def test_every_attention_gives_the_same_tokens(tally: Counter[str], row: Any, arguments: dict[str, Any]) -> None:
     alone = Alone.run(load("sdpa"), row, arguments)
@@ -284,7 +285,7 @@ def state_at(row: Any, alone: Alone, step: int) -> list[int]:
 
 
 @pytest.mark.parametrize("attention", ["bard_vl", "eager"])
-@settings(max_examples=20)
+@settings(max_examples=cases(20))
 @given(batch=st.lists(ragged.rows(), min_size=1, max_size=3), arguments=ragged.settings(), data=st.data())
 def test_a_blocks_logits_against_the_cache_are_those_of_one_full_forward(
     attention: str, batch: list[Any], arguments: dict[str, Any], data: st.DataObject
@@ -313,7 +314,7 @@ def test_a_blocks_logits_against_the_cache_are_those_of_one_full_forward(
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
-@settings(max_examples=40)
+@settings(max_examples=cases(40))
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4), size=st.integers(1, 8), behind=st.integers(1, 12))
 def test_masks_are_a_token_by_token_reading_of_the_rules(lengths: list[int], size: int, behind: int) -> None:
     longest = max(lengths)
@@ -335,7 +336,7 @@ def test_masks_are_a_token_by_token_reading_of_the_rules(lengths: list[int], siz
     assert torch.equal(added, torch.where(visible, 0.0, torch.finfo(torch.float16).min).half())
 
 
-@settings(max_examples=10)
+@settings(max_examples=cases(10))
 @given(batch=st.lists(ragged.rows(), min_size=1, max_size=4), size=st.sampled_from([1, 2, 3, 4, 8, 16]))
 def test_a_padded_forward_is_each_rows_forward_alone(batch: list[Any], size: int) -> None:
     model, inputs = load(), ragged.collate(batch)

@@ -54,6 +54,7 @@ def golden_decoder(folder: str, case: str, rung: Rung) -> tuple[LadderDecoder, l
     return LadderDecoder(twin, rung, task, inputs, positions), expected, golden["block_step_counts"]
 
 
+@pytest.mark.thorough(every=9)
 @pytest.mark.parametrize("rung", LADDER, ids=lambda rung: rung.name)
 @pytest.mark.parametrize(("folder", "case"), cases_of("generate"))
 def test_every_rung_reproduces_the_golden_cases(folder: str, case: str, rung: Rung) -> None:
@@ -73,6 +74,7 @@ def task_of(steps: int, block_size: int = 8, max_new_tokens: int = 28, **changes
     return Task(max_new_tokens, block_size, steps, **settings)
 
 
+@pytest.mark.thorough(every=3)
 @pytest.mark.parametrize("steps", [1, 3, 8])
 def test_every_rung_gives_the_engines_tokens_one_by_one_and_in_a_batch(steps: int) -> None:
     prompts, task = make_prompts([5, 16, 23], TINY, 0, CPU), task_of(steps)
@@ -84,6 +86,7 @@ def test_every_rung_gives_the_engines_tokens_one_by_one_and_in_a_batch(steps: in
     assert len({token for tokens in decoded[0] for token in tokens}) > 10  # a text of one token would agree by chance
 
 
+@pytest.mark.thorough(every=3)
 @pytest.mark.parametrize("steps", [1, 3, 8])
 def test_forwards_of_every_rung_are_its_formula(steps: int) -> None:
     prompts, task, blocks = make_prompts([13], TINY, 0, CPU), task_of(steps), 4
@@ -189,6 +192,7 @@ def test_presets_are_the_real_sizes(name: str, millions: float) -> None:
         assert num_parameters(model) / 1e6 == pytest.approx(millions, rel=0.01, abs=0.05)
 
 
+@pytest.mark.thorough
 def test_script_writes_numbers_and_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,6 +220,7 @@ def test_script_writes_numbers_and_tables(
     assert tables.read_text() in printed
 
 
+@pytest.mark.thorough
 def test_a_ragged_batch_in_half_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     numbers = tmp_path / "run.json"
     command = (
@@ -231,6 +236,7 @@ def test_a_ragged_batch_in_half_precision(tmp_path: Path, capsys: pytest.Capture
     assert "plain baseline, one by one" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_plot_is_drawn(tmp_path: Path) -> None:
     command = (
         "--shape tiny --device cpu --prompt-length 6 --new-tokens 20 --steps 4 2 --repetitions 1 --only plain --quiet"
@@ -258,6 +264,7 @@ def test_wrong_arguments_are_named(wrong: str, message: str, capsys: pytest.Capt
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.thorough(every=4)
 @pytest.mark.parametrize("rule", ["low_confidence_static", "low_confidence_dynamic", "factor", "entropy_bounded"])
 def test_speculation_counts_what_real_forwards_accept(rule: str) -> None:
     """Every draft is decided again by a forward of its own state, which takes the place of the recorded one."""

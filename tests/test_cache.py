@@ -12,6 +12,7 @@ from golden_models import PROMPTS, calls_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ragged import IMAGE, VIDEO, Row, collate, load
+from thorough import cases
 from transformers import DynamicCache
 
 SETTINGS: dict[str, Any] = {
@@ -41,6 +42,7 @@ def assert_same(ours: BardVLGenerationOutput, fresh: BardVLGenerationOutput) -> 
     torch.testing.assert_close(ours.confidences, fresh.confidences, atol=1e-4, rtol=0)
 
 
+@pytest.mark.thorough(every=3)
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_next_turn_gives_the_tokens_of_a_fresh_call(kind: str) -> None:
     prompt = PROMPTS[kind]
@@ -118,7 +120,7 @@ def test_same_prompt_again_encodes_no_whole_block_twice() -> None:
 
 
 @given(st.integers(1, 40), st.integers(0, 60), st.sampled_from([1, 3, 4, 8]))
-@settings(max_examples=25)
+@settings(max_examples=cases(25))
 def test_reuse_ends_at_the_block_of_the_first_difference(length: int, place: int, block_size: int) -> None:
     prompt = Row().add_text(length, seed=length)
     arguments = {"block_size": block_size, "max_new_tokens": 9}
@@ -326,6 +328,7 @@ TAMPERING: dict[str, tuple[Any, bool]] = {  # what somebody does with a cache, a
 }
 
 
+@pytest.mark.thorough(every=4)
 @pytest.mark.parametrize("name", TAMPERING)
 @pytest.mark.parametrize("context", [contextlib.nullcontext, torch.inference_mode])
 def test_what_a_cache_says_is_true_whatever_was_done_to_it(name: str, context: Any) -> None:
@@ -397,6 +400,7 @@ def replaced(model: Any) -> None:
     old.weight = torch.nn.Parameter(old.weight.detach() * 1.5)
 
 
+@pytest.mark.thorough(every=3)
 @pytest.mark.parametrize("change", [scaled_in_place, trained, written_past_the_count, replaced, copy.deepcopy])
 @pytest.mark.parametrize("context", [contextlib.nullcontext, torch.inference_mode])
 def test_what_other_weights_computed_is_encoded_again(change: Any, context: Any) -> None:

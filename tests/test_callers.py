@@ -23,6 +23,7 @@ def example() -> BardVLForConditionalGeneration:
     return BardVLForConditionalGeneration.from_pretrained(EXAMPLE)
 
 
+@pytest.mark.thorough(every=4)
 @pytest.mark.parametrize(
     "neutral",
     [

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import shlex
 import shutil
@@ -34,12 +35,13 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines()]
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files that the commands name; folders have the Hub's names."""
+    """A folder with the files that the commands name; folders have the Hub's names, answers are short."""
     folder = tmp_path_factory.mktemp("manual")
     shutil.copytree(ROOT / "examples", folder / "examples")
     (folder / "docs" / "images").mkdir(parents=True)
     source = write_qwen3vl(folder / "Qwen" / "Qwen3-VL-4B-Instruct", tokenizer="qwen")
-    convert(source, folder / "Bard-VL-4B", "--block-size", 4)
+    settings = convert(source, folder / "Bard-VL-4B", "--block-size", 4) / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"max_new_tokens": 20}))
     for number, name in enumerate(("photo.jpg", "other.jpg")):
         draw_scene(folder / name, seed=number)
     write_video(folder / "clip.mp4", draw_frames(8))

@@ -13,6 +13,7 @@ import ragged
 import torch
 from bard_vl import cache_bard_vl
 from ragged import Row, collate, generate, load
+from thorough import cases, stride
 
 
 def text(length: int, seed: int) -> Row:
@@ -37,7 +38,7 @@ def run(job: int) -> list[list[int]]:
 
 def test_threads_on_one_model_get_what_they_get_in_turn() -> None:
     expected = [run(job) for job in range(len(JOBS))]
-    jobs = [job for seed in range(12) for job in random.Random(seed).sample(range(len(JOBS)), len(JOBS))]
+    jobs = [job for seed in range(cases(12)) for job in random.Random(seed).sample(range(len(JOBS)), len(JOBS))]
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)  # switch threads within a step, not only between calls
     try:
@@ -184,7 +185,7 @@ def test_a_call_cancelled_at_any_moment_leaves_the_cache_usable(place: str, num_
         cache = copy.deepcopy(kept)
         if not cancel(place, moments, cache, second):
             break
-        moments += 1 if moments < 9 else 4  # of three layers every one is met
+        moments += stride(1 if moments < 9 else 4)  # of three layers every one is met
         output = generate(model, second, **FIXED, eos_token_id=EOS, past_key_values=cache)
         assert reported(output) == reported(expected), f"cancelled at moment {moments}"
         assert output.num_encoded_tokens.tolist() == [len(row.ids) - 16 for row in second]  # the rest is reused
@@ -200,7 +201,7 @@ def test_a_call_for_several_sequences_cancelled_at_any_moment_leaves_the_cache_u
         cache = copy.deepcopy(kept)
         if not cancel(place, moments, cache, second, num_return_sequences=3):
             break
-        moments += 3
+        moments += stride(3)
         output = generate(model, second, **FIXED, eos_token_id=EOS, past_key_values=cache)
         assert reported(output) == reported(expected), f"cancelled at moment {moments}"
         assert output.num_encoded_tokens.tolist() == [len(row.ids) - 16 for row in second]
@@ -251,7 +252,7 @@ def test_a_key_press_at_any_line_of_the_cache_leaves_it_usable() -> None:
                 generate(model, second, **arguments, eos_token_id=EOS, num_return_sequences=2, past_key_values=cache)
             break
         except KeyboardInterrupt:
-            line += 7 if line > 60 else 1
+            line += stride(7 if line > 60 else 1)
         output = generate(model, second, **look, eos_token_id=EOS, past_key_values=cache)
         assert reported(output) == reported(expected), f"interrupted at line {line}"
         torch.testing.assert_close(output.confidences, expected.confidences)

@@ -18,6 +18,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from thorough import cases
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode adds no folder for tiny.py
@@ -139,7 +140,7 @@ TURNS = st.lists(st.tuples(USERS, STRINGS), min_size=1, max_size=4)
 @example(system=[], turns=[([image(PICTURES[0])], "a"), ([text("b"), image(PICTURES[1])], "c")], closing=[])
 @example(system=[], turns=[([text("a")], "\na"), ([text("b")], "c")], closing=[])
 @example(system=[], turns=[([text("a")], "a"), ([text("b")], "\n\nc")], closing=[image(PICTURES[2])])
-@settings(max_examples=80)
+@settings(max_examples=cases(80))
 def test_every_turn_begins_where_inference_would(
     qwen: ChatEncoder, system: list[Any], turns: list[tuple[list[Any], str]], closing: list[Any]
 ) -> None:

@@ -35,7 +35,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, change in {"config": {"mask_token_id": 447}, "generation_config": {"max_new_tokens": 20}}.items():
         path = published / f"{name}.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    fresh.add_to_hub_cache(room / "home", PUBLISHED, published)
+    fresh.add_to_hub_cache(room, PUBLISHED, published)
     tiny.draw_scene(room / "photo.jpg", (320, 256))
     for number in (1, 2, 3):
         tiny.draw_scene(room / f"page-{number}.png", (224, 320), number)
@@ -46,14 +46,11 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return room
 
 
-def python(room: Path, *arguments: str) -> str:
-    return fresh.python(*arguments, home=room / "home", cwd=room, OMP_NUM_THREADS="1")
-
-
 def test_snippets_run_in_order(room: Path) -> None:
     script = "\n".join(blocks("python"))
     assert script.count(IN_MEMORY) == 1
-    output = python(room, "-c", script.replace(IN_MEMORY, ON_DISK) + "\nprint({*spread.hf_device_map.values()})")
+    script = script.replace(IN_MEMORY, ON_DISK) + "\nprint({*spread.hf_device_map.values()})"
+    output = fresh.python("-c", script, home=room, OMP_NUM_THREADS="1")
     encoded = re.findall(r"\((\d+) of (\d+) tokens encoded\)", output)
     assert len(encoded) == 3
     assert encoded[0][0] == encoded[0][1]
@@ -61,9 +58,10 @@ def test_snippets_run_in_order(room: Path) -> None:
     assert "'disk'" in output.splitlines()[-1], "nothing was offloaded"
 
 
+@pytest.mark.process(group="lines")
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("bard-vl run")])
 def test_commands_run(room: Path, command: str) -> None:
-    output = python(room, "-m", "bard_vl_cli", *shlex.split(command)[1:])
+    output = fresh.call("fresh.command_line", *shlex.split(command)[1:], home=room, package=True)
     assert len(output) > 3
     assert ("in all, at most" in output) == ("--dry-run" in command)
 

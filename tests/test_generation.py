@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from ragged import MASK, NO_ID, PAD, Row, collate, load, rows, settings
+from thorough import cases
 from transformers import (
     BatchFeature,
     GenerationConfig,
@@ -56,6 +57,7 @@ LONG = {"eos_token_id": NO_ID, "confidence_threshold": 0.1}
 WAYS = [{}, {"check_interval": 3}, {"cache_implementation": "static"}, {"num_return_sequences": 2}, {"max_length": 999}]
 
 
+@pytest.mark.thorough(every=3)
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("size", [8, 5])
 def test_a_length_beyond_the_positions_is_a_limit_of_whole_blocks_to_each_row(
@@ -109,6 +111,7 @@ def test_the_last_block_has_room_or_the_prompt_is_refused(tight: Callable[[int],
 # Decoding ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough(every=5)
 @pytest.mark.parametrize("rule", ["low_confidence_static", "low_confidence_dynamic"])
 @pytest.mark.parametrize("kind", PROMPTS)
 @pytest.mark.parametrize(("block_size", "steps"), [(8, None), (4, 3), (1, None), (16, 5)])
@@ -123,6 +126,7 @@ def test_generate_equals_a_loop_without_cache(kind: str, rule: str, block_size: 
     assert output.tokens_per_forward.item() == pytest.approx(len(slow.tokens) / sum(slow.steps))
 
 
+@pytest.mark.thorough(every=3)
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_calling_conventions_agree(kind: str) -> None:
     inputs, prompt = collate([PROMPTS[kind]]), PROMPTS[kind].ids
@@ -162,6 +166,7 @@ def test_other_mask_token_is_used_throughout() -> None:
     assert tokens_of(run(TEXT)) != slow.tokens
 
 
+@pytest.mark.thorough(every=3)
 @pytest.mark.parametrize("block_size", [1, 3, 8])
 def test_every_length_is_the_beginning_of_a_longer_one(block_size: int) -> None:
     longest = tokens_of(run(IMAGE, max_new_tokens=20, block_size=block_size))
@@ -191,7 +196,7 @@ def test_turn_begun_on_a_block_edge_goes_on_as_if_never_interrupted() -> None:
 
 
 @given(st.lists(rows(max_length=24), min_size=1, max_size=3), settings(max_new_tokens=20), st.booleans(), st.data())
-@hypothesis_settings(max_examples=40)
+@hypothesis_settings(max_examples=cases(40))
 def test_no_mask_token_nothing_behind_the_end_and_never_too_long(
     batch: list[Row], arguments: dict[str, Any], sample: bool, data: st.DataObject
 ) -> None:
@@ -753,6 +758,7 @@ def slow_scores(batch: list[Row], given_answers: torch.Tensor, block_size: int) 
     return expected
 
 
+@pytest.mark.thorough(every=4)
 @pytest.mark.parametrize("kind", PROMPTS)
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 def test_score_of_several_answers_to_one_prompt(kind: str, block_size: int) -> None:

@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from ragged import MASK, collate, load
+from thorough import cases
 from transformers import GenerationConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "untied"
@@ -101,7 +102,7 @@ def valid_fields(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(valid_fields())
-@hypothesis_settings(max_examples=40)
+@hypothesis_settings(max_examples=cases(40))
 def test_every_setting_but_block_size_survives_the_file(
     tmp_path_factory: pytest.TempPathFactory, fields: dict[str, Any]
 ) -> None:
@@ -458,6 +459,7 @@ LEFTOVERS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.thorough(every=5)
 @pytest.mark.parametrize("leftover", LEFTOVERS, ids=str)
 def test_what_other_decoding_left_in_a_file_stops_neither_loading_nor_saving(
     tmp_path: Path, leftover: dict[str, Any]

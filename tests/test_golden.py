@@ -68,6 +68,7 @@ MODES = {
 }
 
 
+@pytest.mark.thorough(every=3)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("folder", "case"), cases_of("generate"))
 def test_generated_tokens_and_steps(folder: str, case: str, mode: str) -> None:

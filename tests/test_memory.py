@@ -103,11 +103,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 # Every kind of prompt and of settings once more, in the dtype that a CPU computes slowly.
 IN_BFLOAT16 = ("image in chunks", "batch", "several responses", "nucleus sampling", "remask")
+AT_ONCE = ("images", "image in chunks", "batch", "sampling")  # in float32, by the quick selection
 
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [*((case, torch.float32) for case in CASES), *((case, torch.bfloat16) for case in IN_BFLOAT16)],
+    [
+        *(pytest.param(case, torch.float32, marks=() if case in AT_ONCE else pytest.mark.thorough) for case in CASES),
+        *(pytest.param(case, torch.bfloat16, marks=pytest.mark.thorough) for case in IN_BFLOAT16),
+    ],
     ids=str,
 )
 def test_cache_is_known_to_the_byte_and_the_peak_within_the_factor(case: str, dtype: torch.dtype) -> None:
@@ -120,6 +124,7 @@ def test_cache_is_known_to_the_byte_and_the_peak_within_the_factor(case: str, dt
     assert peak / TOLERANCE < estimate.working < peak * TOLERANCE
 
 
+@pytest.mark.thorough(every=4)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("case", ["text", "text in chunks"])
 def test_other_attention_takes_what_is_estimated(case: str, attention: str) -> None:
@@ -131,6 +136,7 @@ def test_other_attention_takes_what_is_estimated(case: str, attention: str) -> N
     assert peak / TOLERANCE < estimate.working < peak * TOLERANCE
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("case", "dtype"), [("image", torch.float32), ("images", torch.bfloat16)], ids=str)
 def test_a_vision_tower_of_plain_products_takes_what_is_estimated(case: str, dtype: torch.dtype) -> None:
     inputs, settings = CASES[case][0], SETTINGS

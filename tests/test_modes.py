@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ragged import MASK, NO_ID, PAD, Row, collate, rows
 from test_golden import VISUAL, cases_of, load, tensors_of
+from thorough import cases
 from torch._dynamo.utils import counters
 
 MODES = [  # of cache and layers: only calls with a static cache compile them
@@ -57,6 +58,7 @@ def row_of(golden: dict[str, torch.Tensor]) -> Row:
     return Row(golden["input_ids"][0].tolist(), items["pixel_values"], items["pixel_values_videos"])
 
 
+@pytest.mark.thorough(every=5)
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize(("cache", "kind"), MODES)
 @pytest.mark.parametrize("num_rows", BATCHES)
@@ -103,7 +105,7 @@ def test_ragged_batches(num_rows: int, cache: str, kind: str, chunk: str) -> Non
     def run(batch: list[Row], arguments: dict[str, Any], **mode: Any) -> BardVLGenerationOutput:
         return model.generate(**collate(batch), return_dict_in_generate=True, **arguments, **mode)
 
-    @settings(max_examples=8)
+    @settings(max_examples=cases(8))
     @given(batch=st.lists(rows(), min_size=num_rows, max_size=num_rows), arguments=arguments_of_a_family())
     def compare(batch: list[Row], arguments: dict[str, Any]) -> None:
         output = run(batch, arguments, cache_implementation=cache, prefill_chunk_size=CHUNKS[chunk])

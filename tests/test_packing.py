@@ -33,6 +33,7 @@ from hypothesis import strategies as st
 from ragged import IMAGE, MASK, PAD, VIDEO, Row, collate, load
 from test_golden import VISUAL, cases_of, tensors_of
 from test_golden import load as load_golden
+from thorough import cases
 from torch.nn.attention.flex_attention import create_mask
 from transformers import DynamicCache
 from transformers.masking_utils import find_packed_sequence_indices
@@ -172,7 +173,7 @@ COPIES = st.integers(1, 2)
 
 
 @given(st.lists(turns(), min_size=1, max_size=4), st.sampled_from([1, 2, 3, 4, 5, 8, 16]), st.integers(0, 60), COPIES)
-@hypothesis_settings(max_examples=80)
+@hypothesis_settings(max_examples=cases(80))
 def test_mask_is_the_rules_read_one_by_one(batch: list[Responses], block_size: int, room: int, copies: int) -> None:
     samples = [text_sample(responses, responses[-1][1] + 2) for responses in batch]
     longest = max(packed_length(responses, responses[-1][1], block_size, copies) for responses in batch)
@@ -198,7 +199,7 @@ def test_mask_is_the_rules_read_one_by_one(batch: list[Responses], block_size: i
 
 
 @given(st.lists(turns(), min_size=1, max_size=4), st.sampled_from([(4, 4), (8, 4), (8, 2), (6, 3), (16, 1)]), COPIES)
-@hypothesis_settings(max_examples=25)
+@hypothesis_settings(max_examples=cases(25))
 def test_block_mask_is_the_dense_mask(batch: list[Responses], sizes: tuple[int, int], copies: int) -> None:
     samples, tile = [text_sample(responses) for responses in batch], 16
     rows = pack(samples, sizes[0], 300, PAD, EOS, noisy_copies=copies)
@@ -224,7 +225,7 @@ def test_block_mask_is_the_dense_mask(batch: list[Responses], sizes: tuple[int, 
     st.integers(),
     COPIES,
 )
-@hypothesis_settings(max_examples=40)
+@hypothesis_settings(max_examples=cases(40))
 def test_fair_positions_are_read_off_both_masks(
     batch: list[Responses], sizes: tuple[int, int], seed: int, copies: int
 ) -> None:
@@ -257,7 +258,7 @@ def test_fair_positions_are_read_off_both_masks(
     st.integers(1, 32),
     COPIES,
 )
-@hypothesis_settings(max_examples=60)
+@hypothesis_settings(max_examples=cases(60))
 def test_every_column_is_what_it_says(
     batch: list[Responses], block_size: int, room: int, multiple: int, copies: int
 ) -> None:
@@ -406,6 +407,7 @@ def cached_block_logits(prompt: Row, positions: torch.Tensor, response: list[int
     return logits[0]
 
 
+@pytest.mark.thorough(every=4)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @torch.no_grad()
 def test_noisy_logits_are_those_of_inference(block_size: int) -> None:
@@ -462,6 +464,7 @@ def test_two_noisy_copies_give_the_logits_of_rows_with_one(block_size: int, teac
     assert not torch.equal(*noisy)
 
 
+@pytest.mark.thorough(every=3)
 @pytest.mark.parametrize(("block_size", "teacher"), [(8, 4), (8, 1), (16, 4), (6, 3), (32, 8)])
 @torch.no_grad()
 def test_teachers_of_smaller_blocks_see_what_inference_shows_them(block_size: int, teacher: int) -> None:
@@ -527,6 +530,7 @@ def test_golden_packed_logits(folder: str, case: str) -> None:
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.thorough(every=2)
 @pytest.mark.parametrize("block_size", [4, 32])
 @torch.no_grad()
 def test_flex_attention_gives_the_logits_of_the_dense_mask(block_size: int) -> None:
@@ -701,7 +705,7 @@ def test_block_masks_need_our_own_attention() -> None:
 
 
 @given(turns(), st.sampled_from([1, 3, 4, 8, 16]), st.integers(0, 150))
-@hypothesis_settings(max_examples=200)
+@hypothesis_settings(max_examples=cases(200))
 def test_truncation(responses: Responses, block_size: int, max_length: int) -> None:
     sample = text_sample(responses, responses[-1][1] + 3)
     cut = truncate(sample, block_size, max_length)

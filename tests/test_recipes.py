@@ -114,6 +114,7 @@ def test_published_checkpoints_keep_their_noise(name):
     assert model.use_lora or args.group_learning_rate("vision") == 2e-6
 
 
+@pytest.mark.thorough
 def test_twenty_chats_are_enough_and_answers_are_shown(tmp_path, capsys):
     flags = [f"--model_name_or_path={bard_folder()}", f"--train_data={chats_file(20)}", f"--output_dir={tmp_path}"]
     flags += ["--use_cpu=true", "--lora_rank=2", "--dtype=float32", "--bf16=false", "--decode_max_new_tokens=12"]

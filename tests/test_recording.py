@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from ragged import MASK, NO_ID, Row, collate, rows
 from ragged import settings as arguments_of
 from test_engine import HostChecks, any_arguments
+from thorough import cases
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BLOCKS: dict[str, Any] = {"block_size": 4, "confidence_threshold": 0.1, "eos_token_id": NO_ID, "max_new_tokens": 24}
@@ -57,13 +58,13 @@ def assert_same(output: BardVLGenerationOutput, expected: BardVLGenerationOutput
     assert sum(output.num_forwards.values()) - overrun == sum(expected.num_forwards.values())
 
 
-@settings(max_examples=40)
+@settings(max_examples=cases(40))
 @given(batch=st.lists(rows(), min_size=1, max_size=5), arguments=any_arguments())
 def test_recorded_steps_decide_as_eager_ones(batch: list[Row], arguments: dict[str, Any]) -> None:
     assert_same(run(batch, **arguments, **STATIC), run(batch, **arguments))
 
 
-@settings(max_examples=8)
+@settings(max_examples=cases(8))
 @given(lengths=st.lists(st.integers(1, 30), min_size=9, max_size=14), arguments=arguments_of(), seed=st.integers(0, 99))
 def test_many_rows_of_which_some_carry_and_some_have_ended(
     lengths: list[int], arguments: dict[str, Any], seed: int
@@ -97,6 +98,7 @@ PROCESSED: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.thorough(every=3)
 @pytest.mark.parametrize("processed", PROCESSED, ids=lambda chosen: ",".join(chosen))
 @torch.no_grad()
 def test_the_processors_of_the_settings_are_part_of_a_step(

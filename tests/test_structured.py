@@ -23,6 +23,7 @@ from bard_vl.structured_bard_vl import BlockForm, Groups, Place, largest, total
 from bard_vl.viewer import Recording
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from thorough import cases
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "checkpoint"
 MASK, EOS, NUM_TOKENS = 6, 5, 7  # of the small vocabularies
@@ -83,7 +84,7 @@ def completable(automaton: Automaton, state: int, size: int, room: int, left: in
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=cases(150), deadline=None)
 @given(automata(), st.integers(1, 3), st.integers(0, 4), st.integers(0, 9999), st.booleans(), st.data())
 def test_the_choice_is_the_best_completion_and_its_confidence_the_share(
     automaton: Automaton, size: int, ahead: int, seed: int, overwrites: bool, data: st.DataObject
@@ -146,7 +147,7 @@ def test_the_choice_is_the_best_completion_and_its_confidence_the_share(
     assert all(tokens[0, i].item() == fits[0][i] for i in range(size) if alone[i])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=cases(25), deadline=None)
 @given(automata(), st.sampled_from([0.5, 1.0, 3.0]), st.integers(0, 99))
 def test_paths_are_drawn_by_their_weights(automaton: Automaton, temperature: float, seed: int) -> None:
     size, left, draws = 2, 3, 4000
@@ -194,7 +195,7 @@ def test_rows_of_different_forms_are_solved_as_if_alone() -> None:
         assert together.dictated(start, 99)[0] == alone.dictated(0, 99)[0]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=cases(50), deadline=None)
 @given(st.lists(st.integers(0, 5), max_size=60), st.sampled_from([2, 3, None]), st.integers(0, 99))
 def test_groups_reduce_what_is_in_them(group_of: list[int], width: int | None, seed: int) -> None:
     groups = Groups(np.array(group_of, dtype=np.int64), 6, CPU, width)
@@ -310,7 +311,7 @@ def test_an_automaton_accepts_what_the_expression_matches(expression: str) -> No
 
 
 @given(st.integers(-300, 1200), st.integers(0, 1500))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=cases(60), deadline=None)
 def test_ranges_hold_their_integers(low: int, more: int) -> None:
     import regex
 
@@ -337,6 +338,7 @@ def ask(prompt: torch.Tensor, structured: Any, **arguments: Any) -> Any:
     return model().generate(prompt, structured=structured, **named)
 
 
+@pytest.mark.thorough(every=4)
 @pytest.mark.parametrize("rule", REMASKING_RULES)
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 def test_every_answer_has_its_form(rule: str, block_size: int) -> None:
@@ -543,6 +545,7 @@ def test_parsed_answers_are_values() -> None:
         Form.read(FORMS["json_schema"]).parse('{"count": 3, "col')
 
 
+@pytest.mark.thorough
 def test_the_command_line_gives_forms(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from bard_vl_cli.main import main
 

@@ -109,6 +109,7 @@ def test_packed_samples_train_as_separate_ones(tmp_path):
     assert columns[0] != columns[1], "the two runs did not lay their samples out differently"
 
 
+@pytest.mark.thorough(every=2)
 @pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"loss_chunk_size": 3}])
 def test_savings_of_memory_change_no_loss(tmp_path, changes):
     plain = train(tmp_path / "plain", "a", max_steps=2)
@@ -116,6 +117,7 @@ def test_savings_of_memory_change_no_loss(tmp_path, changes):
     assert losses(saving / "block-4") == pytest.approx(losses(plain / "block-4"), abs=1e-5)
 
 
+@pytest.mark.thorough
 def test_bfloat16_trains_float32_weights(tmp_path):
     full = train(tmp_path / "full", "a", max_steps=2)
     half = train(tmp_path / "half", "b", max_steps=2, bf16=True)
@@ -124,6 +126,7 @@ def test_bfloat16_trains_float32_weights(tmp_path):
     assert {value.dtype for value in weights(half / "block-4").values()} == {torch.float32}
 
 
+@pytest.mark.thorough(every=4)
 @pytest.mark.parametrize("form", ["sample_mean", "inverse_time"])
 @pytest.mark.parametrize("noise", ["mask", "uniform", "mixed"])
 def test_every_noise_and_form_of_the_loss_trains(tmp_path, noise, form):
@@ -317,6 +320,7 @@ def test_names_that_freeze_nothing_or_all(names, told):
 # --- Interruption -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough(every=4)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -386,6 +390,7 @@ def test_a_killed_schedule_goes_on_and_ends_the_same(tmp_path):
     assert merge_blocks.main([str(recipe)]) == 0, "a finished schedule has nothing to do, and says so by success"
 
 
+@pytest.mark.thorough
 def test_each_stage_starts_from_the_one_before(tmp_path):
     run = train(tmp_path / "run", block_sizes=[4, 8], learning_rate=0.0, max_steps=1)
     assert all(torch.equal(value, weights(run / "block-4")[name]) for name, value in weights(run / "block-8").items())
@@ -546,6 +551,7 @@ def test_save_dtype(tmp_path):
     assert BardVLForConditionalGeneration.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
 
 
+@pytest.mark.thorough
 def test_adapters_train_resume_and_merge(tmp_path):
     lora = {"use_lora": True, "lora_rank": 4, "lora_dropout": 0.1, "max_steps": 6}
     whole = trainer_for(tmp_path / "whole", **lora)
@@ -577,6 +583,7 @@ def test_merged_adapters_are_a_whole_checkpoint(tmp_path):
         torch.testing.assert_close(value, after.get(name, value))
 
 
+@pytest.mark.thorough
 def test_adapters_on_quantised_weights_end_as_a_whole_checkpoint(tmp_path):
     qlora = {"use_lora": True, "quantize": "nf4", "lora_rank": 4, "learning_rate": 0.05, "block_sizes": [4]}
     trainer = trainer_for(tmp_path / "built", **qlora)
@@ -596,6 +603,7 @@ def test_adapters_on_quantised_weights_end_as_a_whole_checkpoint(tmp_path):
     assert "quantization_config" not in json.loads((run / "block-4" / "config.json").read_text())
 
 
+@pytest.mark.thorough
 def test_sources_in_folders_of_their_own_train_together(tmp_path):
     folders = [shutil.copytree(chats_file().parent, tmp_path / name) for name in ("first", "second")]
     sources = [str(folder / "chats.jsonl") for folder in folders]
@@ -624,6 +632,7 @@ def test_evaluation_repeats_and_leaves_training_alone(tmp_path):
     assert last["eval_tokens_per_forward"] > 0
 
 
+@pytest.mark.thorough
 def test_the_best_checkpoint_is_the_finished_stage_and_a_stage_that_gets_worse_ends(tmp_path):
     best = {"load_best_model_at_end": True, "early_stopping_patience": 2, "save_steps": 1, "save_total_limit": 1}
     held_out = {"eval_data": str(chats_file(5)), "eval_strategy": "steps", "eval_steps": 1}
@@ -693,6 +702,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path):
     assert trainer.state.log_history[0]["cross_entropy"] > 1
 
 
+@pytest.mark.thorough
 def test_distillation_of_a_run_learns_from_its_anchor(tmp_path):
     merged = train(tmp_path / "merged", "merge", block_sizes=[4, 8, 16], max_steps=1)
     shape = {"model_name_or_path": str(merged), "max_steps": 16, "learning_rate": 0.003}
@@ -705,6 +715,7 @@ def test_distillation_of_a_run_learns_from_its_anchor(tmp_path):
     assert weights(merged / "block-4").keys() == weights(taught / "block-8").keys()
 
 
+@pytest.mark.thorough
 def test_algorithm_1_merges_each_stage_from_the_distilled_one_before(tmp_path):
     merged, taught = tmp_path / "merged", tmp_path / "taught"
     shape = {"max_steps": 2, "learning_rate": 0.01}
@@ -729,6 +740,7 @@ def test_algorithm_1_merges_each_stage_from_the_distilled_one_before(tmp_path):
     assert merge_and_distill.main([*words, "--learning_rate=0.5"]) == 1, "another rate than it was begun with"
 
 
+@pytest.mark.thorough(every=3)
 @pytest.mark.parametrize(
     "changes",
     [{"kd_direction": "reverse"}, {"kd_top_k": 8, "ce_weight": 0.0}, {"kd_temperature": 2.0, "kd_positions": "fair"}],

@@ -109,6 +109,7 @@ class OutOfMemoryStep(Step):
         return super().run(form, batch)
 
 
+@pytest.mark.thorough
 def test_a_form_without_memory_is_said_and_left_out() -> None:
     step = OutOfMemoryStep(build_model(TINY, CPU, torch.float32, seed=1), 8, True)
     compared = [(form, batch_of(form.packed), result_of(form)) for form in FORMS]
@@ -118,6 +119,7 @@ def test_a_form_without_memory_is_said_and_left_out() -> None:
     assert [not result.seconds for result in results] == failed
 
 
+@pytest.mark.thorough
 def test_script_writes_numbers_and_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +144,7 @@ def test_script_writes_numbers_and_tables(
     assert "| out of memory |" in to_markdown(run)
 
 
+@pytest.mark.thorough
 def test_half_precision_without_optimizer(tmp_path: Path) -> None:
     numbers = tmp_path / "run.json"
     command = "--shape tiny --device cpu --dtype bfloat16 --block-size 4 --lengths 128 --repetitions 1 --quiet"
