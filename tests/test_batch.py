@@ -769,6 +769,7 @@ def test_workers_that_die(
     check(lines_of(output), expected)
 
 
+@pytest.mark.thorough
 def test_a_seed_repeats_sampled_answers(room: Path) -> None:
     (piece,) = find_pieces(str(room / "questions.jsonl"))
     requests = [*read_requests(piece, Asking())][:3]

@@ -15,7 +15,7 @@ from bard_vl.masking_bard_vl import block_visibility, partition_prompt, to_atten
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ragged import Row, generate, load, partition_sequence
-from thorough import cases
+from thorough import cases, stride
 
 
 @dataclass
@@ -178,7 +178,7 @@ def test_the_order_of_the_rows_permutes_the_outputs() -> None:
     expected = generate(model, batch, **FIXED, eos_token_id=eos)
     lengths = {len(ragged.response(expected, batch, row, eos)) for row in range(4)}
     assert len(lengths) > 1  # rows end at different places
-    for order in itertools.permutations(range(4)):
+    for order in itertools.islice(itertools.permutations(range(4)), 0, None, stride()):
         output = generate(model, [batch[row] for row in order], **FIXED, eos_token_id=eos)
         assert torch.equal(output.sequences, expected.sequences[list(order)])
         assert torch.equal(output.block_step_counts, expected.block_step_counts[list(order)])

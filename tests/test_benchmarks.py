@@ -153,6 +153,7 @@ def test_what_cannot_run_here_is_said_and_left_out() -> None:
     assert not results[1].seconds
 
 
+@pytest.mark.thorough
 def test_nobody_is_timed_on_prompts_or_lengths_that_warmed_up() -> None:
     """Three contenders, one of which warms up twice; results are kept after each piece of work."""
     seen: dict[str, list[list[int]]] = {}
@@ -339,6 +340,7 @@ def test_speculation_by_hand() -> None:
     assert speculation.speculate(states, decision, 2) == speculation.Count(3, 4 + (4 + 8) + (4 + 8))
 
 
+@pytest.mark.thorough
 def test_speculation_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = convert(write_source(tmp_path / "qwen"), tmp_path / "bard", block_size=4)
     draw_scene(tmp_path / "scene.png")

@@ -259,6 +259,7 @@ def test_pages_of_a_document_are_pictures(run: Any, folder: Path, monkeypatch: p
     )
 
 
+@pytest.mark.thorough
 def test_a_seed_repeats_a_sample(run: Any) -> None:
     line = "run photo.png -m bard -q --max-new-tokens 16 --temperature 2 --seed"
     first, again, other = (run(f"{line} {seed}")[1] for seed in (1, 1, 2))
@@ -346,6 +347,7 @@ def test_a_dry_run_says_whether_it_fits(run: Any, monkeypatch: pytest.MonkeyPatc
         assert re.search(rf"does it fit +{fits}.*{comment}", run(line)[1], flags=re.DOTALL)
 
 
+@pytest.mark.thorough(every=3)
 @pytest.mark.parametrize(("file", "kind"), [("photo.png", "picture"), ("clip.mp4", "video"), ("frames", "video")])
 def test_pictures_of_the_denoising_are_written(run: Any, folder: Path, file: str, kind: str) -> None:
     code, out, _ = run(f"run {file} -m bard --max-new-tokens 8 --html a.html --gif a.gif --png a.png")
@@ -622,6 +624,7 @@ def test_convert_is_the_converter(run: Any, folder: Path) -> None:
             assert (folder / "converted" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.thorough
 def test_bench_is_the_benchmark(run: Any, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", list(sys.path))

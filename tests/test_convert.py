@@ -33,6 +33,7 @@ def write_bard_source(path: Path) -> Path:
 # --- Weights ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough(every=5)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("source_shards", [None, "300KB"], ids=["single file", "shards"])
 @pytest.mark.parametrize("max_shard_size", ["5GB", "200KB"])

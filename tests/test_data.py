@@ -609,6 +609,7 @@ FORMS: list[Callable[[Path, list[dict[str, Any]]], Path]] = [
 ]
 
 
+@pytest.mark.thorough(every=4)
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("write", FORMS)
 def test_every_source_gives_the_same_samples(

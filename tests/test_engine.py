@@ -159,6 +159,7 @@ def test_no_forward_has_a_mask(num_rows: int) -> None:
 
 
 # A CPU that decodes greedily counts the undecided positions, as no other device does, unless all of them matter.
+@pytest.mark.thorough(every=4)
 @pytest.mark.parametrize("way", [{"temperature": 1.0}, {"revision": "overwrite", "revision_threshold": 1.0}], ids=str)
 @pytest.mark.parametrize("num_rows", [1, 4])
 def test_the_host_looks_once_a_step(num_rows: int, way: dict[str, Any]) -> None:
@@ -180,6 +181,7 @@ def test_the_host_looks_once_a_step(num_rows: int, way: dict[str, Any]) -> None:
     assert counts[1] - counts[0] == 40
 
 
+@pytest.mark.thorough(every=4)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("interval", [3, 7, 10**9])
 def test_the_host_looks_when_the_steps_are_over(cache: str, interval: int) -> None:

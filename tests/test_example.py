@@ -286,6 +286,7 @@ def test_a_draft_shows_what_is_open(describe: ModuleType, terminal: Any) -> None
 # The notebook --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(ROOT / "examples")
     notebook = json.loads((ROOT / "examples" / "first_steps.ipynb").read_text("utf-8"))

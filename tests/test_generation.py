@@ -57,7 +57,7 @@ LONG = {"eos_token_id": NO_ID, "confidence_threshold": 0.1}
 WAYS = [{}, {"check_interval": 3}, {"cache_implementation": "static"}, {"num_return_sequences": 2}, {"max_length": 999}]
 
 
-@pytest.mark.thorough(every=3)
+@pytest.mark.thorough(every=4)
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("size", [8, 5])
 def test_a_length_beyond_the_positions_is_a_limit_of_whole_blocks_to_each_row(
@@ -126,7 +126,7 @@ def test_generate_equals_a_loop_without_cache(kind: str, rule: str, block_size: 
     assert output.tokens_per_forward.item() == pytest.approx(len(slow.tokens) / sum(slow.steps))
 
 
-@pytest.mark.thorough(every=3)
+@pytest.mark.thorough(every=5)
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_calling_conventions_agree(kind: str) -> None:
     inputs, prompt = collate([PROMPTS[kind]]), PROMPTS[kind].ids
@@ -178,6 +178,7 @@ def test_every_length_is_the_beginning_of_a_longer_one(block_size: int) -> None:
         assert output.tokens_per_forward.item() == pytest.approx(length / output.block_step_counts.sum().item())
 
 
+@pytest.mark.thorough(every=4)
 @pytest.mark.parametrize("cut", [1, 8, 11, 16])
 @pytest.mark.parametrize("kind", ["text", "mixture"])
 def test_begun_assistant_turn_is_continued(kind: str, cut: int) -> None:
@@ -333,6 +334,7 @@ def sampled(**arguments: Any) -> list[int]:
     return tokens_of(run(IMAGE, **({"temperature": 1.0} | arguments)))
 
 
+@pytest.mark.thorough
 def test_seed_and_generator_repeat_a_run() -> None:
     assert sampled(seed=3) == sampled(seed=3) == sampled(generator=torch.Generator().manual_seed(3))
     assert sampled(seed=3) != sampled(seed=4)
@@ -758,7 +760,7 @@ def slow_scores(batch: list[Row], given_answers: torch.Tensor, block_size: int) 
     return expected
 
 
-@pytest.mark.thorough(every=4)
+@pytest.mark.thorough(every=8)
 @pytest.mark.parametrize("kind", PROMPTS)
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 def test_score_of_several_answers_to_one_prompt(kind: str, block_size: int) -> None:

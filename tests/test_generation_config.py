@@ -385,6 +385,7 @@ def test_published_vocabulary_ends_at_im_end_by_default() -> None:
 STORED = {"remasking_strategy": "low_confidence_dynamic", "max_new_tokens": 30}
 
 
+@pytest.mark.thorough(every=3)
 @pytest.mark.parametrize(
     "how",
     [
@@ -403,6 +404,7 @@ def test_max_length_of_a_call_wins_over_the_files_new_tokens(tmp_path: Path, how
     assert model.generate(**prompt, max_length=24, max_new_tokens=30).shape == (1, 13 + 30)
 
 
+@pytest.mark.thorough(every=3)
 @pytest.mark.parametrize(
     ("stored", "stated", "found"),
     [

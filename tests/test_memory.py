@@ -124,7 +124,7 @@ def test_cache_is_known_to_the_byte_and_the_peak_within_the_factor(case: str, dt
     assert peak / TOLERANCE < estimate.working < peak * TOLERANCE
 
 
-@pytest.mark.thorough(every=4)
+@pytest.mark.thorough
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("case", ["text", "text in chunks"])
 def test_other_attention_takes_what_is_estimated(case: str, attention: str) -> None:
@@ -202,6 +202,7 @@ def test_what_no_machine_has_is_refused() -> None:
         check_fits(model, size, settings, cpu, free_memory(cpu))
 
 
+@pytest.mark.thorough(every=3)
 @pytest.mark.parametrize(
     "error",
     [

@@ -96,6 +96,7 @@ def arguments_of_a_family(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@pytest.mark.thorough(every=3)
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize(("cache", "kind"), MODES)
 @pytest.mark.parametrize("num_rows", BATCHES)

@@ -407,7 +407,7 @@ def cached_block_logits(prompt: Row, positions: torch.Tensor, response: list[int
     return logits[0]
 
 
-@pytest.mark.thorough(every=4)
+@pytest.mark.thorough(every=7)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @torch.no_grad()
 def test_noisy_logits_are_those_of_inference(block_size: int) -> None:

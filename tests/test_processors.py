@@ -368,6 +368,7 @@ def test_a_strong_bias_comes_out_as_from_left_to_right(data: Any, how: dict[str,
     assert (output.block_step_counts <= how["denoising_steps"]).all()
 
 
+@pytest.mark.thorough
 def test_neighbours_that_commit_together_formed_the_phrase() -> None:
     """The pairs of a free response, banned one by one where all tokens of a block commit together."""
     row = Row().add_text(9, 1)
@@ -510,6 +511,7 @@ def test_what_cannot_hold_where_tokens_commit_together_is_refused(processors: li
         held_as_settings(processors, block_size=8)
 
 
+@pytest.mark.thorough
 def test_what_is_longer_than_a_row_costs_nothing() -> None:
     longest: list[dict[str, Any]] = [
         {"no_repeat_ngram_size": 10**9},

@@ -221,6 +221,7 @@ def refused(module: Any, recipe: Path, output: Path, message: str, capsys: Any) 
     assert not [path for path in output.glob("**/*") if path.is_file()], "something was written"
 
 
+@pytest.mark.thorough(every=4)
 @pytest.mark.parametrize("case", BAD_MERGES)
 def test_bad_recipes_of_block_merging(tmp_path, capsys, case):
     changes, message = BAD_MERGES[case]
@@ -379,6 +380,7 @@ def test_help_needs_no_recipe(capsys):
     assert "--block_sizes" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_the_manual_says_what_fits(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         what_fits.main(["--columns", "0"])

@@ -146,6 +146,7 @@ def test_a_criterion_ends_rows_between_recorded_steps() -> None:
     assert all(int(whole[row, length - 1]) in stops for row, length in enumerate(lengths) if length < 24)
 
 
+@pytest.mark.thorough
 def test_recorded_samples_follow_the_seed_and_the_generator() -> None:
     sampled = {**BLOCKS, **STATIC, "temperature": 1.5, "num_return_sequences": 4}
     first, again, other = (run(BATCH[:2], **sampled, seed=seed).sequences for seed in (1, 1, 2))
@@ -183,6 +184,7 @@ def test_a_returned_cache_owns_its_memory_and_later_calls_find_the_same_buffers(
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(first.cache.layers, kept, strict=True))
 
 
+@pytest.mark.thorough
 def test_threads_share_no_recording() -> None:
     batches = [[Row().add_text(4 + seed, seed)] for seed in range(9)]
     expected = [run(batch, **BLOCKS).sequences.tolist() for batch in batches]
@@ -192,6 +194,7 @@ def test_threads_share_no_recording() -> None:
     assert len(recording_bard_vl._kept[load()].idle) <= NUM_IDLE
 
 
+@pytest.mark.thorough
 def test_few_recordings_wait_and_none_keeps_a_model_alive() -> None:
     model = BardVLForConditionalGeneration.from_pretrained(GOLDEN).eval()
     for size in (2, 4, 8, 3):

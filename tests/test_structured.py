@@ -338,7 +338,7 @@ def ask(prompt: torch.Tensor, structured: Any, **arguments: Any) -> Any:
     return model().generate(prompt, structured=structured, **named)
 
 
-@pytest.mark.thorough(every=4)
+@pytest.mark.thorough(every=9)
 @pytest.mark.parametrize("rule", REMASKING_RULES)
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 def test_every_answer_has_its_form(rule: str, block_size: int) -> None:
@@ -364,6 +364,7 @@ def test_revised_answers_have_their_form(revision: str) -> None:
     assert any(step.revised.any() for steps in output.history for step in steps)
 
 
+@pytest.mark.thorough
 def test_the_answer_ends_in_time_and_is_complete() -> None:
     form, prompt = (
         Form.read({"json_schema": {"type": "object", "properties": {"s": {"type": "string"}}, "required": ["s"]}}),

@@ -87,12 +87,14 @@ class StopAt(TrainerCallback):
 # --- Learning ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_training_lowers_the_loss(tmp_path):
     run = train(tmp_path / "run", max_steps=40, learning_rate=0.005, save_steps=40)
     found = losses(run / "block-4")
     assert sum(found[-8:]) < 0.6 * sum(found[:8])
 
 
+@pytest.mark.thorough
 def test_packed_samples_train_as_separate_ones(tmp_path):
     shape = {"max_steps": 3, "max_grad_norm": 0.0}
     packed = train(tmp_path / "packed", "a", per_device_train_batch_size=4, gradient_accumulation_steps=1, **shape)
@@ -109,7 +111,7 @@ def test_packed_samples_train_as_separate_ones(tmp_path):
     assert columns[0] != columns[1], "the two runs did not lay their samples out differently"
 
 
-@pytest.mark.thorough(every=2)
+@pytest.mark.thorough
 @pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"loss_chunk_size": 3}])
 def test_savings_of_memory_change_no_loss(tmp_path, changes):
     plain = train(tmp_path / "plain", "a", max_steps=2)
@@ -320,7 +322,7 @@ def test_names_that_freeze_nothing_or_all(names, told):
 # --- Interruption -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.thorough(every=4)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "changes",
     [
@@ -356,6 +358,7 @@ def test_an_interrupted_run_repeats_the_losses_of_a_whole_one(tmp_path, changes,
         assert torch.equal(value, after[name]), name
 
 
+@pytest.mark.thorough
 def test_a_stream_takes_no_step_behind_the_last_one(tmp_path):
     shape = {"streaming": True, "shuffle_buffer": 5, "min_learning_rate": 0.001}
     whole = trainer_for(tmp_path, **shape)
@@ -407,6 +410,7 @@ def test_half_written_checkpoints_are_never_used(tmp_path):
     assert complete_checkpoints(tmp_path) == found[:1]
 
 
+@pytest.mark.thorough
 def test_a_stage_that_was_not_finished_is_taken_up_again(tmp_path):
     output = tmp_path / "run"
     (output / ".block-4.partial").mkdir(parents=True)
@@ -418,6 +422,7 @@ def test_a_stage_that_was_not_finished_is_taken_up_again(tmp_path):
     assert not (output / ".block-4.partial").exists()
 
 
+@pytest.mark.thorough
 def test_old_checkpoints_go(tmp_path):
     trainer = trainer_for(tmp_path, max_steps=6, save_steps=1, save_total_limit=2)
     trainer.train()
@@ -476,6 +481,7 @@ def test_settings_that_decide_are_those_it_was_begun_with(tmp_path, capsys, chan
     assert message is None or message in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_a_run_does_not_go_on_with_other_chats(tmp_path, capsys):
     folder = shutil.copytree(chats_file().parent, tmp_path / "chats")
     data = {"train_data": str(folder / "chats.jsonl"), "max_steps": None, "num_train_epochs": 1}
@@ -534,6 +540,7 @@ def test_a_checkpoint_is_written_by_one_process_under_zero3(tmp_path, monkeypatc
     assert weights(tmp_path / "block-4").keys() == state.keys()
 
 
+@pytest.mark.thorough
 def test_a_run_without_settings_tells_its_losses_and_what_to_type_next(tmp_path, capsys):
     run = train(tmp_path / "run", max_steps=3, logging_steps=None, logging_first_step=None)
     logged = [entry for entry in history(run / "block-4") if "loss" in entry]
@@ -544,6 +551,7 @@ def test_a_run_without_settings_tells_its_losses_and_what_to_type_next(tmp_path,
     assert told[-1].strip() == f"try it: bard-vl run photo.jpg --model {run / 'block-4'}"
 
 
+@pytest.mark.thorough
 def test_save_dtype(tmp_path):
     folder = train(tmp_path / "run", max_steps=1, save_dtype="bfloat16") / "block-4"
     assert {value.dtype for value in weights(folder).values()} == {torch.bfloat16}
@@ -569,6 +577,7 @@ def test_adapters_train_resume_and_merge(tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.thorough
 def test_merged_adapters_are_a_whole_checkpoint(tmp_path):
     run = train(tmp_path / "run", use_lora=True, lora_rank=4, max_steps=3, learning_rate=0.05)
     before, after = weights(bard_folder()), weights(run / "block-4")
@@ -616,6 +625,7 @@ def test_sources_in_folders_of_their_own_train_together(tmp_path):
 # --- Evaluation -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_evaluation_repeats_and_leaves_training_alone(tmp_path):
     held_out = {"eval_data": str(chats_file(5)), "eval_strategy": "steps", "eval_steps": 1, "decode_samples": 3}
     without = trainer_for(tmp_path / "without", max_steps=3)
@@ -655,6 +665,7 @@ def test_the_best_checkpoint_is_the_finished_stage_and_a_stage_that_gets_worse_e
     assert [entry["eval_loss"] for entry in resumed.state.log_history if "eval_loss" in entry] == found
 
 
+@pytest.mark.thorough
 def test_decoding_has_the_precision_of_training(tmp_path):
     held_out = {"eval_data": str(chats_file(5)), "decode_samples": 2, "decode_max_new_tokens": 4}
     trainer = trainer_for(tmp_path, bf16=True, max_steps=1, **held_out)
@@ -859,6 +870,7 @@ def test_what_the_tokenizer_flags_as_special_replaces_nothing(tmp_path):
     assert not special & set(again.replacements.tolist())
 
 
+@pytest.mark.thorough
 def test_broken_chats_are_counted_and_passed_over(tmp_path):
     source = chats_file()
     folder = shutil.copytree(source.parent, tmp_path / "chats")

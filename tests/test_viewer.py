@@ -480,6 +480,7 @@ def test_without_scripts_the_answer_is_there(browser: Any, recording: Recording,
         assert "A red <b> star" in page.locator("#answer").inner_text()
 
 
+@pytest.mark.thorough
 def test_large_pictures_are_made_small(recording: Recording) -> None:
     noise = Image.effect_noise((3000, 2000), 80).convert("RGB")
     page = html_of(Recording(**{**vars(recording), "images": [noise]}))
