@@ -5,7 +5,7 @@ Budgets are counted in units of `Scale.unit` optimizer steps.
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 THRESHOLDS = (0.7, 0.8, 0.9, 0.95)
 TOKENS_PER_STEP = (1, 2, 4)
@@ -100,7 +100,7 @@ PARENT = Cell("parent", (), (Decoding(),))
 HALF = Stage(32, 4, complementary_masks=True, batch_share=0.5)
 
 # In the order in which they run: what decides most comes first. The unit of both has 50 steps.
-ANCHOR = (Stage(4, 6),)
+ANCHOR = (Stage(4, 4),)
 PILOT_CELLS = (
     Cell("plain", (Stage(32, 4),)),
     Cell("complementary", (HALF,)),
@@ -126,18 +126,19 @@ LARGER_CELLS = (
 
 # Captions of one form, on which some claims were decided: the unit has 100 steps.
 ONCE_REVISED = tuple(Decoding(0.9, revision) for revision in REVISIONS)
-MERGED_8 = (Stage(4), Stage(8))
+
+
+def merged_8(name: str, **settings: Any) -> Cell:
+    """The parent at blocks 4 and 8 under some noise."""
+    return Cell(name, (Stage(4, **settings), Stage(8, **settings)), ONCE_REVISED)
+
+
 FIXED_CELLS = (
     Cell("block-1", (Stage(1, 5),), (Decoding(0.9),)),
     Cell("block-4", (Stage(4, 10),), tuple(map(Decoding, (0.5, *THRESHOLDS, 0.99)))),
-    *(
-        Cell(f"{name}-8", tuple(replace(stage, **settings) for stage in MERGED_8), ONCE_REVISED)
-        for name, settings in {
-            "mask-noise": {},
-            "uniform-noise": {"noise": "uniform"},
-            "mixed-noise": {"noise": "mixed"},
-            "mixed-noise-visible": {"noise": "mixed", "visible_weight": 1.0},
-        }.items()
-    ),
+    merged_8("mask-noise-8"),
+    merged_8("uniform-noise-8", noise="uniform"),
+    merged_8("mixed-noise-8", noise="mixed"),
+    merged_8("mixed-noise-visible-8", noise="mixed", visible_weight=1.0),
     PARENT,
 )

@@ -143,7 +143,7 @@ def held_out_cross_entropy(
 ) -> float:
     """Mean over masked tokens of answers, in nats, under mask noise that is the same for all models of a block size."""
     stage = Stage(model.config.block_size, padding_weight=0.0)
-    settings = {"steps": 1, "batch_size": 16, "learning_rate": 1e-3, "seed": 0, "folder": folder}
+    settings: dict[str, Any] = {"steps": 1, "batch_size": 16, "learning_rate": 1e-3, "seed": 0, "folder": folder}
     return round(trainer_of(model, stage, samples, processor, **settings).held_out_loss(samples)["loss"], 4)
 
 
@@ -264,7 +264,8 @@ def decode(
     for row, prompt in enumerate(prompts):
         input_ids[row, width - len(prompt) :] = prompt
         attention_mask[row, width - len(prompt) :] = 1
-    inputs = on(model.device, {"input_ids": input_ids, "attention_mask": attention_mask, **pictures(samples)})
+    tensors = {"input_ids": input_ids, "attention_mask": attention_mask, **pictures(samples)}
+    inputs: dict[str, Any] = on(model.device, tensors)
     if not isinstance(model, BardVLForConditionalGeneration):
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
         written = model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False, **others)

@@ -267,7 +267,7 @@ def verdict(better: Sequence[Run], worse: Sequence[Run], settings: Settings | No
     """The gain in valid answers of one cell over another, at a speed or by some settings of decoding."""
     if settings is None:
         return gain_of(better, worse, at_speed, at_speed)
-    valid, answers = (partial(of_score, name=name, **settings) for name in ("valid", "is_valid"))
+    valid, answers = (lambda run, name=name: of_score(run, name, **settings) for name in ("valid", "is_valid"))
     others = {run["seed"]: answers(run) for run in worse}
     p = mcnemar([(answers(run), others[run["seed"]]) for run in better if run["seed"] in others])
     return gain_of(better, worse, valid, valid, p)
@@ -324,9 +324,9 @@ def fixed_section(runs: Runs) -> str:
     lines = [speed_claim(runs)]
     for claim, sides in FIXED_CLAIMS.items():
         if all(name in runs for name, _ in sides):
-            groups = [runs[name] for name, _ in sides]
-            ways = [partial(of_score, name="exact", threshold=THRESHOLD, revision=revision) for _, revision in sides]
-            lines.append(f"{claim}: {gain_of(*groups, *ways)} points.")
+            better, worse = (runs[name] for name, _ in sides)
+            first, second = (partial(of_score, name="exact", threshold=THRESHOLD, revision=way) for _, way in sides)
+            lines.append(f"{claim}: {gain_of(better, worse, first, second)} points.")
     rows = []
     for name in (cell.name for cell in FIXED_CELLS if cell.name in runs):
         for score in runs[name][0]["scores"]:
@@ -335,8 +335,8 @@ def fixed_section(runs: Runs) -> str:
             exact, speed = (
                 [of_score(run, part, **settings) for run in group] for part in ("exact", "tokens_per_forward")
             )
-            ways = [score["threshold"] or "-", score["revision"] or "none"]
-            rows.append([name, group[0]["steps"], *ways, shown(exact), shown(speed, 2)])
+            way = [score["threshold"] or "-", score["revision"] or "none"]
+            rows.append([name, group[0]["steps"], *way, shown(exact), shown(speed, 2)])
     header = ["cell", "steps", "threshold", "revision", "exact", "tokens per forward"]
     return (
         f"## Captions of one form\n\nScale `fixed`: {answers} answers, captions and answers to questions, {length} "

@@ -126,7 +126,9 @@ class Study:
         tokenizer = self.processor.tokenizer
         is_free = self.scale.texts == "free"
         judge = reading(tokenizer) if is_free else exactness
-        found = {"scores": [measure(model, self.held_out, decoding, judge) for decoding in cell.decodings]}
+        found: dict[str, Any] = {
+            "scores": [measure(model, self.held_out, decoding, judge) for decoding in cell.decodings]
+        }
         if is_free and cell.stages:
             with tempfile.TemporaryDirectory() as folder:
                 entropy = held_out_cross_entropy(model, self.held_out, self.processor, Path(folder))
