@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.state import DistributedType, PartialState
+from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from bard_vl.training import merge_blocks
 from bard_vl.training.trainer import BlockDiffusionTrainer
 
@@ -82,8 +82,21 @@ def sharded(*recipes: str) -> None:
     run(*recipes)
 
 
-if __name__ == "__main__":
+def main(case: str, *recipes: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=WAIT)
-    {"run": run, "killed": killed, "sharded": sharded}[sys.argv[1]](*sys.argv[2:])
+    {"run": run, "killed": killed, "sharded": sharded}[case](*recipes)
     dist.destroy_process_group()
+
+
+def main_in_a_fork(rank: int, port: int, case: str, *recipes: str) -> None:
+    """The same as one of two processes, with what accelerate's launcher tells it, in a fork of one that has trained."""
+    os.environ.update(ACCELERATE_USE_CPU="true", MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    main(case, *recipes)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

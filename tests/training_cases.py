@@ -101,10 +101,17 @@ def settings(output: Path, **changes: Any) -> dict[str, Any]:
 
 def in_a_fork(target: Callable[..., None], *arguments: Any) -> int | None:
     """Run in a fork of this process, which has a data cache of its own, to its end; returns its exit code."""
-    process = multiprocessing.get_context("fork").Process(target=_apart, args=(target, *arguments))
-    process.start()
-    process.join(900)  # a machine under load
-    return process.exitcode
+    return in_forks(target, arguments)[0]
+
+
+def in_forks(target: Callable[..., None], *calls: tuple[Any, ...]) -> list[int | None]:
+    """The same for one fork per call, side by side."""
+    processes = [multiprocessing.get_context("fork").Process(target=_apart, args=(target, *call)) for call in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(900)  # a machine under load
+    return [process.exitcode for process in processes]
 
 
 def _apart(target: Callable[..., None], *arguments: Any) -> None:
