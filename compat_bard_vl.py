@@ -6,6 +6,7 @@ what a release broke.
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -271,6 +272,20 @@ class PortableGeneration:
 MODEL_AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
 
+_unpacking = threading.Lock()
+
+
+def unpack_weights(model: Any) -> None:
+    """Unpack weights of compressed-tensors, which wait for the first forward of the whole model.
+
+    `generate` and `score` never call that forward, only its parts.
+    """
+    with _unpacking:
+        waiting = getattr(model, "ct_decompress_hook", None)
+        if waiting is not None:  # the hook removes itself
+            model._forward_pre_hooks[waiting.id](model, ())
+
+
 def name_multimodal(model_type: str, model_class: str) -> None:
     """Enter a model in the table in which `transformers serve` and the any-to-any pipeline look.
 
@@ -310,6 +325,7 @@ __all__ = [
     "register",
     "register_attention",
     "set_attention",
+    "unpack_weights",
     "visual_features",
     "warn_if_untested",
     "write_rope",

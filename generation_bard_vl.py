@@ -10,7 +10,7 @@ import torch
 from transformers.generation import GenerationConfig
 
 from .cache_bard_vl import BardVLCache, WeightsPrint
-from .compat_bard_vl import CacheOutput, PortableGeneration, attention_of, one_cache
+from .compat_bard_vl import CacheOutput, PortableGeneration, attention_of, one_cache, unpack_weights
 from .configuration_bard_vl import check_integer, warn_if_seed
 from .engine_bard_vl import DenoisingStep, Engine, SlotEncoder
 from .generation_config_bard_vl import (
@@ -213,6 +213,7 @@ class BardVLGenerationMixin(PortableGeneration):
             tokenizer=tokenizer,
             structured=structured,
         )
+        unpack_weights(self)
 
         # 2. Layout and reuse
         is_returned = return_dict or cache is not None
@@ -294,6 +295,7 @@ class BardVLGenerationMixin(PortableGeneration):
         check_answers(self.config, answers, len(input_ids), mask_token_id)
         num_columns = -(-answers.shape[1] // block_size) * block_size
         check_length(self.config, prompt, answers.shape[1], block_size)
+        unpack_weights(self)
 
         # 2. Encode every prompt once, then the answers without masks: what later blocks see
         answers = answers.to(input_ids.device).long()

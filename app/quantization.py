@@ -23,7 +23,9 @@ STORED_NEEDS = {
     "awq": ("gptqmodel",),
     "bitsandbytes": ("bitsandbytes", "accelerate"),
     "torchao": ("torchao", "accelerate"),
+    "compressed-tensors": ("compressed_tensors", "accelerate"),
 }
+UNPACKED = {"compressed-tensors"}  # packed in files only: in memory they take as much as plain weights
 GROUP, GROUPS = 64, 256  # weights that share a scale in nf4, and such scales that share one in turn
 
 
@@ -40,12 +42,17 @@ def check_quantization(kind: str | None) -> None:
 
 def check_stored(name: str, config: Any) -> None:
     """Raise `UsageError` if the weights of a checkpoint are quantised, and a package that reads them is missing."""
-    stated = getattr(config, "quantization_config", None)
-    stated = stated if isinstance(stated, dict) or stated is None else stated.to_dict()
-    method = str((stated or {}).get("quant_method", ""))
+    method = stored_method(config)
     missing = [package for package in STORED_NEEDS.get(method, ()) if importlib.util.find_spec(package) is None]
     if missing:
         raise UsageError(f"{name} has {method.upper()} weights: pip install {' '.join(missing)}")
+
+
+def stored_method(config: Any) -> str:
+    """The method that a checkpoint's weights were quantised by, such as `gptq`; empty for plain weights."""
+    stated = getattr(config, "quantization_config", None)
+    stated = stated if isinstance(stated, dict) or stated is None else stated.to_dict()
+    return str((stated or {}).get("quant_method", ""))
 
 
 def quantization_config(kind: str, dtype: torch.dtype) -> Any:
@@ -133,4 +140,13 @@ def data_bytes(path: Path) -> int:
     return sum(end - start for start, end in spans)
 
 
-__all__ = ["bytes_of", "check_quantization", "quantization_config", "saved_bytes", "stored_bytes"]
+__all__ = [
+    "UNPACKED",
+    "bytes_of",
+    "check_quantization",
+    "check_stored",
+    "quantization_config",
+    "saved_bytes",
+    "stored_bytes",
+    "stored_method",
+]

@@ -1,7 +1,9 @@
 """A checkpoint opened, asked and timed: what the commands, the demo page and scripts share."""
 
+import contextlib
 import copy
 import json
+import sys
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -22,7 +24,15 @@ from .checkpoints import EMBEDDED, complete_settings, find_checkpoint, read_conf
 from .devices import find_device, free_memory
 from .errors import UsageError, one_line
 from .memory import MemoryEstimate, check_fits, estimate, read_prompt, readable, weight_bytes
-from .quantization import check_quantization, check_stored, quantization_config, saved_bytes, stored_bytes
+from .quantization import (
+    UNPACKED,
+    check_quantization,
+    check_stored,
+    quantization_config,
+    saved_bytes,
+    stored_bytes,
+    stored_method,
+)
 from .terminal import counted
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # of accelerate
@@ -166,8 +176,14 @@ class Session:
                 options["quantization_config"] = quantization_config(self.quantize, self.dtype)
             if self.device_map or self.quantize or self.is_quantized:  # never whole, and never moved
                 options["device_map"] = self.device_map or {"": self.device}
-            with reading(self.name):
-                model = AutoModelForImageTextToText.from_pretrained(self.name, **options)
+            # Some packages of quantised weights print while they load; standard output is for answers.
+            with reading(self.name), contextlib.redirect_stdout(sys.stderr):
+                model, found = AutoModelForImageTextToText.from_pretrained(
+                    self.name, output_loading_info=True, **options
+                )
+            if missing := sorted(found["missing_keys"]):  # which transformers fills with random numbers
+                others = f" and {counted(len(missing) - 1, 'other tensor')}" if len(missing) > 1 else ""
+                raise OSError(f"{self.name} lacks weights that its config asks for: {missing[0]}{others}")
             self._model = (model if "device_map" in options else model.to(self.device)).eval()
         return self._model
 
@@ -209,7 +225,7 @@ class Session:
     @cached_property
     def weights(self) -> int:
         """Bytes of the weights once they are loaded."""
-        if self.is_quantized:
+        if self.is_quantized and stored_method(self.config) not in UNPACKED:
             return stored_bytes(self.name, self.where.get("revision")) or weight_bytes(self.shape)
         saved = saved_bytes(self.shape, self.quantize) if self.quantize else 0
         return weight_bytes(self.shape) - saved

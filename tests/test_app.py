@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bard_vl.generation_config_bard_vl import SETTINGS, Setting, passes
 from bard_vl_cli.models import PUBLISHED, WEIGHTS, Published
 from fresh import ROOT
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 CARD = "fudan-generative-ai/Bard-VL-B16-Mask-4B-Distil-Instruct"
 EXAMPLE = ROOT / "examples" / "checkpoint"
@@ -179,6 +181,60 @@ def test_quantised_weights_answer_and_take_what_was_said(kind: str, tmp_path: Pa
     assert stored.ask(messages).text == answer.text
     with pytest.raises(UsageError, match="are quantised already"):
         Session(str(tmp_path), quantize=kind)
+
+
+def save_compressed(folder: Path) -> None:
+    """The small checkpoint in 8 bits as compressed-tensors stores them: groups of 64 weights, each with a scale."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    session = Session(str(EXAMPLE))
+    bits = quantization.QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="group", group_size=64)
+    groups = {"all": quantization.QuantizationScheme(targets=["Linear"], weights=bits)}
+    kept = ["lm_head", "re:.*visual.*"]
+    quantization.apply_quantization_config(
+        session.model, quantization.QuantizationConfig(config_groups=groups, ignore=kept, format="pack-quantized")
+    )
+    for module in session.model.modules():
+        if hasattr(module, "weight_scale"):
+            grouped = module.weight.detach().unflatten(1, (-1, 64))
+            module.weight_scale.data.copy_(calculate_qparams(grouped.amin(-1), grouped.amax(-1), bits)[0])
+            module.quantization_status = quantization.QuantizationStatus.FROZEN
+    compressor = ModelCompressor.from_pretrained_model(session.model)
+    compressor.compress_model(session.model)
+    for part in (session.model, session.processor):
+        part.save_pretrained(folder)
+    compressor.update_config(folder)
+
+
+def test_weights_of_compressed_tensors_are_unpacked_for_generate_and_score(tmp_path: Path) -> None:
+    save_compressed(tmp_path)
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Which word is written?"}]}]
+    plain, stored, scored = Session(str(EXAMPLE)), Session(str(tmp_path)), Session(str(tmp_path))
+    answer = plain.ask(messages)
+    assert stored.ask(messages).text == answer.text
+    tensors = {id(each): each for each in (*stored.model.parameters(), *stored.model.buffers())}
+    assert stored.weights == pytest.approx(sum(map(bytes_of, tensors.values())), rel=0.02)
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) < stored.weights / 2
+    inputs = plain.encode(messages)
+    response = answer.output.sequences[:, inputs["input_ids"].shape[1] :]
+    scores = [session.model.score(inputs, response).sum().item() for session in (plain, scored)]
+    assert scores[0] == pytest.approx(scores[1], abs=0.1)
+
+
+def test_a_checkpoint_that_lacks_weights_is_named(tmp_path: Path) -> None:
+    folder = shutil.copytree(EXAMPLE, tmp_path / "folder")
+    tensors = load_file(folder / "model.safetensors")
+    lost = sorted(name for name in tensors if name.startswith("model.visual.merger."))
+    save_file(
+        {name: tensors[name] for name in tensors if name not in lost}, folder / "model.safetensors", {"format": "pt"}
+    )
+    session = Session(str(folder))
+    with pytest.raises(
+        OSError, match=f"folder lacks weights that its config asks for: {lost[0]} and {len(lost) - 1} other"
+    ):
+        _ = session.model
 
 
 def test_weights_spread_by_accelerate_answer_alike() -> None:
