@@ -35,7 +35,7 @@ class DenoisingStep:
     Attributes:
         block: index of the block in the response.
         ids: (block size,) CPU ids after the step, the mask id where undecided.
-        committed: (block size,) bool, decided at this step, or dictated before the block's first one.
+        committed: (block size,) bool, decided at this step, or before the block's first one: dictated, or looked ahead.
         revised: (block size,) bool, decided before and changed, or masked again, at this step.
         confidence: (block size,) probability of the token that each position would have taken.
         chosen: (block size,) that token.
@@ -374,22 +374,37 @@ class Engine:
         """Encode every running row's block, finished blocks in front of it together with it, and decide."""
         self._count_step()
         size, starts, running = self.settings.block_size, self.progress.starts, self.progress.running
-        firsts = [starts[row] - size * self.progress.carrying.get(row, 0) for row in running]
+        carried = {row: range(-self.progress.carrying.get(row, 0), 0) for row in running}
+        ahead = {row: range(1, 1 + self._num_ahead(row)) for row in running}
+        lanes = [(row, place) for row in running for place in carried[row]]
+        num_carried = len(lanes)
+        lanes += [(row, 0) for row in running]
+        lanes += [(row, place) for row in running for place in ahead[row]]
         if self.encoder.attention == ATTENTION_NAME:
-            carried = [
-                (row, first, size)
-                for row, start in zip(running, firsts, strict=True)
-                for first in range(start, starts[row], size)
-            ]
-            blocks = carried + [(row, starts[row], size) for row in running]
-            hidden = self.encoder.encode(blocks, layers=self.layers)[len(carried) * size :]
-            hidden = hidden.unflatten(0, (-1, size))
+            blocks = [(row, starts[row] + size * place, size) for row, place in lanes]
+            hidden = self.encoder.encode(blocks, layers=self.layers).unflatten(0, (-1, size))
         else:
-            widths = [starts[row] + size - first for row, first in zip(running, firsts, strict=True)]
-            hidden = self.encoder.encode_side_by_side(running, firsts, widths)
-            ends = torch.tensor(widths).cumsum(0)[:, None]
-            hidden = hidden[(ends - size + torch.arange(size)).to(hidden.device)]
-        self._advance(hidden)
+            firsts = [starts[row] - size * len(carried[row]) for row in running]
+            widths = [size * (len(carried[row]) + 1 + len(ahead[row])) for row in running]
+            hidden = self.encoder.encode_side_by_side(running, firsts, widths).unflatten(0, (-1, size))
+            order = sorted(range(len(lanes)), key=lanes.__getitem__)
+            hidden = hidden[torch.tensor(order, device=hidden.device).argsort()]
+        hidden = hidden[num_carried:]
+        if len(hidden) > len(running):
+            self._look_ahead(lanes[num_carried + len(running) :], hidden[len(running) :])
+        self._advance(hidden[: len(running)])
+
+    def _num_ahead(self, row: int) -> int:
+        """Blocks behind a row's own that are denoised together with it."""
+        progress, size = self.progress, self.settings.block_size
+        room = progress.limits[row] - (progress.starts[row] - progress.lengths[row])
+        return min(self.settings.concurrent_blocks, -(-room // size)) - 1
+
+    def _look_ahead(self, lanes: list[tuple[int, int]], hidden: torch.Tensor) -> None:
+        """Decide in the blocks `lanes` (row, blocks ahead of its own) by (lanes, block, hidden) states."""
+        owner, ahead = torch.tensor(lanes, device=self.device).unbind(-1)
+        logits = self.model.lm_head(hidden).to(self.device)
+        self.denoiser.decide_ahead(self.rows, owner, ahead, logits, self.hooks.generator)
 
     def _advance(self, hidden: torch.Tensor) -> None:
         """Decide by (running rows, block, hidden) states."""
@@ -516,9 +531,8 @@ class Engine:
             for row, *step in zip(self.progress.running, *(part.cpu() for part in parts), strict=True):
                 index = (self.progress.starts[row] - self.progress.lengths[row]) // self.settings.block_size
                 kept = DenoisingStep(index, *step)
-                if self.hooks.form is not None and index not in {other.block for other in self.history[row][-1:]}:
-                    place = slice(self.progress.starts[row], self.progress.starts[row] + len(kept.ids))
-                    kept.committed = kept.committed | self.rows.dictated[row, place].cpu()
+                if index not in {other.block for other in self.history[row][-1:]}:
+                    kept.committed = kept.ids != self.settings.mask_token_id
                 self.history[row].append(kept)
 
     def _show_block(self, row: int, start: int, length: int, first: int) -> bool:

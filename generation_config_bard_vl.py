@@ -153,6 +153,13 @@ SETTINGS = {
                 "for the rule `factor`", 1.0, "diffusion", reaches=VLLM),
         Setting("frechet_bound", number(0.0, 1.0), "0",
                 "for the rule `frechet`; higher commits less at a step", 0.0, "diffusion", reaches=VLLM),
+        Setting("concurrent_blocks", integer(1), "1",
+                "blocks of a response denoised together: what the rule finds sure enough in those further on commits "
+                "ahead of their turn ([paper](https://arxiv.org/abs/2606.29215)); fewer forwards, and other tokens "
+                "than one by one: for models trained for it", 1, "diffusion"),
+        Setting("end_at_first_eos", choice(True, False), "`False`",
+                "a response ends once everything up to its first EOS is decided: the same tokens, in fewer steps",
+                False, "diffusion", reaches=VLLM),
         Setting("revision", choice(*REVISION_THRESHOLDS), "off",
                 "`overwrite` or `remask` committed tokens of the block that a later step disagrees with; for models"
                 " trained for it (`visible_weight` in [docs/training.md](docs/training.md)), others `overwrite` "
@@ -410,6 +417,8 @@ class DecodingSettings:
     mask_token_id: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
+    concurrent_blocks: int
+    end_at_first_eos: bool
     num_return_sequences: int
     prefill_chunk_size: int | None
     cache_implementation: str | None
@@ -458,6 +467,7 @@ class DecodingSettings:
             if token_id == mask_token_id:
                 raise ValueError(f"`{name}` = {token_id} is the mask token")
         resolved = {field.name: setting(config, field.name) for field in fields(cls) if field.name in DEFAULTS}
+        check_together(resolved, config.revision)
         resolved |= {} if samples else {name: DEFAULTS[name] for name in ("top_k", "top_p")}
         threshold, is_eager = config.revision_threshold, getattr(config, "disable_compile", False)
         resolved |= {
@@ -502,6 +512,19 @@ def check_steps(denoising_steps: int, block_size: int) -> None:
     """Raise `ValueError` if there are more steps than tokens in a block."""
     if denoising_steps > block_size:
         raise ValueError(f"`denoising_steps` must be between 1 and `block_size` = {block_size}, got {denoising_steps}")
+
+
+def check_together(resolved: dict[str, Any], revision: str | None) -> None:
+    """Raise `ValueError` for settings that say nothing together, or change what the other promises."""
+    several = resolved["concurrent_blocks"] > 1
+    if revision is not None and (several or resolved["end_at_first_eos"]):
+        name = "concurrent_blocks" if several else "end_at_first_eos"
+        raise ValueError(f"`{name}={resolved[name]}` cannot be combined with `revision={revision!r}`")
+    if several and resolved["remasking_strategy"] == "low_confidence_static":
+        raise ValueError(
+            "`concurrent_blocks` needs a rule that commits what is sure, not `low_confidence_static`: it commits what "
+            "is due, and further blocks are not"
+        )
 
 
 def setting(config: BardVLGenerationConfig, name: str) -> Any:

@@ -73,7 +73,7 @@ def build_hooks(
     """The hooks of a call of `generate`, by its arguments of these names; `take_over` may change `config`.
 
     Raises:
-        ValueError: one of them is wrong, or cannot be heeded beside another.
+        ValueError: one of them is wrong, or cannot be heeded beside another or beside `concurrent_blocks`.
     """
     device = prompt.input_ids.device
     check_streamer(streamer, len(limits) * settings.num_return_sequences)
@@ -86,6 +86,9 @@ def build_hooks(
     own_processors = build_processors(config, settings, vocab_size, device, longest)
     form = build_form(structured, tokenizer, settings, limits, vocab_size, device)
     check_alone(form, own_processors)
+    if settings.concurrent_blocks > 1 and (own_processors or processors or form):
+        what = "`structured`" if form else "`logits_processor`" if processors else "settings that change scores"
+        raise ValueError(f"`concurrent_blocks={settings.concurrent_blocks}` cannot be combined with {what}")
     criteria = build_stopping_criteria(config, stopping_criteria, tokenizer)
     if seed is None and generator is None:
         seed = config.seed

@@ -149,15 +149,20 @@ class Recording:
     def step(self, num_main: int, num_extra: int) -> Outcome:
         """One step of `num_main` rows at most, of which `num_extra` at most carry a finished block.
 
-        Reads and writes at fixed addresses only. Returns the decision on the rows that run, in their
-        order, then on the spare one, and the confidence (rows, block) of what was chosen.
+        Slots: the rows' own blocks, the carried ones, then those further on that are denoised together with them. Reads
+        and writes at fixed addresses only. Returns the decision on the rows that run, in their order, then on the spare
+        one, and the confidence (rows, block) of what was chosen.
         """
         rows, size, device = self.rows, self.denoiser.size, self.status.device
         owner = torch.cat(
             [in_front(~rows.ended[:-1], num_main, rows.spare), in_front(rows.carries[:-1], num_extra, rows.spare)]
         )
-        is_spare = owner == rows.spare
         behind = torch.arange(len(owner), device=device) >= num_main
+        main, ahead = owner[:num_main], self._blocks_ahead(num_main)
+        if ahead is not None:
+            further = self._with_room(main, ahead)
+            owner, behind = torch.cat([owner, further]), torch.cat([behind.long(), -ahead])
+        is_spare = owner == rows.spare
         first = torch.where(is_spare, rows.num_columns - size, rows.start[owner] - size * behind)
         source = owner.clamp(max=rows.spare - 1)
         place = torch.arange(size, device=device)
@@ -176,14 +181,29 @@ class Recording:
         for layer in self.cache_layers:
             layer.writing = writing
         embeds, positions = self.embed(rows.ids[cell])[None], rows.positions[:, cell[0], cell[1]][:, None]
-        hidden = self.layers.run(embeds, positions, self.cache_layers, slots)[0, : num_main * size]
-        logits = self.lm_head(hidden.unflatten(0, (num_main, size)))
-        main = owner[:num_main]
+        hidden = self.layers.run(embeds, positions, self.cache_layers, slots)[0].unflatten(0, (-1, size))
+        if ahead is not None:
+            logits = self.lm_head(hidden[num_main + num_extra :])
+            self.denoiser.decide_ahead(rows, further, ahead, logits, self.generator)
+        logits = self.lm_head(hidden[:num_main])
         choice = self.denoiser.choose(rows, main, logits, self.generator, self.processors)
         decision = self.denoiser.decide(rows, main, choice)
         running = ~rows.ended[:-1]
         self.status.copy_(torch.stack([running.sum(), (running & rows.carries[:-1]).sum()]))
         return decision, choice.confidence
+
+    def _blocks_ahead(self, num_main: int) -> torch.Tensor | None:
+        """(m `num_main`,) how far each further slot is from its row's block; None where blocks are denoised alone."""
+        several = self.denoiser.settings.concurrent_blocks
+        if several == 1:
+            return None
+        return torch.arange(1, several, device=self.status.device).repeat_interleave(num_main)
+
+    def _with_room(self, main: torch.Tensor, ahead: torch.Tensor) -> torch.Tensor:
+        """The rows `main` again for each of `ahead`, the spare one where the limit leaves no such block."""
+        rows, owner = self.rows, main.repeat(len(ahead) // len(main))
+        offset = rows.start[owner] - rows.length[owner] + self.denoiser.size * ahead
+        return torch.where(offset < rows.limit[owner], owner, rows.spare)
 
     def start(self, rows: Rows, generator: torch.Generator | None) -> None:
         """Take over the rows of a call, and draw the seed of its samples from its generator, or torch's own."""

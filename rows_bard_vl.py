@@ -100,9 +100,10 @@ class Rows:
         for each in fields(self):
             getattr(self, each.name).copy_(getattr(other, each.name))
 
-    def cells(self, owner: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Index of the block of `size` tokens that each of the rows `owner` (n,) denoises."""
-        return owner[:, None], self.start[owner][:, None] + torch.arange(size, device=owner.device)
+    def cells(self, owner: torch.Tensor, size: int, ahead: torch.Tensor | int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Index of the block of `size` tokens that each of the rows `owner` (n,) denoises, or one `ahead` of it."""
+        first = self.start[owner] + size * ahead
+        return owner[:, None], first[:, None] + torch.arange(size, device=owner.device)
 
 
 def _with_spare(states: torch.Tensor, dim: int) -> torch.Tensor:
@@ -224,8 +225,11 @@ class Denoiser:
             commit = commit | self.dictate(rows, owner, form)
             block = rows.ids[cell]
 
-        finished = running & (block != settings.mask_token_id).all(-1)
         length, ends = self._response_end(block, offset, rows.limit[owner])
+        decided = block != settings.mask_token_id
+        if settings.end_at_first_eos:
+            decided |= offset[:, None] + torch.arange(size, device=block.device) >= length[:, None]
+        finished = running & decided.all(-1)
         rows.response_length[owner] = torch.where(finished, length, rows.response_length[owner])
         if choice.form_state is not None:
             rows.form_state[owner] = torch.where(finished, choice.form_state, rows.form_state[owner])
@@ -233,6 +237,31 @@ class Denoiser:
         rows.carries[owner] = finished & ~ends
         rows.start[owner] += size * (finished & ~ends)
         return Decision(block, commit, revised, finished, running, choice.ids)
+
+    def decide_ahead(
+        self,
+        rows: Rows,
+        owner: torch.Tensor,
+        ahead: torch.Tensor,
+        logits: torch.Tensor,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Commit, in place, what is sure enough already in blocks further on; the schedule waits for their own steps.
+
+        Args:
+            rows: the batch, not yet moved on by this step.
+            owner: (n,) rows.
+            ahead: (n,) blocks between the row's own and the one meant, at least 1; anything for the spare row.
+            logits: (n, block, vocabulary).
+            generator: of samples.
+        """
+        cell = rows.cells(owner, self.size, torch.where(owner == rows.spare, 0, ahead))
+        held = rows.ids[cell]
+        choice = self.chooser.choose(logits, held, generator)
+        masked = (held == self.settings.mask_token_id) & ~rows.ended[owner, None]
+        commit = self.rule.commit(choice.measure, masked, torch.zeros_like(owner), self.settings.bound)
+        rows.ids[cell] = torch.where(commit, choice.ids, held)
+        rows.confidences[cell] = torch.where(commit, choice.confidence, rows.confidences[cell])
 
     def _revise(
         self, block: torch.Tensor, visible: torch.Tensor, is_last: torch.Tensor, choice: Choice
@@ -248,7 +277,7 @@ class Denoiser:
     def _response_end(
         self, block: torch.Tensor, offset: torch.Tensor, limit: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Response tokens up to the end of each finished block (n, block), EOS and limit heeded; is it the end?"""
+        """Response tokens up to the end of each block (n, block), EOS and limit heeded; is it the end?"""
         room = (limit - offset).clamp(max=self.size)
         place = torch.arange(self.size, device=block.device)
         is_eos = torch.isin(block, self.eos) & (place < room[:, None])

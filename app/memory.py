@@ -196,13 +196,13 @@ def prefill_bytes(model: Any, size: PromptSize, settings: DecodingSettings) -> i
 
 
 def decode_bytes(model: Any, size: PromptSize, settings: DecodingSettings) -> int:
-    """The whole cache, and the larger of a window of two blocks and the scores of a block over the vocabulary."""
+    """The whole cache, and the larger of a window of blocks and the scores of those chosen at once."""
     block, vocabulary = settings.block_size, model.config.text_config.vocab_size
     end = max(size.lengths) + (num_blocks(settings) + 1) * block
-    scores = block * vocabulary * choice_bytes(settings, element_size(model))
+    scores = max(settings.concurrent_blocks - 1, 1) * block * vocabulary * choice_bytes(settings, element_size(model))
     rows = len(size.lengths) * settings.num_return_sequences
     held = cache_bytes(model, size, settings) + table_bytes(size, settings)
-    return held + rows * max(scores, window_bytes(model, 2 * block, end))
+    return held + rows * max(scores, window_bytes(model, (1 + settings.concurrent_blocks) * block, end))
 
 
 def choice_bytes(settings: DecodingSettings, element: int) -> int:

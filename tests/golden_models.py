@@ -76,25 +76,49 @@ def slow_generate(
     eos_token_id: tuple[int, ...] = (),
     process: Callable[[list[int], torch.Tensor], torch.Tensor] = lambda left, scores: scores,
     mask_token_id: int = MASK,
+    concurrent_blocks: int = 1,
+    end_at_first_eos: bool = False,
 ) -> SlowOutput:
-    """Greedy decoding of one prompt, one full forward per step; `process` maps (tokens left, scores (vocabulary,))."""
+    """Greedy decoding of one prompt, one full forward per block and step.
+
+    `process` maps (tokens left, scores (vocabulary,)). Blocks behind the present one are looked at from the second step
+    of the response on.
+    """
     out, response = SlowOutput(), []
     steps = block_size if denoising_steps is None else denoising_steps
+    ahead: list[tuple[list[int], list[float]]] = []
+
+    def is_open(block: list[int]) -> bool:
+        kept = block[: max_new_tokens - len(response)] if end_at_first_eos else block
+        ends = [place for place, token in enumerate(kept) if end_at_first_eos and token in eos_token_id]
+        return mask_token_id in kept[: ends[0] + 1 if ends else None]
+
     while True:
-        block, sure, step = [mask_token_id] * block_size, [0.0] * block_size, 0
-        while mask_token_id in block:
-            logits = last_block_logits(model, row, response + block, block_size)
-            undecided = [place for place, token in enumerate(block) if token == mask_token_id]
-            for place in undecided:
-                left = [token for token in row.ids + response + block[:place] if token != mask_token_id]
-                logits[place] = process(left, logits[place])
-            probabilities = logits.softmax(-1)
-            probabilities[:, mask_token_id] = -1
-            confidence, ids = (value.tolist() for value in probabilities.max(-1))
-            quota = block_size // steps + (step < block_size % steps)
-            places = committed_positions(confidence, undecided, quota, confidence_threshold, remasking_strategy)
-            for place in places:
-                block[place], sure[place] = ids[place], confidence[place]
+        block, sure = ahead.pop(0) if ahead else ([mask_token_id] * block_size, [0.0] * block_size)
+        step = 0
+        while step == 0 or is_open(block):
+            if response or step:
+                room = -(-(max_new_tokens - len(response)) // block_size)
+                while len(ahead) < min(concurrent_blocks, room) - 1:
+                    ahead.append(([mask_token_id] * block_size, [0.0] * block_size))
+            due = block_size // steps + (step < block_size % steps)
+            running, found = [(block, sure), *ahead], []
+            for number, (tokens, _) in enumerate(running):
+                shown = [token for other, _ in running[:number] for token in other]
+                logits = last_block_logits(model, row, response + shown + tokens, block_size)
+                undecided = [place for place, token in enumerate(tokens) if token == mask_token_id]
+                for place in undecided:
+                    left = [token for token in row.ids + response + tokens[:place] if token != mask_token_id]
+                    logits[place] = process(left, logits[place])
+                probabilities = logits.softmax(-1)
+                probabilities[:, mask_token_id] = -1
+                confidence, ids = (value.tolist() for value in probabilities.max(-1))
+                quota = 0 if number else due
+                places = committed_positions(confidence, undecided, quota, confidence_threshold, remasking_strategy)
+                found.append((places, ids, confidence))
+            for (tokens, certainties), (places, ids, confidence) in zip(running, found, strict=True):
+                for place in places:
+                    tokens[place], certainties[place] = ids[place], confidence[place]
             step += 1
         response += block
         out.steps.append(step)

@@ -15,7 +15,7 @@ from bard_vl.attention_bard_vl import TILE, Slots, attend_slots
 from bard_vl.remasking_bard_vl import REMASKING_RULES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ragged import MASK, Row, collate, load, rows
+from ragged import MASK, NO_ID, Row, collate, load, rows
 from ragged import settings as arguments_of
 from thorough import cases
 from torch.overrides import TorchFunctionMode
@@ -70,14 +70,19 @@ def forwards_of(model: Any) -> Iterator[list[dict[str, Any]]]:
 
 @st.composite
 def any_arguments(draw: st.DrawFn) -> dict[str, Any]:
-    """Arguments with every rule, and with revision."""
-    return draw(arguments_of()) | {
+    """Arguments with every rule, and with revision, or with blocks ahead and early ends."""
+    arguments = draw(arguments_of()) | {
         "remasking_strategy": draw(st.sampled_from(sorted(REMASKING_RULES))),
         "entropy_bound": draw(st.sampled_from([0.0, 1.0, 6.0, 40.0])),
         "factor": draw(st.sampled_from([0.5, 2.0, 8.0])),
-        "revision": draw(st.sampled_from([None, "overwrite", "remask"])),
+        "revision": draw(st.sampled_from([None, None, "overwrite", "remask"])),
         "revision_threshold": draw(st.sampled_from([None, 0.0, 0.1, 0.3, 1.0])),
     }
+    if arguments["revision"] is None:
+        arguments["end_at_first_eos"] = draw(st.booleans())
+        if arguments["remasking_strategy"] != "low_confidence_static":
+            arguments["concurrent_blocks"] = draw(st.sampled_from([1, 2, 4]))
+    return arguments
 
 
 @settings(max_examples=cases(60))
@@ -108,6 +113,66 @@ def test_revision_revises_and_the_history_tells() -> None:
                 changed = (before.ids != step.ids) & (before.ids != MASK)
                 assert torch.equal(changed, step.revised)
                 assert ((step.ids == MASK) & step.revised).any() == (revision == "remask" and step.revised.any())
+
+
+@settings(max_examples=cases(40))
+@given(batch=st.lists(rows(), min_size=1, max_size=4), arguments=arguments_of(), blocks=st.sampled_from([1, 3]))
+def test_an_early_end_changes_no_token_and_takes_no_more_steps(
+    batch: list[Row], arguments: dict[str, Any], blocks: int
+) -> None:
+    arguments |= {"remasking_strategy": "low_confidence_dynamic", "concurrent_blocks": blocks}
+    whole, early = run(batch, **arguments), run(batch, **arguments, end_at_first_eos=True)
+    assert torch.equal(early.sequences, whole.sequences)
+    torch.testing.assert_close(early.confidences, whole.confidences, atol=1e-4, rtol=1e-3)
+    fewer = whole.block_step_counts - early.block_step_counts
+    is_last = torch.arange(fewer.shape[1]) == (whole.block_step_counts > 0).sum(-1, keepdim=True) - 1
+    assert (fewer >= 0).all()
+    assert (fewer[~is_last] == 0).all()
+
+
+def test_an_early_end_waits_for_what_is_left_of_the_eos_and_for_nothing_else() -> None:
+    row, sizes = Row().add_text(20, 7), {"block_size": 16, "denoising_steps": 16, "confidence_threshold": 1.0}
+    whole = run([row], max_new_tokens=16, eos_token_id=NO_ID, output_history=True, **sizes)
+    order = {int(step.committed.nonzero()): number for number, step in enumerate(whole.history[0], 1)}
+    response = whole.sequences[0, len(row.ids) :].tolist()
+    needed = [max(order[place] for place in range(length)) for length in range(1, 17)]  # steps of the first so many
+    length = 11
+    assert needed[length - 1] == 13
+    assert response.index(response[length - 1]) == length - 1
+    for limits in ({"max_new_tokens": 16, "eos_token_id": response[length - 1]}, {"max_new_tokens": length}):
+        early = run([row], **{"eos_token_id": NO_ID, **limits}, end_at_first_eos=True, **sizes)
+        assert early.sequences[0, len(row.ids) :].tolist() == response[:length]
+        assert int(early.block_step_counts) == 13
+
+
+def test_blocks_ahead_of_their_turn_are_decided_once_and_the_history_tells() -> None:
+    row, sizes = Row().add_text(20, 3), {"block_size": 4, "confidence_threshold": 0.1, "max_new_tokens": 48}
+    alone = run([row], **sizes)
+    with forwards_of(load()) as seen:
+        output = run([row], concurrent_blocks=3, output_history=True, **sizes)
+    assert len(seen) == sum(output.num_forwards.values()) == int(output.block_step_counts.sum())
+    assert len(seen) < sum(alone.num_forwards.values())
+    assert max(forward["width"] for forward in seen[1:]) == 4 * 4  # a carried block, its own, two ahead
+    times = torch.zeros(12, 4)
+    for step in output.history[0]:
+        times[step.block] += step.committed
+    assert (times == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"concurrent_blocks": 0}, "`concurrent_blocks`.* 0"),
+        ({"concurrent_blocks": 2, "revision": "remask"}, "`concurrent_blocks=2`.*`revision='remask'`"),
+        ({"end_at_first_eos": True, "revision": "overwrite"}, "`end_at_first_eos=True`.*`revision='overwrite'`"),
+        ({"concurrent_blocks": 2, "remasking_strategy": "low_confidence_static"}, "not `low_confidence_static`"),
+        ({"concurrent_blocks": 2, "repetition_penalty": 1.1}, "`concurrent_blocks=2`.*settings that change scores"),
+        ({"concurrent_blocks": 2, "logits_processor": [lambda ids, scores: scores]}, "`logits_processor`"),
+    ],
+)
+def test_what_cannot_go_with_blocks_ahead_is_named(arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        run([Row().add_text(5, 0)], block_size=4, **arguments)
 
 
 @settings(max_examples=cases(40))

@@ -128,6 +128,18 @@ def test_generate_equals_a_loop_without_cache(kind: str, rule: str, block_size: 
 
 @pytest.mark.thorough(every=5)
 @pytest.mark.parametrize("kind", PROMPTS)
+@pytest.mark.parametrize(("block_size", "blocks", "attention"), [(4, 2, "bard_vl"), (3, 4, "bard_vl"), (4, 2, "eager")])
+def test_blocks_ahead_equal_a_loop_without_cache(kind: str, block_size: int, blocks: int, attention: str) -> None:
+    arguments = {"block_size": block_size, "concurrent_blocks": blocks, "max_new_tokens": 18, "end_at_first_eos": True}
+    arguments |= {"confidence_threshold": 0.12, "eos_token_id": tuple(range(0, 500, 40))}
+    slow = slow_generate(load(), PROMPTS[kind], **arguments)
+    output = load(attention).generate(**collate([PROMPTS[kind]]), return_dict_in_generate=True, **arguments)
+    assert output.sequences[0].tolist() == PROMPTS[kind].ids + slow.tokens
+    assert output.block_step_counts[0].tolist() == slow.steps
+    torch.testing.assert_close(output.confidences[0], torch.tensor(slow.confidences), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
 def test_calling_conventions_agree(kind: str) -> None:
     inputs, prompt = collate([PROMPTS[kind]]), PROMPTS[kind].ids
     keywords = load().generate(**inputs, **SETTINGS)

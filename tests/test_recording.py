@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -258,8 +259,11 @@ def test_a_step_reads_nothing_and_has_few_operations(rule: str, monkeypatch: pyt
     config = BardVLGenerationConfig(**BLOCKS, mask_token_id=MASK, remasking_strategy=rule, **STATIC)
     decoding = DecodingSettings.resolve(config, model.config, 8)
     lent = Recording(model, layers_of(model, decoding), Denoiser(decoding, torch.device("cpu")), (4, 256))
+    further = Denoiser(replace(decoding, concurrent_blocks=3), torch.device("cpu"))
+    several = Recording(model, layers_of(model, decoding), further, (4, 256))
     with HostChecks() as checks:
         lent.step(4, 4)
+        several.step(4, 4)
     assert (checks.count, checks.num_sent) == (0, 0)
     layers = lent.layers.layers
     for number in (1, 3):
