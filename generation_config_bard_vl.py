@@ -156,7 +156,7 @@ SETTINGS = {
         Setting("concurrent_blocks", integer(1), "1",
                 "blocks of a response denoised together: what the rule finds sure enough in those further on commits "
                 "ahead of their turn ([paper](https://arxiv.org/abs/2606.29215)); fewer forwards, and other tokens "
-                "than one by one: for models trained for it", 1, "diffusion"),
+                "than one by one: for models trained for it", 1, "diffusion", off=(1,)),
         Setting("end_at_first_eos", choice(True, False), "`False`",
                 "a response ends once everything up to its first EOS is decided: the same tokens, in fewer steps",
                 False, "diffusion", reaches=VLLM),
