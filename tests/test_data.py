@@ -135,6 +135,7 @@ SYSTEMS = st.lists(STRINGS.map(lambda string: {"role": "system", "content": stri
 TURNS = st.lists(st.tuples(USERS, STRINGS), min_size=1, max_size=4)
 
 
+@pytest.mark.thorough
 @given(system=SYSTEMS, turns=TURNS, closing=USERS)
 @example(system=[], turns=[([], "")], closing=[])
 @example(system=[], turns=[([image(PICTURES[0])], "a"), ([text("b"), image(PICTURES[1])], "c")], closing=[])
@@ -175,6 +176,7 @@ def test_every_turn_begins_where_inference_would(
         assert torch.equal(sample.visual_inputs["pixel_values"], prompts[-1]["pixel_values"])
 
 
+@pytest.mark.thorough
 def test_a_response_that_merges_with_its_prompt_is_left_out_unless_it_is_the_last(qwen: ChatEncoder) -> None:
     merging = qwen.encode(chat(user("a"), assistant("\n\nb"), user("c"), assistant("d")), 3)
     assert isinstance(merging, Broken)

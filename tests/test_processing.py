@@ -99,7 +99,7 @@ def assert_same(inputs: Any, others: Any) -> None:
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokenizer", ["small", "qwen"])
+@pytest.mark.parametrize("tokenizer", ["small", pytest.param("qwen", marks=pytest.mark.thorough)])
 def test_chat_template_gives_the_pinned_ids(tokenizer: tiny.TokenizerName, tmp_path: Path) -> None:
     processor = load(tiny.write_processor_files(tmp_path, tokenizer))
     inputs = tokenize(processor, user(image(tiny.draw()), TEXT))
@@ -598,6 +598,7 @@ def test_a_mask_that_the_tokenizer_knows_is_dropped_too(folder: Path) -> None:
     assert load(folder, mask_token_id=mask).decode([mask, word, mask]) == load(folder).decode([word])
 
 
+@pytest.mark.thorough
 def test_the_published_mask_id_decodes_to_nothing_and_is_the_default(tmp_path: Path) -> None:
     processor = load(tiny.write_processor_files(tmp_path, "qwen"))
     assert processor.mask_token_id == tiny.IDS["qwen"].mask_token_id == 151_671

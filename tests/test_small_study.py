@@ -17,6 +17,8 @@ from bard_vl.training.trainer import BlockDiffusionTrainer
 from training_cases import MASK, bard_folder
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3VLForConditionalGeneration
 
+pytestmark = pytest.mark.xdist_group("test_small_study")  # one worker runs the study that they look at
+
 SPLITS = {"train": False, "held-out": True}
 SMOKE = ("--smoke", "--threads", "1")
 DECODING = ("threshold", "revision", "tokens_per_step")
@@ -157,6 +159,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work
 
 
+@pytest.mark.thorough
 def test_every_cell_leaves_its_figures(work: Path) -> None:
     for cell in small_study.SMOKE.cells:
         run = json.loads((work / "results" / "smoke" / f"{cell.name}-seed-0.json").read_text())
@@ -174,6 +177,7 @@ def test_every_cell_leaves_its_figures(work: Path) -> None:
             assert 0 < run["right_context"] < 1
 
 
+@pytest.mark.thorough
 def test_finished_cells_and_shared_stages_are_kept(work: Path, capsys: pytest.CaptureFixture) -> None:
     folders = sorted(path.name for path in (work / "smoke" / "stages").iterdir() if path.is_dir())
     assert [name.rpartition("-")[0] for name in folders] == ["block-32"] * 3 + ["block-4"]
@@ -184,6 +188,7 @@ def test_finished_cells_and_shared_stages_are_kept(work: Path, capsys: pytest.Ca
     assert not [path for path in before if path.stat().st_mtime_ns != before[path]]
 
 
+@pytest.mark.thorough
 def test_other_seeds_share_the_parent_and_the_anchor(work: Path, capsys: pytest.CaptureFixture) -> None:
     cells = ["--cells", "parent", "--seeds", "1"]
     small_study.main([*SMOKE, "--work", str(work), "--results", str(work / "results"), *cells])
@@ -197,6 +202,7 @@ def test_a_cell_that_a_scale_has_not_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
+@pytest.mark.thorough
 def test_what_is_damaged_is_named_and_made_again(work: Path, capsys: pytest.CaptureFixture) -> None:
     folder = small_study.Study(small_study.SMOKE, 0, work).stage_folder(small_study.SMOKE.cells[0].stages)
     weights, how = folder / "model.safetensors", folder / "how.json"
@@ -216,6 +222,7 @@ def test_what_is_damaged_is_named_and_made_again(work: Path, capsys: pytest.Capt
     assert [score["f1"] for score in after["scores"]] == [score["f1"] for score in before["scores"]]
 
 
+@pytest.mark.thorough
 def test_a_cell_that_another_process_runs_is_left_to_it(work: Path) -> None:
     results = work / "other"
     with small_study.locked(work / "smoke" / "parent-seed-0.json"):
@@ -223,6 +230,7 @@ def test_a_cell_that_another_process_runs_is_left_to_it(work: Path) -> None:
     assert not list(results.rglob("*.json"))
 
 
+@pytest.mark.thorough
 def test_the_parent_is_measured_as_it_decodes(work: Path) -> None:
     study = small_study.Study(small_study.SMOKE, 0, work)
     model = Qwen3VLForConditionalGeneration.from_pretrained(study.parent()).eval()
@@ -238,6 +246,7 @@ def test_the_parent_is_measured_as_it_decodes(work: Path) -> None:
     assert (found["exact"], found["tokens_per_forward"]) == (0.0, 1.0)
 
 
+@pytest.mark.thorough
 def test_answers_are_read_up_to_their_end(work: Path) -> None:
     study = small_study.Study(small_study.SMOKE, 0, work)
     judge, samples = experiment.reading(study.processor.tokenizer), study.held_out
@@ -249,6 +258,7 @@ def test_answers_are_read_up_to_their_end(work: Path) -> None:
     assert judge(samples, wrong) | {"f1": 0} == {"valid": 100, "right": 50, "f1": 0, "is_valid": "11"}
 
 
+@pytest.mark.thorough
 def test_the_probe_masks_what_the_right_decides(work: Path) -> None:
     study = small_study.Study(small_study.SMOKE, 0, work)
     tokenizer = study.processor.tokenizer
@@ -260,6 +270,7 @@ def test_the_probe_masks_what_the_right_decides(work: Path) -> None:
         assert experiment.masked_phrase(sample, tokenizer, 2) == []
 
 
+@pytest.mark.thorough
 def test_held_out_noise_never_changes(work: Path, tmp_path: Path) -> None:
     study = small_study.Study(small_study.SMOKE, 0, work)
     model, _ = study.trained(small_study.SMOKE.cells[0].stages)
@@ -268,11 +279,13 @@ def test_held_out_noise_never_changes(work: Path, tmp_path: Path) -> None:
     assert entropies == {run["cross_entropy"]}
 
 
+@pytest.mark.thorough
 def test_answers_are_long_enough_for_large_blocks(work: Path) -> None:
     study = small_study.Study(small_study.SMOKE, 0, work)
     assert min(len(experiment.answer(sample)) for sample in study.held_out) > 32
 
 
+@pytest.mark.thorough
 def test_samples_are_kept_as_they_are(work: Path, tmp_path: Path) -> None:
     study = small_study.Study(small_study.SMOKE, 0, work)
     config = BardVLConfig(
@@ -293,6 +306,7 @@ def test_samples_are_kept_as_they_are(work: Path, tmp_path: Path) -> None:
         assert all(torch.equal(read.visual_inputs[name], part) for name, part in sample.visual_inputs.items())
 
 
+@pytest.mark.thorough
 def test_the_study_reads_no_pickles(work: Path) -> None:
     suffixes = {path.suffix for path in work.rglob("*") if path.is_file()}
     assert suffixes <= {".json", ".safetensors", ".lock", ".md", ".png", ".txt", ".jinja", ".py", ".yaml", ""}, suffixes
