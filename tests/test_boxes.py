@@ -1,12 +1,13 @@
 """Boxes and points: right for pictures of any shape, and drawn where things are."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from bard_vl.app.boxes import Thing, draw_things, find_things, read_things, things_schema
 from bard_vl.evaluation import scenes
-from bard_vl.evaluation.grounding import things_of
+from bard_vl.evaluation.grounding import things_of, write_chats
 from bard_vl.forms_bard_vl import Form
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,6 +42,17 @@ def test_boxes_of_scenes_hold_their_shapes_after_resizing(size: tuple[int, int])
     left, top, right, bottom = (round(part) for part in found[0].place)
     assert drawn.getpixel((right - 1, (top + bottom) // 2)) == (0xE6, 0x19, 0x4B)
     assert picture.getpixel((right - 1, (top + bottom) // 2)) == (255, 255, 255), "the picture itself is as it was"
+
+
+def test_a_question_for_one_box_names_its_cell(tmp_path: Path) -> None:
+    write_chats(tmp_path / "box", 4, held_out=True, seed=1, about="box")
+    for number, line in enumerate((tmp_path / "box" / "chats.jsonl").read_text().splitlines()):
+        asked, told = (message["content"] for message in json.loads(line)["messages"])
+        (thing,) = read_things(told, 256, 256)
+        column, row = (int(sum(thing.place[axis::2]) / 2) // scenes.CELL for axis in (0, 1))
+        (shown,) = [each for each in scenes.scene(True, 1, number).things if (each.row, each.column) == (row, column)]
+        assert asked[1]["text"] == f"Locate the shape at {shown.cell}, as JSON."
+        assert thing.label == f"{shown.size} {shown.colour} {shown.shape}"
 
 
 @pytest.mark.parametrize("shape", scenes.SHAPES)

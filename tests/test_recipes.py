@@ -102,6 +102,14 @@ def test_recipes_hold_the_settings_of_the_paper(tmp_path, size):
     assert data.max_pixels == 1_048_576
 
 
+def test_the_small_checkpoint_can_be_trained_on(tmp_path):
+    recipe = RECIPES.parents[1] / "evaluation" / "checkpoint.yaml"
+    model, data, args, _ = parse_recipe(merge_blocks.RECIPE, [str(recipe), f"--output_dir={tmp_path}"])
+    assert (RECIPES.parents[1] / model.model_name_or_path).resolve() == EMBEDDED
+    assert len(data.train_data) == len(data.train_weights) == 2
+    assert args.complementary_masks
+
+
 def test_the_recipe_for_own_chats_has_ten_lines():
     assert len((RECIPES / "finetune.yaml").read_text().splitlines()) <= 10
 

@@ -10,6 +10,7 @@ import torch
 import training_cases
 from bard_vl import BardVLForConditionalGeneration, BardVLProcessor
 from bard_vl.app.checkpoints import EMBEDDED
+from bard_vl.evaluation import own_answers as trial
 from bard_vl.evaluation.grounding import write_chats
 from bard_vl.training import self_distill
 from bard_vl.training.arguments import RecipeError, SelfDistillArguments
@@ -247,3 +248,17 @@ def test_answers_of_other_settings_are_not_taken(tmp_path):
     assert again.read() == answers()
     with pytest.raises(RecipeError, match="was begun with `block_size` 32, now it is 16"):
         again.begin({"block_size": 16})
+
+
+def test_the_trial_keeps_what_is_scored(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trial, "ARMS", {"own answers": trial.ARMS["own answers"]})
+    flags = [str(tmp_path / "trial"), "--scenes", "2", "--held-out", "1", "--steps", "1"]
+    trial.main(flags)
+    scores = json.loads((tmp_path / "trial" / "scores.json").read_text())["scores"]
+    assert [[each["threshold"] for each in of_arm] for of_arm in scores.values()] == [[0.5, 0.7, 0.9]] * 2
+    assert all(each["exact"] in (0, 50, 100) and each["tokens_per_forward"] > 2 for each in scores["before"])
+    monkeypatch.setattr(trial, "score", lambda *_: pytest.fail("scored again"))
+    trial.main(flags)
+    with pytest.raises(SystemExit):
+        trial.main([*flags[:-1], "2"])
+    assert "scores.json has the scores of another trial" in capsys.readouterr().err
