@@ -100,7 +100,7 @@ def read_line(is_live: bool) -> str | None:
 
 def attach(conversation: "Conversation", places: list[str]) -> None:
     """Show pictures and videos with the next message; `ValueError` if one cannot be read."""
-    from bard_vl.cli.media import expand, read
+    from .media import expand, read
 
     for place in expand(places):
         conversation.attach(read(place, conversation.session.processor))

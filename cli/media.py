@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from ..app.documents import is_document, read_page, split_pages
-from ..media_bard_vl import open_picture, read_picture, read_video
+from bard_vl.app.documents import is_document, read_page, split_pages
+from bard_vl.media_bard_vl import open_picture, read_picture, read_video
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg")
 

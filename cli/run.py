@@ -106,7 +106,7 @@ def run(
     if prompt == "" or (prompt is None and not files) or (each and not files):
         raise Misuse("nothing to answer: give a picture, a video or --prompt")
     session = open_session(options, read_memory(memory, dry_run))
-    from bard_vl.cli.media import expand, read
+    from .media import expand, read
 
     check_sampling(session, num_samples or 1)
     places, form = expand(files or []), session.read_form(structured)
@@ -280,7 +280,7 @@ class Asker:
 
 def ask_each(asker: Asker, places: list[str]) -> int:
     """Ask about each place alone; the exit code. An error is printed, and the next place asked about."""
-    from bard_vl.cli.media import read
+    from .media import read
 
     code = 0
     if not (asker.as_json or asker.quiet):

@@ -24,9 +24,9 @@ import torch
 from bard_vl import BardVLGenerationConfig, BardVLProcessor
 from bard_vl.app.memory import readable
 from bard_vl.app.session import Session, build_settings
-from bard_vl.cli.media import expand, read
 from bard_vl.evaluation.scenes import scene
 from bard_vl_cli.main import main
+from bard_vl_cli.media import expand, read
 from fresh import ROOT, convert, mark_trained
 from PIL import Image
 from test_example import GREY, Screen

@@ -1,5 +1,6 @@
 """Installation: pins within the stated bounds, the manual's pip lines as make targets, one range of transformers."""
 
+import ast
 import re
 import runpy
 import subprocess
@@ -72,6 +73,25 @@ def test_the_page_of_a_package_index_has_what_it_can_show() -> None:
     assert re.findall(r"\]\((?!https?:)", page) == []
     assert "[paper](https://arxiv.org/abs/2604.16514)" in page
     assert "docs/generation.md" in page
+
+
+def test_modules_of_the_wheel_import_only_modules_of_the_wheel() -> None:
+    packages = ast.literal_eval(re.findall(r"^packages = (\[.*\])$", PROJECT, flags=re.MULTILINE)[0])
+    folders = {
+        package: fresh.ROOT / "cli" if package == "bard_vl_cli" else fresh.ROOT.joinpath(*package.split(".")[1:])
+        for package in packages
+    }
+    files = [(package, path) for package, folder in folders.items() for path in folder.glob("*.py")]
+    known = {*packages, *(f"{package}.{path.stem}" for package, path in files)}
+    for package, path in files:
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names if alias.name.startswith("bard_vl")}
+            elif isinstance(node, ast.ImportFrom) and (node.level or str(node.module).startswith("bard_vl")):
+                above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+                imported.add(".".join([*above, *([node.module] if node.module else [])]))
+        assert imported <= known, path
 
 
 def test_the_small_checkpoint_and_the_recipes_are_in_the_wheel() -> None:

@@ -309,7 +309,7 @@ def test_frames_of_an_item_are_a_video_as_in_qwen_vl_utils(processor: Any, optio
 @pytest.mark.thorough(every=4)
 @pytest.mark.parametrize("name", tiny.strange_pictures())
 def test_a_picture_is_read_alike_from_everywhere(processor: Any, tmp_path: Path, name: str) -> None:
-    from bard_vl.cli.media import read
+    from bard_vl_cli.media import read
 
     picture, options = tiny.strange_pictures()[name]
     path = tmp_path / name
