@@ -3,14 +3,14 @@
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from transformers.utils import logging
 
 from .compat_bard_vl import SettingsFile, applied_defaults, plain_defaults, plain_fields
 from .configuration_bard_vl import check_integer
-from .remasking_bard_vl import REMASKING_RULES, REVISION_THRESHOLDS
+from .remasking_bard_vl import GREEDY, REMASKING_RULES, REVISION_THRESHOLDS, Revision, Sampling
 
 logger = logging.get_logger(__name__)
 
@@ -409,11 +409,8 @@ class DecodingSettings:
     max_new_tokens: int
     remasking_strategy: str
     bound: float
-    revision: str | None
-    revision_threshold: float
-    temperature: float
-    top_k: int
-    top_p: float
+    revision: Revision | None
+    sampling: Sampling
     mask_token_id: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
@@ -426,12 +423,17 @@ class DecodingSettings:
     @property
     def samples(self) -> bool:
         """Whether tokens are drawn."""
-        return self.temperature != 0
+        return self.sampling.temperature != 0
+
+    @property
+    def remasks(self) -> bool:
+        """Whether committed tokens may be masked again."""
+        return self.revision is not None and self.revision.way == "remask"
 
     @property
     def overwrite_threshold(self) -> float | None:
         """The least probability of a token that replaces a committed one; None if committed tokens stay."""
-        return self.revision_threshold if self.revision == "overwrite" else None
+        return None if self.revision is None or self.remasks else self.revision.threshold
 
     @classmethod
     def resolve(cls, config: BardVLGenerationConfig, model_config: Any, prompt_length: int) -> "DecodingSettings":
@@ -440,51 +442,33 @@ class DecodingSettings:
         Raises:
             ValueError: nothing states a block size, or a value does not fit the model.
         """
-        block_size, denoising_steps = resolve_block_size(config.block_size, model_config), config.denoising_steps
-        if denoising_steps is not None:
-            check_steps(denoising_steps, block_size)
-        max_new_tokens = setting(config, "max_new_tokens")
-        if config.max_new_tokens is None and "max_length" in config.explicit():
-            max_new_tokens = config.max_length - prompt_length
-            if max_new_tokens < 1:
-                raise ValueError(
-                    f"`max_length` = {config.max_length} leaves no room after {prompt_length} prompt tokens"
-                )
-        temperature = config.temperature
-        if config.do_sample is False or (temperature is None and not config.do_sample):
-            temperature = 0.0
-        samples = temperature != 0
-        chunk = config.prefill_chunk_size
-        vocab_size = model_config.get_text_config().vocab_size
-        eos = token_ids(config.eos_token_id)
-        if config.eos_token_id is None and vocab_size > DEFAULT_EOS_TOKEN_ID:
-            eos = (DEFAULT_EOS_TOKEN_ID,)
-        pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if eos else 0)
+        block_size = resolve_block_size(config.block_size, model_config)
+        denoising_steps = block_size if config.denoising_steps is None else config.denoising_steps
+        check_steps(denoising_steps, block_size)
+        max_new_tokens = resolve_length(config, prompt_length)
         mask_token_id = resolve_mask_token_id(config.mask_token_id, model_config)
-        for name, token_id in [("eos_token_id", token_id) for token_id in eos] + [("pad_token_id", pad)]:
-            if token_id >= vocab_size:
-                raise ValueError(f"`{name}` = {token_id} lies outside the vocabulary of {vocab_size} tokens")
-            if token_id == mask_token_id:
-                raise ValueError(f"`{name}` = {token_id} is the mask token")
-        resolved = {field.name: setting(config, field.name) for field in fields(cls) if field.name in DEFAULTS}
-        check_together(resolved, config.revision)
-        resolved |= {} if samples else {name: DEFAULTS[name] for name in ("top_k", "top_p")}
-        threshold, is_eager = config.revision_threshold, getattr(config, "disable_compile", False)
-        resolved |= {
-            "block_size": block_size,
-            "denoising_steps": block_size if denoising_steps is None else denoising_steps,
-            "max_new_tokens": max_new_tokens,
-            "bound": setting(config, REMASKING_RULES[resolved["remasking_strategy"]].bound),
-            "revision": config.revision,
-            "revision_threshold": REVISION_THRESHOLDS.get(config.revision, 0.0) if threshold is None else threshold,
-            "temperature": 1.0 if temperature is None else temperature,
-            "mask_token_id": mask_token_id,
-            "eos_token_ids": eos,
-            "pad_token_id": pad,
-            "cache_implementation": "dynamic" if is_eager else config.cache_implementation,
-            "prefill_chunk_size": chunk and max(chunk // block_size, 1) * block_size,
-        }
-        return cls(**resolved)
+        eos_token_ids, pad_token_id = resolve_ends(config, model_config, mask_token_id)
+        rule, chunk = setting(config, "remasking_strategy"), config.prefill_chunk_size
+        is_eager = getattr(config, "disable_compile", False)
+        settings = cls(
+            block_size=block_size,
+            denoising_steps=denoising_steps,
+            max_new_tokens=max_new_tokens,
+            remasking_strategy=rule,
+            bound=setting(config, REMASKING_RULES[rule].bound),
+            revision=resolve_revision(config),
+            sampling=resolve_sampling(config),
+            mask_token_id=mask_token_id,
+            eos_token_ids=eos_token_ids,
+            pad_token_id=pad_token_id,
+            concurrent_blocks=setting(config, "concurrent_blocks"),
+            end_at_first_eos=setting(config, "end_at_first_eos"),
+            num_return_sequences=setting(config, "num_return_sequences"),
+            prefill_chunk_size=chunk and max(chunk // block_size, 1) * block_size,
+            cache_implementation="dynamic" if is_eager else config.cache_implementation,
+        )
+        check_together(settings)
+        return settings
 
 
 def resolve_block_size(block_size: Any, model_config: Any) -> int:
@@ -508,19 +492,60 @@ def resolve_mask_token_id(mask_token_id: Any, model_config: Any) -> int:
     return mask_token_id
 
 
+def resolve_length(config: BardVLGenerationConfig, prompt_length: int) -> int:
+    """Response tokens at most; `ValueError` if the prompt leaves no room below `max_length`."""
+    if config.max_new_tokens is not None or "max_length" not in config.explicit():
+        return setting(config, "max_new_tokens")
+    if config.max_length <= prompt_length:
+        raise ValueError(f"`max_length` = {config.max_length} leaves no room after {prompt_length} prompt tokens")
+    return config.max_length - prompt_length
+
+
+def resolve_ends(config: BardVLGenerationConfig, model_config: Any, mask_token_id: int) -> tuple[tuple[int, ...], int]:
+    """The ids that end a response and the one that pads; `ValueError` if one is the mask or outside the vocabulary."""
+    vocab_size, eos = model_config.get_text_config().vocab_size, token_ids(config.eos_token_id)
+    if config.eos_token_id is None and vocab_size > DEFAULT_EOS_TOKEN_ID:
+        eos = (DEFAULT_EOS_TOKEN_ID,)
+    pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if eos else 0)
+    for name, token_id in [("eos_token_id", token_id) for token_id in eos] + [("pad_token_id", pad)]:
+        if token_id >= vocab_size:
+            raise ValueError(f"`{name}` = {token_id} lies outside the vocabulary of {vocab_size} tokens")
+        if token_id == mask_token_id:
+            raise ValueError(f"`{name}` = {token_id} is the mask token")
+    return eos, pad
+
+
+def resolve_revision(config: BardVLGenerationConfig) -> Revision | None:
+    """How tokens are revised; None where they stay."""
+    if config.revision is None:
+        return None
+    threshold = config.revision_threshold
+    return Revision(config.revision, REVISION_THRESHOLDS[config.revision] if threshold is None else threshold)
+
+
+def resolve_sampling(config: BardVLGenerationConfig) -> Sampling:
+    """How tokens are chosen: greedily unless a temperature above 0, or `do_sample=True`, asks for samples."""
+    temperature = config.temperature
+    if temperature is None:
+        temperature = 1.0 if config.do_sample else 0.0
+    if temperature == 0 or config.do_sample is False:
+        return GREEDY
+    return Sampling(temperature, setting(config, "top_k"), setting(config, "top_p"))
+
+
 def check_steps(denoising_steps: int, block_size: int) -> None:
     """Raise `ValueError` if there are more steps than tokens in a block."""
     if denoising_steps > block_size:
         raise ValueError(f"`denoising_steps` must be between 1 and `block_size` = {block_size}, got {denoising_steps}")
 
 
-def check_together(resolved: dict[str, Any], revision: str | None) -> None:
+def check_together(settings: DecodingSettings) -> None:
     """Raise `ValueError` for settings that say nothing together, or change what the other promises."""
-    several = resolved["concurrent_blocks"] > 1
-    if revision is not None and (several or resolved["end_at_first_eos"]):
-        name = "concurrent_blocks" if several else "end_at_first_eos"
-        raise ValueError(f"`{name}={resolved[name]}` cannot be combined with `revision={revision!r}`")
-    if several and resolved["remasking_strategy"] == "low_confidence_static":
+    several, early = settings.concurrent_blocks > 1, settings.end_at_first_eos
+    if settings.revision is not None and (several or early):
+        stated = f"concurrent_blocks={settings.concurrent_blocks}" if several else f"end_at_first_eos={early}"
+        raise ValueError(f"`{stated}` cannot be combined with `revision={settings.revision.way!r}`")
+    if several and settings.remasking_strategy == "low_confidence_static":
         raise ValueError(
             "`concurrent_blocks` needs a rule that commits what is sure, not `low_confidence_static`: it commits what "
             "is due, and further blocks are not"

@@ -255,7 +255,7 @@ class TokenProcessors:
         Where tokens committed on the right and their bans might leave none to choose on the left; and where a biased
         phrase meets chance, for a token kept because it suits every phrase is no sample of any.
         """
-        if then is not None or (len(self.sequences) and chooser.temperature):
+        if then is not None or (len(self.sequences) and chooser.sampling.temperature):
             return torch.ones_like(columns[:, :1], dtype=torch.bool)
         # A token banned at a position is in a banned phrase, or in the row.
         if not (len(self.phrases) or self.ngram_size) or self.num_free > num_columns * bool(self.ngram_size):

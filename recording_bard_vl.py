@@ -80,8 +80,6 @@ def recording(
 ) -> Iterator["Recording"]:
     """A recording for (rows, columns) that no other call has meanwhile."""
     settings = replace(denoiser.settings, max_new_tokens=0, num_return_sequences=1, prefill_chunk_size=None)
-    if not settings.samples:
-        settings = replace(settings, top_k=0, top_p=1.0)
     made_of = processors and processors.made_of
     key = (id(layers), shape, settings, made_of, torch.is_inference_mode_enabled())
     with _lock:

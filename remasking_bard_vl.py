@@ -163,53 +163,69 @@ def remasked(present: torch.Tensor, visible: torch.Tensor, threshold: float) -> 
 REVISION_THRESHOLDS = {"overwrite": 0.9, "remask": 0.1}  # the ways to revise, and their default thresholds
 
 
-def choose_tokens(
-    logits: torch.Tensor,
-    mask_token_id: int,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose a token for every position and say how probable the model finds it.
+@dataclass(frozen=True)
+class Revision:
+    """How committed tokens of a block are revised: a way of `REVISION_THRESHOLDS`, and its threshold."""
 
-    The mask token is excluded from the choice but not from the softmax, so a model that would rather leave a position
-    open is less confident there. Temperature, top-k and top-p shape the choice alone: confidence is always the model's
-    own probability of the chosen token, so that one threshold means the same at every temperature.
+    way: str
+    threshold: float
 
-    Args:
-        logits: (batch, block, vocabulary).
-        mask_token_id: id that is never chosen.
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen, by default the most probable one.
+
+    This shapes the choice alone: confidence is always the model's own probability of the chosen token, so that one
+    threshold means the same at every temperature.
+
+    Attributes:
         temperature: 0 takes the most probable token, more than 0 samples.
         top_k: sample among the `top_k` most probable tokens, 0 for all.
         top_p: sample among the most probable tokens that together reach `top_p`.
-        generator: source of randomness, on the device of the logits.
-
-    Returns:
-        ids (batch, block) and confidence (batch, block) in float32.
     """
-    ids = pick_tokens(logits, mask_token_id, temperature, top_k, top_p, generator)
-    return ids, probability_of(logits, ids)
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+GREEDY = Sampling()
 
 
 def pick_tokens(
     logits: torch.Tensor,
     mask_token_id: int,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: Sampling = GREEDY,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """The ids (batch, block) of `choose_tokens` alone."""
+    """Choose a token for every position.
+
+    The mask token is excluded from the choice but not from `probability_of` it, so a model that would rather leave a
+    position open is less confident there.
+
+    Args:
+        logits: (batch, block, vocabulary).
+        mask_token_id: id that is never chosen.
+        sampling: says how.
+        generator: source of randomness, on the device of the logits.
+
+    Returns:
+        (batch, block) ids.
+    """
     scores = logits.clone()
     scores[..., mask_token_id] = float("-inf")
-    if temperature == 0:
+    if sampling.temperature == 0:
         return scores.argmax(dim=-1)
-    # Relative to the largest, which then stays finite; a temperature that float32 takes for 0 would make it 0 / 0.
-    relative = scores.float() - scores.amax(-1, keepdim=True).float()
-    weights = filter_scores(relative / max(temperature, 1e-30), top_k, top_p).softmax(-1)
+    # Relative to the largest, which then stays finite.
+    weights = scaled(scores.float() - scores.amax(-1, keepdim=True).float(), sampling).softmax(-1)
     # The same draw as `torch.multinomial`, without its checks, for which the host waits.
     return (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(-1)
+
+
+def scaled(relative: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Scores, relative to the largest, at the temperature, without what the filters leave out."""
+    # A temperature that float32 takes for 0 would make the largest 0 / 0.
+    return filter_scores(relative / max(sampling.temperature, 1e-30), sampling.top_k, sampling.top_p)
 
 
 def probability_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -256,15 +272,13 @@ class Chooser:
     """Makes a choice of logits: the settings that have a part in it.
 
     Attributes:
-        mask_token_id, temperature, top_k, top_p: see `choose_tokens`.
+        mask_token_id, sampling: see `pick_tokens`.
         measure: that of the remasking rule.
         keeps_present: whether the present tokens' probabilities are wanted.
     """
 
     mask_token_id: int
-    temperature: float
-    top_k: int
-    top_p: float
+    sampling: Sampling
     measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     keeps_present: bool
 
@@ -274,7 +288,7 @@ class Chooser:
 
     def pick(self, logits: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """A token (batch, block) for every position."""
-        return pick_tokens(logits, self.mask_token_id, self.temperature, self.top_k, self.top_p, generator)
+        return pick_tokens(logits, self.mask_token_id, self.sampling, generator)
 
     def weigh(self, logits: torch.Tensor, ids: torch.Tensor, held: torch.Tensor) -> Choice:
         """The choice of `ids`, which `pick` gave, with how sure the model is."""
@@ -305,12 +319,14 @@ def in_order(commit: torch.Tensor, masked: torch.Tensor, quota: torch.Tensor, re
 
 
 __all__ = [
+    "GREEDY",
     "REMASKING_RULES",
     "REVISION_THRESHOLDS",
     "Choice",
     "Chooser",
     "RemaskingRule",
-    "choose_tokens",
+    "Revision",
+    "Sampling",
     "entropy_bounded",
     "factor",
     "filter_scores",
@@ -325,5 +341,6 @@ __all__ = [
     "probability_of",
     "rank_by_confidence",
     "remasked",
+    "scaled",
     "transfer_schedule",
 ]

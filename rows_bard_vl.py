@@ -140,11 +140,9 @@ class Denoiser:
         self.rule = REMASKING_RULES[settings.remasking_strategy]
         self.chooser = Chooser(
             settings.mask_token_id,
-            settings.temperature,
-            settings.top_k,
-            settings.top_p,
+            settings.sampling,
             self.rule.measure,
-            keeps_present=settings.revision == "remask",
+            keeps_present=settings.remasks,
         )
 
     def choose(
@@ -215,7 +213,7 @@ class Denoiser:
         if choice.reads is not None:
             commit = in_order(commit, masked, quota, choice.reads)
         revised = self._revise(block, ~masked & running[:, None], is_last, choice)
-        again = revised & (settings.revision == "remask")
+        again = revised & settings.remasks
         block = torch.where(commit | revised, choice.ids, block).masked_fill(again, settings.mask_token_id)
         rows.ids[cell] = block
         rows.confidences[cell] = torch.where(commit | revised, choice.confidence, rows.confidences[cell])
@@ -267,12 +265,12 @@ class Denoiser:
         self, block: torch.Tensor, visible: torch.Tensor, is_last: torch.Tensor, choice: Choice
     ) -> torch.Tensor:
         """(n, block) visible positions that change; none is masked again at a block's last step."""
-        threshold = self.settings.revision_threshold
-        if self.settings.revision == "overwrite":
-            return overwritten(block, visible, choice.ids, choice.confidence, threshold)
+        revision = self.settings.revision
+        if revision is None:
+            return torch.zeros_like(visible)
         if choice.present is not None:
-            return remasked(choice.present, visible & ~is_last[:, None], threshold)
-        return torch.zeros_like(visible)
+            return remasked(choice.present, visible & ~is_last[:, None], revision.threshold)
+        return overwritten(block, visible, choice.ids, choice.confidence, revision.threshold)
 
     def _response_end(
         self, block: torch.Tensor, offset: torch.Tensor, limit: torch.Tensor

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .remasking_bard_vl import Choice, Chooser, filter_scores, probability
+from .remasking_bard_vl import Choice, Chooser, probability, scaled
 from .spelling_bard_vl import Automaton
 
 FLOOR = -1e3  # the score of what processors or filters exclude: taken where the form leaves nothing else
@@ -361,11 +361,11 @@ class BlockForm:
         generator: torch.Generator | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, block) tokens of the best completable path, or of one that is drawn, and the state behind it (n,)."""
-        samples = chooser.temperature > 0
+        samples = chooser.sampling.temperature > 0
         how = total if samples else largest
         if samples:
-            scores = (scores - scores.amax(-1, keepdim=True)) / max(chooser.temperature, 1e-30)
-            lists = self.classes.tokens.lists(filter_scores(scores, chooser.top_k, chooser.top_p).clamp(min=FLOOR))
+            scores = scaled(scores - scores.amax(-1, keepdim=True), chooser.sampling)
+            lists = self.classes.tokens.lists(scores.clamp(min=FLOOR))
         levels = self.classes.tokens.climb(lists, how)
         by_class = self._committed(how(levels[-1]), held, is_open)
         pairs = self._pairs(by_class, place, how)

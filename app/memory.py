@@ -206,13 +206,11 @@ def decode_bytes(model: Any, size: PromptSize, settings: DecodingSettings) -> in
 
 
 def choice_bytes(settings: DecodingSettings, element: int) -> int:
-    """Bytes per position and entry of the vocabulary while a token is chosen (`choose_tokens`, the rule's measure)."""
+    """Bytes per position and entry of the vocabulary while a token is chosen (`Chooser.choose`)."""
     needed = softmax_bytes(element)  # the normaliser
-    if (
-        settings.temperature
-    ):  # logits and those without the mask token; relative to the largest, weights, noise, quotient
+    if settings.samples:  # logits and those without the mask token; relative to the largest, weights, noise, quotient
         needed = 2 * element + 4 * 4
-        if settings.top_p < 1:  # in order, their places, probabilities, sums, and those less the probabilities
+        if settings.sampling.top_p < 1:  # in order, their places, probabilities, sums, and those less the probabilities
             needed += 8 + 3 * 4 + 1
     if settings.remasking_strategy == "entropy_bounded":  # logits, their log-probabilities, the products twice
         needed = max(needed, element + 3 * 4)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from bard_vl import BardVLForConditionalGeneration, BardVLProcessor
-from bard_vl.remasking_bard_vl import REMASKING_RULES, choose_tokens, transfer_schedule
+from bard_vl.remasking_bard_vl import REMASKING_RULES, pick_tokens, probability_of, transfer_schedule
 
 
 @dataclass
@@ -70,8 +70,8 @@ class Recorder:
 
     def __call__(self, left: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Keep the prediction of one position, given its (1, vocabulary) scores."""
-        ids, confidence = choose_tokens(scores[None], self.mask_token_id)
-        measure = REMASKING_RULES[self.rule].measure(scores[None], confidence)
+        ids = pick_tokens(scores[None], self.mask_token_id)
+        measure = REMASKING_RULES[self.rule].measure(scores[None], probability_of(scores[None], ids))
         self.predictions.append((int(ids), float(measure)))
         return scores
 

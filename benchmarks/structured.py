@@ -23,7 +23,7 @@ from bard_vl.evaluation.cells import Decoding
 from bard_vl.evaluation.experiment import decode, encode
 from bard_vl.evaluation.score_checkpoint import CHECKPOINT, SCENES_SEED
 from bard_vl.forms_bard_vl import Form
-from bard_vl.remasking_bard_vl import REMASKING_RULES, Chooser
+from bard_vl.remasking_bard_vl import REMASKING_RULES, Chooser, Sampling
 from bard_vl.spelling_bard_vl import Spelling
 from bard_vl.structured_bard_vl import BlockForm, Place
 from measuring import environment
@@ -151,7 +151,7 @@ def cost(repetitions: int) -> list[dict[str, Any]]:
     model = build_model(MODELS["100m"], torch.device("cpu"), torch.float32, 0).eval()
     text_model = model.model.language_model
     measure = REMASKING_RULES["low_confidence_dynamic"].measure
-    greedy, sampling = (Chooser(mask, temperature, 0, 1.0, measure, False) for temperature in (0.0, 1.0))
+    greedy, sampling = (Chooser(mask, Sampling(temperature), measure, False) for temperature in (0.0, 1.0))
     for name, structured in forms.items():
         built = cpu_seconds(functools.partial(spelling.automaton, Form.read(structured)), 1)
         automaton = spelling.automaton(Form.read(structured))

@@ -204,7 +204,7 @@ def check_alone(each: bool, num_samples: int | None, stated: list[str]) -> None:
 
 def check_sampling(session: "Session", num_samples: int) -> None:
     """Raise `Misuse` if several answers are asked for that would all be the same."""
-    if num_samples > 1 and session.decoding.temperature == 0:
+    if num_samples > 1 and not session.decoding.samples:
         raise Misuse(f"--num-samples {num_samples} would all be the same: give --temperature above 0, such as 0.8")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from bard_vl import BardVLConfig, BardVLForConditionalGeneration
-from bard_vl.remasking_bard_vl import REMASKING_RULES, choose_tokens
+from bard_vl.remasking_bard_vl import REMASKING_RULES, pick_tokens, probability_of
 from convert_cases import convert, write_source
 from golden_models import last_block_logits
 from ragged import MASK, NO_ID, Row, collate
@@ -309,8 +309,8 @@ def forwards_by_redeciding(
         for number in range(1, len(chain)):
             before = chain[number - 1]
             logits = last_block_logits(model, row, prefix + before.tolist(), size)[None]
-            ids, confidence = choose_tokens(logits, MASK)
-            measure = REMASKING_RULES[decision.rule].measure(logits, confidence)
+            ids = pick_tokens(logits, MASK)
+            measure = REMASKING_RULES[decision.rule].measure(logits, probability_of(logits, ids))
             right = decision.after(before, origin.step + number, ids[0], measure[0])
             if not torch.equal(right, chain[number]):
                 break

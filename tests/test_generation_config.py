@@ -16,6 +16,7 @@ import pytest
 import torch
 from bard_vl import BardVLConfig, BardVLForConditionalGeneration, BardVLGenerationConfig
 from bard_vl.generation_config_bard_vl import SETTINGS, DecodingSettings
+from bard_vl.remasking_bard_vl import Sampling
 from golden_models import PROMPTS
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -162,7 +163,7 @@ def test_greedy_settings_are_saved_and_loaded_with_a_model(tmp_path: Path, field
     assert {name: stored[name] for name in fields} == fields
     again = open_checkpoint(tmp_path).generation_config
     assert again.remasking_strategy == "low_confidence_static"
-    assert DecodingSettings.resolve(again, model.config, 5).temperature == 0
+    assert DecodingSettings.resolve(again, model.config, 5).sampling.temperature == 0
 
 
 def test_sampling_settings_are_saved_and_loaded_with_a_model(tmp_path: Path) -> None:
@@ -244,14 +245,14 @@ def test_max_length_counts_the_prompt_and_gives_way_to_max_new_tokens() -> None:
     ],
 )
 def test_decoding_is_greedy_unless_the_temperature_is_above_zero(fields: dict[str, Any], temperature: float) -> None:
-    assert resolve(**fields).temperature == temperature
+    assert resolve(**fields).sampling.temperature == temperature
 
 
 def test_settings_of_autoregressive_files_do_not_carry_over(tmp_path: Path) -> None:
     model = open_checkpoint(checkpoint(tmp_path / "qwen", QWEN, block_size=8))
     assert type(model.generation_config) is BardVLGenerationConfig
     settings = DecodingSettings.resolve(model.generation_config, model.config, 5)
-    assert (settings.temperature, settings.top_k, settings.top_p) == (0.0, 0, 1.0)
+    assert settings.sampling == Sampling(0.0, 0, 1.0)
     assert (settings.eos_token_ids, settings.pad_token_id) == ((511, 6), 6)
     prompt = collate([PROMPTS["image"]])
     greedy = load().generate(**prompt, max_new_tokens=16, block_size=8, eos_token_id=[511, 6], pad_token_id=6)
@@ -262,7 +263,7 @@ def test_sampling_settings_beside_a_rule_do_carry_over(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "own", QWEN | {"remasking_strategy": "low_confidence_static"}, block_size=8)
     model = open_checkpoint(path)
     settings = DecodingSettings.resolve(model.generation_config, model.config, 5)
-    assert (settings.temperature, settings.top_k, settings.top_p) == (0.7, 20, 0.8)
+    assert settings.sampling == Sampling(0.7, 20, 0.8)
     assert settings.remasking_strategy == "low_confidence_static"
 
 
@@ -441,7 +442,7 @@ def test_sampling_at_a_stated_temperature_of_one_wins_over_the_files() -> None:
     model.generation_config = BardVLGenerationConfig(temperature=0.0, repetition_penalty=1.2)
     plain = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
     merged = model.merge_settings(plain, {})
-    assert DecodingSettings.resolve(merged, model.config, 10).temperature == 1.0
+    assert DecodingSettings.resolve(merged, model.config, 10).sampling.temperature == 1.0
     if (
         GenerationConfig().repetition_penalty is None
     ):  # transformers 4 cannot tell a stated default from an unstated one

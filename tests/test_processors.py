@@ -13,7 +13,7 @@ import pytest
 import torch
 from bard_vl.generation_config_bard_vl import BardVLGenerationConfig, DecodingSettings
 from bard_vl.processors_bard_vl import TokenProcessors, build_processors
-from bard_vl.remasking_bard_vl import REMASKING_RULES, Choice, Chooser, in_order
+from bard_vl.remasking_bard_vl import REMASKING_RULES, Choice, Chooser, Sampling, in_order
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from ragged import MASK, NO_ID, PAD, Row, collate, load
@@ -51,13 +51,11 @@ def transformers_processors(arguments: dict[str, Any], eos: list[int]) -> Logits
     return LogitsProcessorList(made)
 
 
-def processors_of(
-    arguments: dict[str, Any], vocab_size: int, revision: str | None = None, threshold: float = 0.0, mask: int = MASK_ID
-) -> TokenProcessors:
+def processors_of(arguments: dict[str, Any], vocab_size: int, mask: int = MASK_ID) -> TokenProcessors:
     config = BardVLGenerationConfig(**arguments)
     resolved = DecodingSettings(
         **dict.fromkeys(DecodingSettings.__dataclass_fields__)  # type: ignore[arg-type]
-        | {"mask_token_id": mask, "eos_token_ids": (EOS,), "revision": revision, "revision_threshold": threshold}
+        | {"mask_token_id": mask, "eos_token_ids": (EOS,)}
     )
     made = build_processors(config, resolved, vocab_size, torch.device("cpu"))
     assert made is not None
@@ -65,7 +63,7 @@ def processors_of(
 
 
 def chooser_of(temperature: float = 0.0, rule: str = "low_confidence_dynamic", mask: int = MASK_ID) -> Chooser:
-    return Chooser(mask, temperature, 0, 1.0, REMASKING_RULES[rule].measure, keeps_present=False)
+    return Chooser(mask, Sampling(temperature), REMASKING_RULES[rule].measure, keeps_present=False)
 
 
 @st.composite

@@ -6,11 +6,13 @@ import pytest
 import torch
 from bard_vl.remasking_bard_vl import (
     REMASKING_RULES,
-    choose_tokens,
+    Sampling,
     filter_scores,
     negative_entropy,
     overwritten,
+    pick_tokens,
     probability_margin,
+    probability_of,
     rank_by_confidence,
     remasked,
     transfer_schedule,
@@ -126,7 +128,7 @@ def test_mask_token_is_never_chosen(seed: int, mask: int, temperature: float, to
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(2, 3, 5, generator=generator)
     logits[..., mask] += 50
-    ids, _ = choose_tokens(logits, mask, temperature, top_k, 0.9, generator)
+    ids = pick_tokens(logits, mask, Sampling(temperature, top_k, 0.9), generator)
     assert (ids != mask).all()
     assert logits[..., mask].min() > 40, "the model's logits are read only"
 
@@ -135,7 +137,8 @@ def test_mask_token_is_never_chosen(seed: int, mask: int, temperature: float, to
 def test_confidence_is_the_models_own_probability(seed: int, temperature: float, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = (2 * torch.randn(2, 3, 7, generator=generator)).to(dtype)
-    ids, confidence = choose_tokens(logits, 6, temperature, top_k=4, top_p=0.8, generator=generator)
+    ids = pick_tokens(logits, 6, Sampling(temperature, top_k=4, top_p=0.8), generator)
+    confidence = probability_of(logits, ids)
     expected = logits.float().softmax(-1).gather(-1, ids[..., None])[..., 0]
     assert confidence.dtype == torch.float32
     torch.testing.assert_close(confidence, expected)
@@ -144,14 +147,15 @@ def test_confidence_is_the_models_own_probability(seed: int, temperature: float,
 
 
 def test_probability_of_the_mask_token_lowers_confidence() -> None:
-    ids, confidence = choose_tokens(torch.tensor([[[1.0, 1.0, 3.0]]]), mask_token_id=2)
+    logits = torch.tensor([[[1.0, 1.0, 3.0]]])
+    ids = pick_tokens(logits, mask_token_id=2)
     assert ids.tolist() == [[0]]
-    assert confidence.item() == pytest.approx(torch.tensor([1.0, 1.0, 3.0]).softmax(0)[0].item())
+    assert probability_of(logits, ids).item() == pytest.approx(torch.tensor([1.0, 1.0, 3.0]).softmax(0)[0].item())
 
 
 def test_samples_follow_the_softmax_at_the_temperature() -> None:
     logits, draws = torch.tensor([2.0, 1.0, 0.0, 5.0, -1.0]), 40_000
-    ids, _ = choose_tokens(logits.expand(1, draws, 5), 3, 2.0, generator=torch.Generator().manual_seed(0))
+    ids = pick_tokens(logits.expand(1, draws, 5), 3, Sampling(2.0), torch.Generator().manual_seed(0))
     expected = logits.clone().index_fill_(0, torch.tensor(3), float("-inf")).div(2).softmax(0)
     torch.testing.assert_close(ids.flatten().bincount(minlength=5) / draws, expected, atol=0.01, rtol=0)
 
@@ -177,6 +181,6 @@ def test_top_k_keeps_ties_and_nucleus_keeps_one() -> None:
 
 def test_same_generator_state_same_sample() -> None:
     logits = torch.randn(2, 16, 50, generator=torch.Generator().manual_seed(1))
-    runs = [choose_tokens(logits, 49, 1.0, generator=torch.Generator().manual_seed(s))[0] for s in (5, 5, 6)]
+    runs = [pick_tokens(logits, 49, Sampling(1.0), torch.Generator().manual_seed(s)) for s in (5, 5, 6)]
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])

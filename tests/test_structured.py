@@ -17,7 +17,7 @@ import pytest
 import torch
 from bard_vl import BardVLForConditionalGeneration, BardVLProcessor
 from bard_vl.forms_bard_vl import Form, range_expression
-from bard_vl.remasking_bard_vl import REMASKING_RULES, Chooser
+from bard_vl.remasking_bard_vl import GREEDY, REMASKING_RULES, Chooser, Sampling
 from bard_vl.spelling_bard_vl import Automaton, Spelling, byte_automaton, minimal, spelling_of
 from bard_vl.structured_bard_vl import BlockForm, Groups, Place, largest, total
 from bard_vl.viewer import Recording
@@ -103,7 +103,7 @@ def test_the_choice_is_the_best_completion_and_its_confidence_the_share(
     place = Place(torch.tensor([state]), torch.tensor([room]), torch.tensor([left]))
 
     dictated, tokens = form.dictates(held, place, MASK)
-    chooser = Chooser(MASK, 0.0, 0, 1.0, REMASKING_RULES["margin"].measure, keeps_present=True)
+    chooser = Chooser(MASK, GREEDY, REMASKING_RULES["margin"].measure, keeps_present=True)
     choice = form.choose(logits.clone(), held, place, chooser, overwrite_threshold=0.4 if overwrites else None)
 
     def weight(sequence: tuple[int, ...], places: Any) -> float:
@@ -155,7 +155,7 @@ def test_paths_are_drawn_by_their_weights(automaton: Automaton, temperature: flo
     ways = completable(automaton, 0, size, size, left)
     logits = torch.randn(1, size, NUM_TOKENS, generator=torch.Generator().manual_seed(seed)).expand(draws, -1, -1)
     place = Place(*(torch.full((draws,), n) for n in (0, size, left)))
-    chooser = Chooser(MASK, temperature, 0, 1.0, REMASKING_RULES["low_confidence_dynamic"].measure, False)
+    chooser = Chooser(MASK, Sampling(temperature), REMASKING_RULES["low_confidence_dynamic"].measure, False)
     generator = torch.Generator().manual_seed(seed)
     ids = (
         BlockForm([automaton], CPU)
@@ -176,7 +176,7 @@ def test_rows_of_different_forms_are_solved_as_if_alone() -> None:
     size, vocab_size = 6, spelling().vocab_size
     logits = torch.randn(len(automata), size, vocab_size, generator=torch.Generator().manual_seed(1))
     held = torch.full((len(automata), size), model().config.mask_token_id)
-    chooser = Chooser(model().config.mask_token_id, 0.0, 0, 1.0, REMASKING_RULES["entropy_bounded"].measure, True)
+    chooser = Chooser(model().config.mask_token_id, GREEDY, REMASKING_RULES["entropy_bounded"].measure, True)
 
     def solve(rows: list[int]) -> Any:
         form = BlockForm([automata[row] for row in rows], CPU)

@@ -88,9 +88,7 @@ class Blocks:
 
     def _draw(self, slot: int, logits: torch.Tensor) -> torch.Tensor:
         """(block,) sampled ids: those of a lone `generate` with the request's seed."""
-        settings = self.settings[slot]
-        shape = (settings.temperature, settings.top_k, settings.top_p)
-        return pick_tokens(logits[None], self.mask_token_id, *shape, self.generators[slot])[0]
+        return pick_tokens(logits[None], self.mask_token_id, self.settings[slot].sampling, self.generators[slot])[0]
 
 
 def quotas(block_size: int) -> torch.Tensor:
