@@ -7,6 +7,7 @@ import json
 import shutil
 from collections import Counter
 from decimal import Decimal
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -409,12 +410,12 @@ def test_max_length_of_a_call_wins_over_the_files_new_tokens(tmp_path: Path, how
 @pytest.mark.parametrize(
     ("stored", "stated", "found"),
     [
-        ({"do_sample": False}, {"temperature": 0.7}, {"temperature": 0.7}),
-        ({"do_sample": False}, {"top_k": 5}, {"temperature": 0.0}),
-        ({"temperature": 0.0}, {"do_sample": True}, {"temperature": 1.0}),
-        ({"temperature": 0.5}, {"do_sample": True}, {"temperature": 0.5}),
-        ({"temperature": 0.5}, {"do_sample": False}, {"temperature": 0.0}),
-        ({"revision": "overwrite", "revision_threshold": 0.7}, {"revision": "remask"}, {"revision_threshold": 0.1}),
+        ({"do_sample": False}, {"temperature": 0.7}, {"sampling.temperature": 0.7}),
+        ({"do_sample": False}, {"top_k": 5}, {"sampling.temperature": 0.0}),
+        ({"temperature": 0.0}, {"do_sample": True}, {"sampling.temperature": 1.0}),
+        ({"temperature": 0.5}, {"do_sample": True}, {"sampling.temperature": 0.5}),
+        ({"temperature": 0.5}, {"do_sample": False}, {"sampling.temperature": 0.0}),
+        ({"revision": "overwrite", "revision_threshold": 0.7}, {"revision": "remask"}, {"revision.threshold": 0.1}),
         ({"denoising_steps": 2}, {"block_size": 16}, {"denoising_steps": 16}),
         ({"max_length": 50}, {"max_new_tokens": 3}, {"max_new_tokens": 3}),
     ],
@@ -434,7 +435,7 @@ def test_what_a_call_states_wins_over_what_the_file_states(
     else:
         config = model.merge_settings(None, stated)
     settings = DecodingSettings.resolve(config, model.config, 10)
-    assert {name: getattr(settings, name) for name in found} == found
+    assert {name: attrgetter(name)(settings) for name in found} == found
 
 
 def test_sampling_at_a_stated_temperature_of_one_wins_over_the_files() -> None:

@@ -130,6 +130,7 @@ def test_a_request_states_what_generate_takes() -> None:
     for rule, bound in (({}, 0.1), ({"remasking_strategy": "factor", "factor": 2.0}, 2.0)):
         asked = params(temperature=0.5, top_k=-1, extra_args={**own, **rule})
         stated = asdict(request_settings(asked, served.hf_config))
+        stated |= stated.pop("sampling")
         wanted = {**own, **rule, "bound": bound, "temperature": 0.5, "top_k": 0}
         assert {name: stated[name] for name in wanted if name in stated} == {
             name: value for name, value in wanted.items() if name not in BOUNDS
