@@ -61,6 +61,36 @@ class Patterns:
 
 
 @dataclass(frozen=True)
+class BiasedPhrases:
+    """Phrases of several tokens that have a bias, each completed by its last token.
+
+    Attributes:
+        patterns: of the phrases.
+        bias, length: (phrases,) of each.
+        reach: how many tokens to its left the longest of them looks.
+    """
+
+    patterns: Patterns
+    bias: torch.Tensor
+    length: torch.Tensor
+    reach: int
+
+    @classmethod
+    def lay_out(cls, biases: dict[tuple[int, ...], float], radius: int, device: torch.device) -> "BiasedPhrases":
+        """Of biases by phrase."""
+        lengths = [len(ids) for ids in biases]
+        return cls(
+            Patterns.lay_out([(ids, len(ids) - 1) for ids in biases], radius, device),
+            torch.tensor(list(biases.values()), device=device, dtype=torch.float32),
+            torch.tensor(lengths, device=device, dtype=torch.long),
+            max(lengths, default=1) - 1,
+        )
+
+    def __len__(self) -> int:
+        return len(self.patterns)
+
+
+@dataclass(frozen=True)
 class TokenProcessors:
     """The settings that name a processor of transformers, as tensors; `build_processors` makes them.
 
@@ -70,9 +100,7 @@ class TokenProcessors:
         bias: (vocabulary,) for single tokens, or None.
         banned: (vocabulary,) bool, single tokens that are never chosen, or None.
         phrases: banned phrases of several tokens, of which any may be the one that completes it.
-        sequences: biased phrases of several tokens, completed by their last.
-        sequence_biases, sequence_lengths: (sequences,) of each.
-        sequence_reach: how many tokens to its left the longest of them looks.
+        sequences: phrases that have a bias.
         ngram_size: tokens of the n-grams that appear only once; 0 for no limit.
         radius: how many tokens away the farthest of them looks.
         num_free: tokens of the vocabulary that neither a ban nor a banned phrase names.
@@ -85,10 +113,7 @@ class TokenProcessors:
     bias: torch.Tensor | None
     banned: torch.Tensor | None
     phrases: Patterns
-    sequences: Patterns
-    sequence_biases: torch.Tensor
-    sequence_lengths: torch.Tensor
-    sequence_reach: int
+    sequences: BiasedPhrases
     ngram_size: int
     radius: int
     num_free: int
@@ -213,9 +238,9 @@ class TokenProcessors:
         """
         near, bias, banned = table.gather(1, window), self.bias, []
         if len(self.sequences):
-            biases = torch.where(self.sequences.match(near), self.sequence_biases, 0.0)
+            biases = torch.where(self.sequences.patterns.match(near), self.sequences.bias, 0.0)
             single = torch.zeros(vocab_size, dtype=torch.float32, device=table.device) if bias is None else bias
-            bias = single.repeat(len(table), 1).index_add_(1, self.sequences.token, biases)
+            bias = single.repeat(len(table), 1).index_add_(1, self.sequences.patterns.token, biases)
         if len(self.phrases):
             banned.append(torch.where(self.phrases.match(near), self.phrases.token, vocab_size))
         if self.ngram_size:
@@ -265,7 +290,7 @@ class TokenProcessors:
     def _kept(self, decided: torch.Tensor, readers: torch.Tensor, strict: torch.Tensor | None) -> torch.Tensor:
         """(rows, block) bool, tokens not to be revised, as one of the `readers` on their right is chosen by them."""
         distance = -_distance(decided.shape[1], decided.device)
-        reads = (distance > 0) & (distance <= self.sequence_reach)
+        reads = (distance > 0) & (distance <= self.sequences.reach)
         if strict is not None:
             reads = reads | ((distance > 0) & strict[..., None])
         return decided & (reads & readers[:, None]).any(-1)
@@ -286,17 +311,17 @@ class TokenProcessors:
         if strict is not None:
             reads = (distance > 0) & strict[..., None]
         if len(self.sequences):
-            last, none = self.sequences.token, logits.new_zeros(logits.shape[-1])
+            last, none = self.sequences.patterns.token, logits.new_zeros(logits.shape[-1])
             single = none if self.bias is None else self.bias
-            most = none.index_add(0, last, self.sequence_biases.clamp(min=0))
-            least = none.index_add(0, last, self.sequence_biases.clamp(max=0))
+            most = none.index_add(0, last, self.sequences.bias.clamp(min=0))
+            least = none.index_add(0, last, self.sequences.bias.clamp(max=0))
             high = self._process(logits, seen, single + most, None)
             high[..., self.mask_token_id] = float("-inf")
             low = self._process(logits, seen, single + least, None).gather(-1, chosen[..., None])
             others = high.scatter(-1, chosen[..., None], float("-inf")).amax(-1, keepdim=True)
             rival = torch.where(last == chosen[..., None], others, high.index_select(-1, last))
-            counts = (rival >= low) & self.sequences.match(surroundings, open_fits=True)
-            reach = torch.where(counts, self.sequence_lengths - 1, 0).amax(-1, keepdim=True)
+            counts = (rival >= low) & self.sequences.patterns.match(surroundings, open_fits=True)
+            reach = torch.where(counts, self.sequences.length - 1, 0).amax(-1, keepdim=True)
             reads = reads | ((distance > 0) & (distance <= reach))
         return reads
 
@@ -340,10 +365,7 @@ def build_processors(
         bias=_by_token(single_biases, vocab_size, 0.0).to(device) if single_biases else None,
         banned=_by_token(dict.fromkeys(banned, True), vocab_size, False).to(device) if banned else None,
         phrases=Patterns.lay_out(places, radius, device),
-        sequences=Patterns.lay_out([(ids, len(ids) - 1) for ids in sequences], radius, device),
-        sequence_biases=torch.tensor(list(sequences.values()), device=device, dtype=torch.float32),
-        sequence_lengths=torch.tensor(list(map(len, sequences)), device=device, dtype=torch.long),
-        sequence_reach=max(map(len, sequences), default=1) - 1,
+        sequences=BiasedPhrases.lay_out(sequences, radius, device),
         ngram_size=ngram_size,
         radius=radius,
         num_free=vocab_size - len({*banned, *named, settings.mask_token_id}),

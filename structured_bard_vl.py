@@ -160,6 +160,32 @@ class Ways:
 
 
 @dataclass(frozen=True)
+class Edges(Ways):
+    """One way for each class of tokens that leads from a state to another.
+
+    Attributes:
+        of_class: (edges,) the class.
+        by_class, by_pair: the edges of each class, and of each pair of states.
+    """
+
+    of_class: torch.Tensor
+    by_class: Groups
+    by_pair: Groups
+
+
+@dataclass(frozen=True)
+class Pairs(Ways):
+    """One way for each pair of states with an edge between them.
+
+    Attributes:
+        into, out_of: the pairs that lead to each state, and from each.
+    """
+
+    into: Groups
+    out_of: Groups
+
+
+@dataclass(frozen=True)
 class Classes:
     """Classes of tokens that lead to the same states from everywhere.
 
@@ -194,41 +220,51 @@ class BlockForm:
             for each, start in zip(different, starts, strict=True)
             for way in each.dictated
         ]
-        self.distances = np.concatenate([each.distance for each in different])
-        source, edge_class = np.nonzero(table >= 0)
-        target = table[source, edge_class]
         num_states, num_classes = table.shape
-        pairs, pair_of = np.unique(source * num_states + target, return_inverse=True)
+        is_end = np.concatenate([np.arange(each.num_states) == each.num_states - 1 for each in different])
 
         def on_device(values: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(values)).long().to(device)
 
-        is_end = np.concatenate([np.arange(each.num_states) == each.num_states - 1 for each in different])
+        def ways(source: np.ndarray, target: np.ndarray) -> dict[str, torch.Tensor]:
+            return {"source": on_device(source), "target": on_device(target), "ends": on_device(is_end[target]).bool()}
 
-        def ways(source: np.ndarray, target: np.ndarray) -> Ways:
-            return Ways(on_device(source), on_device(target), on_device(is_end[target]).bool())
+        def groups(group_of: np.ndarray, num_groups: int, width: int | None = 64) -> Groups:
+            return Groups(group_of, num_groups, device, width)
 
+        self.table = on_device(table)
+        self.distance = on_device(np.concatenate([each.distance for each in different]))
         token = np.zeros(num_classes, dtype=np.int64)
         token[class_of] = np.arange(len(class_of))
-        size = np.bincount(class_of, minlength=num_classes)
-        leads = np.logical_or.reduce(table >= 0, axis=0)
-        grouped = Groups(np.where(leads[class_of], class_of, -1), num_classes, device)
-        self.classes = Classes(on_device(class_of), on_device(token), on_device(size), grouped)
-        self.table, self.distance = on_device(table), on_device(self.distances)
-        self.edges, self.edge_class = ways(source, target), on_device(edge_class)
-        self.pairs = ways(pairs // num_states, pairs % num_states)
-        self.edges_of_class = Groups(edge_class, num_classes, device)
-        self.edges_of_pair = Groups(pair_of.reshape(-1), len(pairs), device)
-        self.into = Groups(pairs % num_states, num_states, device, width=None)
-        self.out_of = Groups(pairs // num_states, num_states, device, width=None)
+        self.classes = Classes(
+            of=on_device(class_of),
+            token=on_device(token),
+            size=on_device(np.bincount(class_of, minlength=num_classes)),
+            tokens=groups(np.where((table >= 0).any(0)[class_of], class_of, -1), num_classes),
+        )
+        source, edge_class = np.nonzero(table >= 0)
+        target = table[source, edge_class]
+        pairs, pair_of = np.unique(source * num_states + target, return_inverse=True)
+        self.edges = Edges(
+            **ways(source, target),
+            of_class=on_device(edge_class),
+            by_class=groups(edge_class, num_classes),
+            by_pair=groups(pair_of.reshape(-1), len(pairs)),
+        )
+        source, target = pairs // num_states, pairs % num_states
+        self.pairs = Pairs(
+            **ways(source, target),
+            into=groups(target, num_states, width=None),
+            out_of=groups(source, num_states, width=None),
+        )
 
     def check_limits(self, limits: list[int]) -> None:
         """Raise `ValueError` where a row's form cannot be completed within its limit of tokens."""
-        for start, limit in zip(self.starts, limits, strict=True):
-            if self.distances[start] > limit:
+        for least, limit in zip(self.distance[self.starts].tolist(), limits, strict=True):
+            if least > limit:
                 raise ValueError(
-                    f"the form that `structured` asks for needs {self.distances[start]} tokens at least, there is room "
-                    f"for {limit}: raise `max_new_tokens`"
+                    f"the form that `structured` asks for needs {least} tokens at least, there is room for {limit}: "
+                    "raise `max_new_tokens`"
                 )
 
     def dictated(self, state: int, room: int) -> tuple[list[int], list[int]]:
@@ -285,11 +321,7 @@ class BlockForm:
         is_open = held == mask_token_id
         free = self.classes.of.new_zeros(*held.shape, len(self.classes.size), dtype=torch.float32)
         by_class = self._committed(free, held, is_open)
-        pairs = self._pairs(by_class, place, largest)
-        forwards, backwards = self._forwards(pairs, place, largest), self._backwards(pairs, place, largest)
-        through = take(forwards[:, :-1], self.edges.source) + take(backwards[:, 1:], self.edges.target)
-        through = through.masked_fill(self._behind(held, place)[..., None] & ~self.edges.ends, float("-inf"))
-        ways = self.edges_of_class.reduce(through, largest) + by_class > float("-inf")
+        ways = self._through(by_class, held, place, largest) + by_class > float("-inf")
         return is_open & ((ways * self.classes.size).sum(-1) == 1), self.classes.token[ways.int().argmax(-1)]
 
     # --- the parts -------------------------------------------------------------------------------------------------
@@ -307,7 +339,7 @@ class BlockForm:
 
     def _pairs(self, by_class: torch.Tensor, place: Place, how: Reduce) -> torch.Tensor:
         """(n, block, pairs) scores of the steps from state to state."""
-        pairs = self.edges_of_pair.reduce(take(by_class, self.edge_class), how)
+        pairs = self.edges.by_pair.reduce(take(by_class, self.edges.of_class), how)
         behind = self._behind(by_class[..., 0], place)[..., None]
         return torch.where(behind, torch.where(self.pairs.ends, 0.0, float("-inf")).to(pairs.dtype), pairs)
 
@@ -317,7 +349,7 @@ class BlockForm:
         here = torch.where(states == place.state[:, None], 0.0, float("-inf")).to(pairs.dtype)
         found = [here]
         for step in pairs.unbind(1):
-            found.append(self.into.reduce(take(found[-1], self.pairs.source) + step, how))
+            found.append(self.pairs.into.reduce(take(found[-1], self.pairs.source) + step, how))
         return torch.stack(found, 1)
 
     def _backwards(self, pairs: torch.Tensor, place: Place, how: Reduce) -> torch.Tensor:
@@ -325,16 +357,20 @@ class BlockForm:
         can_end = self.distance <= place.left.clamp(min=0)[:, None]
         found = [torch.where(can_end, 0.0, float("-inf")).to(pairs.dtype)]
         for step in reversed(pairs.unbind(1)):
-            found.append(self.out_of.reduce(take(found[-1], self.pairs.target) + step, how))
+            found.append(self.pairs.out_of.reduce(take(found[-1], self.pairs.target) + step, how))
         return torch.stack(found[::-1], 1)
 
     def _around(self, by_class: torch.Tensor, held: torch.Tensor, is_open: torch.Tensor, place: Place) -> torch.Tensor:
         """(n, block, classes) scores of all ways around a position of which a token of the class is there."""
-        pairs = self._pairs(self._committed(by_class, held, is_open), place, total)
-        forwards, backwards = self._forwards(pairs, place, total), self._backwards(pairs, place, total)
+        return self._through(self._committed(by_class, held, is_open), held, place, total)
+
+    def _through(self, by_class: torch.Tensor, held: torch.Tensor, place: Place, how: Reduce) -> torch.Tensor:
+        """The same by the scores (n, block, classes) that the positions beside it have."""
+        pairs = self._pairs(by_class, place, how)
+        forwards, backwards = self._forwards(pairs, place, how), self._backwards(pairs, place, how)
         through = take(forwards[:, :-1], self.edges.source) + take(backwards[:, 1:], self.edges.target)
         through = through.masked_fill(self._behind(held, place)[..., None] & ~self.edges.ends, float("-inf"))
-        return self.edges_of_class.reduce(through, total)
+        return self.edges.by_class.reduce(through, how)
 
     def _share(
         self, scores: torch.Tensor, by_class: torch.Tensor, around: torch.Tensor, ids: torch.Tensor
@@ -374,7 +410,7 @@ class BlockForm:
         steps, targets = padded(pairs), torch.nn.functional.pad(self.pairs.target, [0, 1])
         states = [place.state]
         for position in range(held.shape[1]):
-            ways = self.out_of.members[states[-1]]
+            ways = self.pairs.out_of.members[states[-1]]
             behind = backwards[:, position + 1].gather(1, targets[ways])
             best = draw(steps[:, position].gather(1, ways) + behind).argmax(-1, keepdim=True)
             states.append(targets[ways.gather(1, best)[:, 0]])
