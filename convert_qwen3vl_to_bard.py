@@ -57,7 +57,6 @@ RELEASES = {
     r"Qwen3-VL-\d+B-(Instruct|Thinking)": "Qwen",
     r"Bard-VL-B\d+-Mask-\d+B(-Distil)?-Instruct": PUBLISHER,
 }
-BLOCK_SIZE_IN_NAME = re.compile(r"Bard-VL-B(\d{1,9})", re.IGNORECASE)
 OPENS_THINKING = re.compile(r"<\|im_start\|>assistant(\\n|\n)<think>")
 
 
@@ -117,6 +116,14 @@ class Conversion:
     def is_seed(self) -> bool:
         """Whether the weights have never been trained for block diffusion."""
         return not self.is_bard or self.config.get("trained") is False
+
+    @property
+    def trained_block_size(self) -> int | None:
+        """The size that a Bard-VL checkpoint was trained with, by its config, else its name; None if neither says."""
+        if not self.is_bard:
+            return None
+        stated = self.config.get("block_size")
+        return named_block_size(self.name) if stated is None else stated
 
     @property
     def is_tied(self) -> bool:
@@ -280,17 +287,21 @@ def check_companions(folder: Path) -> None:
         require((CODE_FOLDER / name).is_file(), advice)
 
 
+def named_block_size(name: str) -> int | None:
+    """The block size in a checkpoint's name; None if it has none."""
+    named = re.search(r"Bard-VL-B(\d{1,9})", name, re.IGNORECASE)
+    return int(named[1]) if named else None
+
+
 def choose_block_size(job: Conversion, block_size: int | None) -> int:
     """Take the block size from the argument, the source's config, its name, or the default, in this order."""
-    trained: int | None = DEFAULT_BLOCK_SIZE
-    if job.is_bard:
-        named, trained = BLOCK_SIZE_IN_NAME.search(job.name), job.config.get("block_size")
-        trained = int(named[1]) if trained is None and named else trained
-    chosen: Any = trained if block_size is None else block_size
+    trained = job.trained_block_size
+    stated = trained if job.is_bard else DEFAULT_BLOCK_SIZE
+    chosen: Any = stated if block_size is None else block_size
     advice = f"{job.name} does not say its block size: pass block_size, the size it was trained with"
     require(chosen is not None, advice)
     require(type(chosen) is int and chosen > 0, f"block_size must be a positive integer, got {chosen!r}")
-    if job.is_bard and trained is not None and chosen != trained:
+    if trained is not None and chosen != trained:
         job.notes.append(f"block size {chosen} as asked, although the source was trained with {trained}")
     return chosen
 
@@ -380,7 +391,7 @@ def read_header(path: Path, to_rewrite: set[Path]) -> list[Tensor]:
         to_rewrite.add(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = parse_json(file.read(length), path)
+        header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     tensors = []
     for name, entry in header.items():
@@ -768,17 +779,12 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
     if default is not None and not path.is_file():
         return default
     require(path.is_file(), f"{path} is missing")
-    return parse_json(path.read_bytes(), path)
-
-
-def parse_json(content: bytes, path: Path) -> dict[str, Any]:
-    """Parse a JSON object."""
 
     def refuse(name: str) -> None:
         raise ValueError(f"it has the number {name}")
 
     try:
-        result = json.loads(content, parse_constant=refuse)
+        result = json.loads(path.read_bytes(), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is no valid JSON: {error}") from error
     require(isinstance(result, dict), f"{path} holds a {type(result).__name__} instead of a JSON object")

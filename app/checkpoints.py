@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from ..configuration_bard_vl import BardVLConfig
-from ..convert_qwen3vl_to_bard import BLOCK_SIZE_IN_NAME, PUBLISHED_THRESHOLDS, PUBLISHER, RELEASES
+from ..convert_qwen3vl_to_bard import PUBLISHED_THRESHOLDS, PUBLISHER, RELEASES, named_block_size
 from ..generation_config_bard_vl import BardVLGenerationConfig
 from .errors import UsageError, one_line
 
@@ -96,8 +96,7 @@ def complete_settings(
     Raises:
         UsageError: nothing states a block size.
     """
-    named = BLOCK_SIZE_IN_NAME.search(last_part(name))
-    by_name = int(named[1]) if named else None
+    by_name = named_block_size(last_part(name))
     trained = by_name if config.block_size is None else config.block_size
     if trained is None and settings.block_size is None:
         raise UsageError(f"{name} states no block size: give --block-size, the number after B in its name")

@@ -23,7 +23,6 @@ from .stages import (
     run_recipe,
     run_stage,
     start_folder,
-    stated_block_size,
 )
 
 RECIPE = (ModelArguments, DataArguments, BlockDiffusionArguments, DistillArguments)
@@ -76,7 +75,7 @@ def students(run: Run, settings: DistillArguments) -> dict[int, str]:
     found = stages_in(Path(name))
     if (Path(name) / "config.json").is_file() or not found:
         job = find(name, run.model.model_revision)
-        sizes = settings.block_sizes or [stated_block_size(job) or 0]
+        sizes = settings.block_sizes or [job.trained_block_size or 0]
         require(sizes[0] > 0, f"{job.name} states no block size: set `block_sizes`")
         require(len(sizes) == 1, f"`block_sizes` {sizes} are several, {name} is one checkpoint")
         return {sizes[0]: name}

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..app.terminal import counted
 from .arguments import BlockDiffusionArguments, DataArguments, MergeArguments, ModelArguments, require
-from .stages import Run, Stage, check_inputs, find, run_recipe, run_stage, start_folder, stated_block_size
+from .stages import Run, Stage, check_inputs, find, run_recipe, run_stage, start_folder
 
 RECIPE = (ModelArguments, DataArguments, BlockDiffusionArguments, MergeArguments)
 
@@ -39,7 +39,7 @@ def plan(run: Run, schedule: MergeArguments) -> list[Stage]:
     sizes = schedule.block_sizes
     if sizes is None:
         job = find(source, run.model.model_revision)
-        stated = stated_block_size(job)
+        stated = job.trained_block_size
         require(stated is not None, f"{job.name} states no block size: set `block_sizes`")
         sizes = [stated or 0]
     steps: list[Any] = schedule.steps_per_stage or [None] * len(sizes)

@@ -21,7 +21,6 @@ from transformers.integrations import deepspeed as deepspeed_integration
 from ..app.quantization import quantization_config
 from ..configuration_bard_vl import BardVLConfig
 from ..convert_qwen3vl_to_bard import (
-    BLOCK_SIZE_IN_NAME,
     Conversion,
     ConversionError,
     check_architecture,
@@ -124,15 +123,6 @@ def find(name: str, revision: str | None = None) -> Conversion:
     job = locate(name, revision)
     check_architecture(job.config)
     return job
-
-
-def stated_block_size(job: Conversion) -> int | None:
-    """The block size that a Bard-VL checkpoint was trained with, as its config or its name says."""
-    if not job.is_bard:
-        return None
-    named = BLOCK_SIZE_IN_NAME.search(job.name)
-    stated = job.config.get("block_size")
-    return stated if stated is not None else int(named[1]) if named else None
 
 
 def start_folder(run: Run, job: Conversion, block_size: int) -> Path:
@@ -414,7 +404,7 @@ def check_teacher(teacher: Conversion, student: Conversion, block_size: int, set
         require(not teacher.is_bard, f"`teacher_kind: ar` needs a Qwen3-VL, {teacher.name} is a Bard-VL")
     else:
         require(teacher.is_bard, f"{teacher.name} is autoregressive: as a teacher it needs `teacher_kind: ar`")
-        size = settings.teacher_block_size or stated_block_size(teacher)
+        size = settings.teacher_block_size or teacher.trained_block_size
         require(size is not None, f"{teacher.name} states no block size: set `teacher_block_size`")
         assert size is not None
         require(
@@ -440,7 +430,7 @@ def load_teacher(run: Run, stage: Stage) -> Teacher:
     with whole_models():
         model = load(job.folder, dtype, run.model.attn_implementation, config=config)
     model.eval().requires_grad_(False)
-    size = 1 if settings.teacher_kind == "ar" else settings.teacher_block_size or stated_block_size(job)
+    size = 1 if settings.teacher_kind == "ar" else settings.teacher_block_size or job.trained_block_size
     assert size is not None
     return Teacher(model, size, settings.teacher_kind, settings)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from ...app.checkpoints import complete_settings, last_part, stored_settings
 from ...configuration_bard_vl import BardVLConfig
-from ...convert_qwen3vl_to_bard import BLOCK_SIZE_IN_NAME
+from ...convert_qwen3vl_to_bard import named_block_size
 from ...generation_config_bard_vl import FIELDS, SETTINGS, BardVLGenerationConfig, DecodingSettings, merged_settings
 from ...remasking_bard_vl import REMASKING_RULES
 
@@ -33,13 +33,13 @@ def stated_block_size(config: BardVLConfig) -> int:
     """The block size of a checkpoint by its config, else by its name; `ValueError` if neither states it."""
     if config.block_size is not None:
         return config.block_size
-    named = BLOCK_SIZE_IN_NAME.search(last_part(config._name_or_path))
+    named = named_block_size(last_part(config._name_or_path))
     if named is None:
         raise ValueError(
             f"{config._name_or_path or 'the checkpoint'}: neither config.json nor the name states the block size that "
             """it was trained with; give it as --hf-overrides '{"block_size": 16}'"""
         )
-    return int(named[1])
+    return named
 
 
 def read_checkpoint(model_config: Any) -> list[str]:
