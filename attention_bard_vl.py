@@ -214,5 +214,3 @@ def with_own_code(function: Any) -> Any:
 
 
 register_attention(ATTENTION_NAME, block_attention)
-
-__all__ = ["ATTENTION_NAME", "Slots", "attend_slots", "block_attention", "with_own_code"]

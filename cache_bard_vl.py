@@ -339,6 +339,3 @@ def fingerprint(*tensors: torch.Tensor) -> int:
         digest.update(str(tuple(tensor.shape)).encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return -1 - int.from_bytes(digest.digest()[:8], "big") % 2**62
-
-
-__all__ = ["BardVLCache", "BlockCacheLayer", "Buffers", "WeightsPrint", "Writing", "fingerprint"]

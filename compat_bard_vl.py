@@ -300,33 +300,3 @@ def register(config: Any, model: Any, processor: Any) -> None:
     for auto_class in MODEL_AUTO_CLASSES[:3]:
         getattr(transformers, auto_class).register(config, model)
     transformers.AutoProcessor.register(config, processor)
-
-
-__all__ = [
-    "CACHE_NAMES",
-    "MODEL_AUTO_CLASSES",
-    "TESTED",
-    "CacheOutput",
-    "CheckpointedLayer",
-    "PortableGeneration",
-    "PortableModel",
-    "SettingsFile",
-    "applied_defaults",
-    "attention_of",
-    "cache_argument",
-    "cache_of",
-    "encode_text",
-    "multimodal_positions",
-    "name_multimodal",
-    "one_cache",
-    "plain_defaults",
-    "plain_fields",
-    "read_rope",
-    "register",
-    "register_attention",
-    "set_attention",
-    "unpack_weights",
-    "visual_features",
-    "warn_if_untested",
-    "write_rope",
-]

@@ -273,6 +273,3 @@ def library() -> Any:
     if outlines_core is None:
         raise ValueError("`structured` needs outlines-core for this form: pip install 'bard-vl[structured]'")
     return outlines_core
-
-
-__all__ = ["Form", "escape", "library", "schema_expression"]

@@ -672,6 +672,3 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (1,),
     "begin_suppress_tokens": ([],),
 }
-
-
-__all__ = ["BardVLGenerationConfig", "DecodingSettings"]

@@ -253,6 +253,3 @@ def build_generator(
         raise ValueError("give `generator` or `seed`, not both")
     check_seed("seed", python_value(seed))
     return torch.Generator(device=device).manual_seed(python_value(seed))
-
-
-__all__ = ["DecodingHooks", "build_form", "build_hooks", "check_alone", "check_banned_tokens"]

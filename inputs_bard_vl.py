@@ -159,17 +159,6 @@ def grids_of(visual_inputs: Mapping[str, torch.Tensor | None]) -> dict[str, torc
     return {kind.grids: visual_inputs.get(kind.grids) for kind in MEDIA_KINDS}
 
 
-def number_placeholders(config: Any, input_ids: torch.Tensor) -> torch.Tensor:
-    """The row of the features that each token of a conversation shows, in the order of the kinds; -1 for others."""
-    index, first = torch.full_like(input_ids, -1), 0
-    for kind in MEDIA_KINDS:
-        shown = input_ids == kind.token_id(config)
-        count = int(shown.sum())
-        index[shown] = torch.arange(first, first + count)
-        first += count
-    return index
-
-
 @dataclass(frozen=True)
 class VisualItem:
     """An image or a video of a prompt: its grid in patches, and the row that it belongs to."""
@@ -523,31 +512,3 @@ def response_limits(config: Any, prompt: Prompt, num_new_tokens: int, block_size
             f"model's {limit} positions (`max_position_embeddings`)"
         )
     return limits
-
-
-__all__ = [
-    "MEDIA_KINDS",
-    "VISUAL_INPUTS",
-    "MediaKind",
-    "Prompt",
-    "PromptSize",
-    "VisualFeatures",
-    "asks_for_nothing",
-    "check_ids",
-    "check_known",
-    "check_left_alone",
-    "check_length",
-    "check_positions",
-    "check_prompt",
-    "check_tensors",
-    "check_visual_index",
-    "check_visual_inputs",
-    "check_visual_layout",
-    "grids_of",
-    "largest_pixels",
-    "number_placeholders",
-    "pixel_advice",
-    "response_limits",
-    "visual_items",
-    "visual_tensor",
-]

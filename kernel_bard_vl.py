@@ -137,6 +137,3 @@ def attend_slots(
             partial, weight, slots.begin, slots.count, out, *out.stride()[:2], **shape, PART=16, num_warps=4
         )
     return out
-
-
-__all__ = ["attend_slots"]

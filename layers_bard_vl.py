@@ -236,6 +236,3 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args)
 
     return run
-
-
-__all__ = ["Layers", "is_plain"]

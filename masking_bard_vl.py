@@ -92,13 +92,3 @@ def check_block_mask(mask: BlockMask, implementation: str, batch: int, queries: 
             f"the `BlockMask` must be (batch, heads, queries, keys) = ({batch}, 1, {queries}, {keys}), "
             f"got shape {tuple(mask.shape)}"
         )
-
-
-__all__ = [
-    "block_visibility",
-    "check_attention_implementation",
-    "check_block_mask",
-    "check_explicit_mask",
-    "partition_prompt",
-    "to_attention_mask",
-]

@@ -50,6 +50,7 @@ class Patterns:
         return cls(want, want == NO_ID, token)
 
     def __len__(self) -> int:
+        """Number of patterns."""
         return len(self.token)
 
     def match(self, near: torch.Tensor, open_fits: bool = False) -> torch.Tensor:
@@ -87,6 +88,7 @@ class BiasedPhrases:
         )
 
     def __len__(self) -> int:
+        """Number of phrases."""
         return len(self.patterns)
 
 
@@ -383,6 +385,3 @@ def _by_token(values: dict[int, Any], vocab_size: int, default: Any) -> torch.Te
     table = torch.full((vocab_size,), default, dtype=dtype)
     table[list(values)] = torch.tensor(list(values.values()), dtype=dtype)
     return table
-
-
-__all__ = ["TokenProcessors", "build_processors"]

@@ -307,6 +307,3 @@ def blank_rows(num_rows: int, num_columns: int, settings: DecodingSettings, devi
     rows = Rows.lay_out(prompt, [0] * num_rows, settings.block_size, settings.mask_token_id, num_columns)
     rows.ended.fill_(True)
     return rows
-
-
-__all__ = ["COLUMNS", "DEVICES", "Recording", "layers_of", "recording", "release_idle"]

@@ -316,31 +316,3 @@ def in_order(commit: torch.Tensor, masked: torch.Tensor, quota: torch.Tensor, re
         still_open[:, place] &= waits | ~commit[:, place]
     missing = quota - (masked & ~still_open).sum(-1)
     return masked & (~still_open | (still_open.cumsum(-1) <= missing[:, None]))
-
-
-__all__ = [
-    "GREEDY",
-    "REMASKING_RULES",
-    "REVISION_THRESHOLDS",
-    "Choice",
-    "Chooser",
-    "RemaskingRule",
-    "Revision",
-    "Sampling",
-    "entropy_bounded",
-    "factor",
-    "filter_scores",
-    "frechet",
-    "in_order",
-    "low_confidence_dynamic",
-    "low_confidence_static",
-    "negative_entropy",
-    "overwritten",
-    "pick_tokens",
-    "probability_margin",
-    "probability_of",
-    "rank_by_confidence",
-    "remasked",
-    "scaled",
-    "transfer_schedule",
-]

@@ -311,6 +311,3 @@ def _byte_letters() -> dict[int, str]:
 
 
 _BYTES = _byte_letters()
-
-
-__all__ = ["Automaton", "Spelling", "spelling_of"]

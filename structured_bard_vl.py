@@ -453,6 +453,3 @@ def build_forms(forms: list[Any], spelling: Any, device: torch.device) -> BlockF
         last.clear()
         last[key] = (automata, BlockForm(automata, device))
     return last[key][1]
-
-
-__all__ = ["BlockForm", "Groups", "Place", "build_forms"]

@@ -125,6 +125,3 @@ def draw_things(picture: Image.Image, things: list[Thing]) -> Image.Image:
             canvas.rectangle(box, fill=colour)
             canvas.text((left + line, top + line), thing.label, fill="white")
     return drawn
-
-
-__all__ = ["Thing", "colours_of", "draw_things", "find_things", "read_things", "things_schema"]

@@ -24,6 +24,3 @@ def check_chat(messages: Any) -> None:
 def is_text(text: str) -> bool:
     """Whether UTF-8 can hold it: half a character of UTF-16, as JSON may name it, is none."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-__all__ = ["check_chat", "is_text"]

@@ -140,14 +140,3 @@ def is_published(name: str) -> bool:
         return False
     patterns = (pattern for pattern, owner in RELEASES.items() if owner == PUBLISHER)
     return any(re.fullmatch(pattern, last_part(name)) for pattern in patterns)
-
-
-__all__ = [
-    "EMBEDDED",
-    "PICTURES",
-    "QUESTIONS",
-    "complete_settings",
-    "find_checkpoint",
-    "read_config",
-    "stored_settings",
-]

@@ -84,6 +84,3 @@ def ask_parent(name: str, session: Session, messages: list[dict[str, Any]]) -> C
     tokens = [processor.tokenizer.decode([token_id]) for token_id in ids]
     text = processor.tokenizer.decode(ids, skip_special_tokens=True)
     return Compared(name.rstrip("/").rpartition("/")[2], text, tokens, len(forwards), seconds)
-
-
-__all__ = ["Compared", "ask_parent"]

@@ -46,6 +46,3 @@ class Conversation:
         reply = {"role": "assistant", "content": [{"type": "text", "text": answer.text}]}
         self.messages, self.attached, self.cache = [*messages, reply], [], answer.output.past_key_values
         return answer
-
-
-__all__ = ["Conversation"]

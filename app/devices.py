@@ -68,6 +68,3 @@ def free_in_container() -> int | None:
         return max(int(limit) - int(used) + int(pages["inactive_file"]), 0)  # the system would give these up
     except (OSError, KeyError, ValueError):  # no such group, or "max"
         return None
-
-
-__all__ = ["available_devices", "find_device", "free_memory"]

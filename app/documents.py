@@ -69,6 +69,3 @@ def open_document(name: str) -> Iterator[Any]:
         yield document
     finally:
         document.close()
-
-
-__all__ = ["is_document", "read_page", "split_pages"]

@@ -298,13 +298,3 @@ def readable(size: int) -> str:
     while value >= 999.5 and len(units) > 1:
         value, units = value / 1000, units[1:]
     return f"{value:.0f} {units[0]}" if value >= 99.5 or units[0] == "B" else f"{value:.2g} {units[0]}"
-
-
-__all__ = [
-    "TOLERANCE",
-    "MemoryEstimate",
-    "check_fits",
-    "estimate_memory",
-    "read_prompt",
-    "readable",
-]

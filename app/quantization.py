@@ -138,15 +138,3 @@ def data_bytes(path: Path) -> int:
         header = json.loads(file.read(length))
     spans = (entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
     return sum(end - start for start, end in spans)
-
-
-__all__ = [
-    "UNPACKED",
-    "bytes_of",
-    "check_quantization",
-    "check_stored",
-    "quantization_config",
-    "saved_bytes",
-    "stored_bytes",
-    "stored_method",
-]

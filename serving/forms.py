@@ -158,6 +158,3 @@ def call_expression(name: str, parameters: dict[str, Any]) -> str:
     given = parameters if parameters.get("properties") else None
     arguments = r"\{\}" if given is None else f"({schema_expression(given)})"
     return f"{escape(begin)}{arguments}{escape('}' + CLOSING)}"
-
-
-__all__ = ["WANTED", "Wanted"]

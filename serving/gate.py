@@ -166,6 +166,7 @@ class CheckedGeneration:
         return self.manager.generate_streaming(model, processor, formed(inputs, wanted), gen_config, **others)
 
     def __getattr__(self, name: str) -> Any:
+        """The other attributes are the manager's."""
         return getattr(self.manager, name)
 
     async def generate_non_streaming(
@@ -332,6 +333,3 @@ def download(address: str) -> bytes:
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ValueError(f"{address} cannot be opened: {one_line(error)}") from error
     return data
-
-
-__all__ = ["Limits", "guarded"]

@@ -18,7 +18,7 @@ import datasets
 import torch
 from jinja2 import TemplateError
 
-from ..inputs_bard_vl import VISUAL_INPUTS, grids_of, number_placeholders
+from ..inputs_bard_vl import MEDIA_KINDS, VISUAL_INPUTS, grids_of
 from ..media_bard_vl import Media, describe
 from ..modeling_bard_vl import BardVLModel
 from ..processing_bard_vl import stated_size
@@ -345,3 +345,14 @@ def content_id(sample: Sample) -> int:
     tensors = [sample.input_ids, *(grid for name, grid in sample.visual_inputs.items() if name.endswith("grid_thw"))]
     digest = hashlib.blake2b(b"".join(tensor.numpy().tobytes() for tensor in tensors), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1  # a non-negative int64
+
+
+def number_placeholders(config: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """The row of the features that each token of a conversation shows, in the order of the kinds; -1 for others."""
+    index, first = torch.full_like(input_ids, -1), 0
+    for kind in MEDIA_KINDS:
+        shown = input_ids == kind.token_id(config)
+        count = int(shown.sum())
+        index[shown] = torch.arange(first, first + count)
+        first += count
+    return index

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .arguments import BlockDiffusionArguments, DataArguments, ModelArguments, SelfDistillArguments, require
-from .stages import Run, Stage, check_inputs, find, run_recipe, run_stage, stated_block_size
+from .stages import Run, Stage, check_inputs, find, run_recipe, run_stage
 
 RECIPE = (ModelArguments, DataArguments, BlockDiffusionArguments, SelfDistillArguments)
 
@@ -30,7 +30,7 @@ def plan(run: Run, settings: SelfDistillArguments) -> Stage:
     """The one stage, after everything that it names has been checked."""
     job = find(str(run.model.model_name_or_path), run.model.model_revision)
     require(job.is_bard, f"{job.name} is autoregressive, its answers have no order of commitment: name a Bard-VL")
-    size = stated_block_size(job)
+    size = job.trained_block_size
     require(size is not None, f"{job.name} states no block size: finetune it by `merge_blocks` first")
     assert size is not None
     require(not run.data.streaming, "own answers are those to measured chats: leave `streaming` out")

@@ -314,6 +314,3 @@ def framed(text: str, draft: str = "", took: str = "", error: str = "") -> str:
     parts = [("draft", draft), ("took", took), ("error", error)]
     spans = [f'<span class="{name}">{html.escape(part)}</span>' for name, part in parts if part]
     return f'<div class="answer" aria-live="polite"><span class="text">{html.escape(text)}</span>{"".join(spans)}</div>'
-
-
-__all__ = ["build_page", "serve"]

@@ -117,6 +117,3 @@ class Race:
             pen.rounded_rectangle(box, 3, fill=OPEN if text is None else DONE)
         if text is not None:
             pen.text((x + 2, y + 2), visible(text), font=self.fonts[SIZE], fill=INK)
-
-
-__all__ = ["token_by_token", "write_race"]
