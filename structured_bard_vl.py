@@ -234,13 +234,14 @@ class BlockForm:
 
         self.table = on_device(table)
         self.distance = on_device(np.concatenate([each.distance for each in different]))
+        leads = np.logical_or.reduce(table >= 0, axis=0)
         token = np.zeros(num_classes, dtype=np.int64)
         token[class_of] = np.arange(len(class_of))
         self.classes = Classes(
             of=on_device(class_of),
             token=on_device(token),
             size=on_device(np.bincount(class_of, minlength=num_classes)),
-            tokens=groups(np.where((table >= 0).any(0)[class_of], class_of, -1), num_classes),
+            tokens=groups(np.where(leads[class_of], class_of, -1), num_classes),
         )
         source, edge_class = np.nonzero(table >= 0)
         target = table[source, edge_class]
