@@ -159,7 +159,7 @@ def test_a_request_that_cannot_be_served_is_refused_by_name(changes: dict[str, A
 @pytest.mark.parametrize("row", SETTINGS.values(), ids=SETTINGS)
 def test_a_checkpoint_that_asks_for_other_tokens_is_refused(row: Setting) -> None:
     """Settings that the table sends to the plugin are taken, all others refused unless they ask for nothing."""
-    some = (*row.allowed.get("choices", ()), "x", 1, 0.25, [5], [[5, 6]], [[[5, 6], 0.5]])
+    some = (*row.allowed.get("choices", ()), "x", 1, 2, 0.25, [5], [[5, 6]], [[[5, 6], 0.5]])
     value = next(value for value in some if value not in row.off and passes(row, value))
     with contextlib.nullcontext() if "vllm" in row.reaches else pytest.raises(ValueError, match=f"{row.name}=.*plugin"):
         read_checkpoint(model_config(override_generation_config={row.name: value}))
@@ -170,7 +170,7 @@ def test_a_checkpoint_that_asks_for_other_tokens_is_refused(row: Setting) -> Non
 def test_what_the_plugin_does_not_do() -> None:
     assert {name for name, row in SETTINGS.items() if "vllm" not in row.reaches} == {
         *("revision", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens"),
-        *("sequence_bias", "stop_strings", "max_time", "seed"),
+        *("sequence_bias", "stop_strings", "max_time", "seed", "concurrent_blocks"),
     }
 
 
