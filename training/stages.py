@@ -588,7 +588,8 @@ def write_checkpoint(
     shutil.copy(CODE_FOLDER / "LICENSE", folder / "LICENSE-CODE")
     (folder / "README.md").write_text(card(run, stage), "utf-8")
     recipe = {**asdict(run.model), **asdict(run.data)}
-    for more in (stage.distillation, stage.own_answers):
+    beside: tuple[Any, ...] = (stage.distillation, stage.own_answers)
+    for more in beside:
         recipe |= {} if more is None else asdict(more)
     settings = run.args.to_dict()
     # Of transformers' own only what is not at its default: other lines have other ones.
