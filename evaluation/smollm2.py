@@ -52,12 +52,18 @@ def package_folder() -> Path:
 
 
 def write_parent(path: Path) -> dict[str, Any]:
-    """Write SmolLM2 as a Qwen3-VL folder; returns how far the two differ in the first prompts' logits."""
+    """Write SmolLM2 as a Qwen3-VL folder; returns how far the two differ in some prompts' logits."""
     source = package_folder()
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=WEIGHTS)
     llama = AutoModelForCausalLM.from_pretrained(source, gguf_file=WEIGHTS, dtype=torch.float32).eval()
-    whole = renamed(json.loads(tokenizer.backend_tokenizer.to_str()))
-    ids = whole["model"]["vocab"]
+    model = write_folder(path, llama, renamed(json.loads(tokenizer.backend_tokenizer.to_str())))
+    text = "".join(f"<|im_start|>user\n{prompt}<|im_end|>\n" for prompt in prompts(held_out=True)[:20])
+    return difference(llama, model, tokenizer(text, return_tensors="pt").input_ids)
+
+
+def write_folder(path: Path, llama: Any, tokenizer: dict[str, Any]) -> Any:
+    """Write a Llama as a Qwen3-VL folder with a tokenizer.json of such content; returns the Qwen3-VL."""
+    ids = tokenizer["model"]["vocab"]
     config = parent_config(llama.config, ids)
     model = llama_as_qwen3vl.move(llama, config)
     path.mkdir(parents=True)
@@ -65,10 +71,9 @@ def write_parent(path: Path) -> dict[str, Any]:
     tiny_model.write_json(path / "config.json", config)
     settings = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"], "do_sample": False}
     tiny_model.write_json(path / "generation_config.json", settings)
-    write_tokenizer(path, whole)
+    write_tokenizer(path, tokenizer)
     tiny_model.write_processor(path)
-    text = "".join(f"<|im_start|>user\n{prompt}<|im_end|>\n" for prompt in prompts(held_out=True)[:20])
-    return difference(llama, model, tokenizer(text, return_tensors="pt").input_ids)
+    return model
 
 
 def renamed(tokenizer: dict[str, Any]) -> dict[str, Any]:

@@ -9,11 +9,24 @@ from typing import Any
 import pytest
 import torch
 from bard_vl import BardVLConfig, BardVLForConditionalGeneration, BardVLProcessor
-from bard_vl.evaluation import agreement, cells, experiment, llama_as_qwen3vl, report, scenes, small_study, tiny_model
+from bard_vl.convert_qwen3vl_to_bard import convert
+from bard_vl.evaluation import (
+    agreement,
+    cells,
+    experiment,
+    llama_as_qwen3vl,
+    report,
+    scenes,
+    small_study,
+    smollm2,
+    tiny_model,
+)
 from bard_vl.training.chats import ChatEncoder, ChatLimits
 from bard_vl.training.data import PackingCollator
 from bard_vl.training.packing import Sample, pack
 from bard_vl.training.trainer import BlockDiffusionTrainer
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from training_cases import MASK, bard_folder
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3VLForConditionalGeneration
 
@@ -430,23 +443,50 @@ def test_a_report_of_nothing(tmp_path: Path) -> None:
 # A parent of another kind ---------------------------------------------------------------------------------------------
 
 
+def tiny_llama(vocab_size: int, tied: bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": vocab_size}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.3}
+    return LlamaForCausalLM(LlamaConfig(**shape, **heads, rope_theta=1e5, tie_word_embeddings=tied)).eval()
+
+
+@torch.no_grad()
+def assert_same_logits(found: Any, llama: Any) -> None:
+    input_ids = torch.randint(20, llama.config.vocab_size, (2, 200))  # behind the ids of pictures
+    expected, moved = llama(input_ids).logits, found(input_ids=input_ids).logits
+    assert expected.abs().max() > 5
+    torch.testing.assert_close(moved, expected, rtol=0, atol=1e-3)
+    assert torch.equal(moved.argmax(-1), expected.argmax(-1))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_llama_moves_into_qwen3vl_exactly(tied: bool) -> None:
-    torch.manual_seed(0)
-    shape = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": tiny_model.VOCAB_SIZE}
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.3}
-    llama = LlamaForCausalLM(LlamaConfig(**shape, **heads, rope_theta=1e5, tie_word_embeddings=tied)).eval()
+    llama = tiny_llama(64, tied)
     config = tiny_model.model_config(tiny_model.Shape(hidden=96, vision_hidden=32, vision_layers=1))
     config |= {"text_config": llama_as_qwen3vl.text_config(llama.config), "tie_word_embeddings": tied}
-    moved = llama_as_qwen3vl.move(llama, config)
-    input_ids = torch.randint(tiny_model.NUM_BASE_TOKENS, (2, 200))
-    with torch.no_grad():
-        expected, found = llama(input_ids).logits, moved(input_ids=input_ids).logits
-    assert expected.abs().max() > 5
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
-    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+    assert_same_logits(llama_as_qwen3vl.move(llama, config), llama)
     kept = torch.tensor([llama_as_qwen3vl.SPARE, llama_as_qwen3vl.UNDO])
     torch.testing.assert_close(kept.bfloat16().float(), kept, rtol=2e-5, atol=0)
+
+
+def test_the_folder_of_a_moved_llama_becomes_a_seed(tmp_path: Path) -> None:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *smollm2.RENAMED]
+    words = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    llama = tiny_llama(len(words), tied=True)
+    smollm2.write_folder(tmp_path / "parent", llama, smollm2.renamed(json.loads(tokenizer.to_str())))
+    assert_same_logits(Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "parent").eval(), llama)
+    seed = convert(tmp_path / "parent", tmp_path / "seed", 4, progress=False)
+    processor = BardVLProcessor.from_pretrained(seed)
+    assert processor.tokenizer.convert_ids_to_tokens(BardVLConfig.from_pretrained(seed).mask_token_id) == "<|mask|>"
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    text = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    (ids,) = processor(text=[text], images=[Image.new("RGB", (64, 64))])["input_ids"]
+    assert ids.count(words.index("<file_sep>")) == 16
+    assert processor.tokenizer.decode(ids[-len("assistant\n") :]) == "assistant\n"
 
 
 def test_a_llama_with_scaled_frequencies_is_refused() -> None:
