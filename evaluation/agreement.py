@@ -119,7 +119,8 @@ def decoded(model: Any, samples: Sequence[Sample], threshold: float) -> dict[str
         )
         speed += output.tokens_per_forward.tolist()
         for given, expected in zip(output.sequences[:, inputs["input_ids"].shape[1] :], wanted, strict=True):
-            same = (given[: len(expected)] == expected).long().cumprod(0).sum().item()
+            length = min(len(given), len(expected))  # shorter where all answers of the batch ended before
+            same = (given[:length] == expected[:length]).long().cumprod(0).sum().item()
             equal.append(same == len(expected))
             prefix.append(same / len(expected))
     figures = {"equal_answers": equal, "equal_prefix": prefix, "tokens_per_forward": speed}

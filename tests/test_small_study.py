@@ -515,3 +515,23 @@ def test_agreement_is_asked_for_in_the_states_of_inference() -> None:
             logits = model(input_ids=ids, block_ids=block).logits[0, first:]
             logits[:, MASK] = -torch.inf
             assert found[first - start : first - start + 4].tolist() == logits.argmax(-1).tolist()
+
+
+def test_decoded_answers_are_compared_token_by_token() -> None:
+    model = BardVLForConditionalGeneration.from_pretrained(bard_folder()).eval()
+    prompt = torch.arange(20, 27)
+    own = model.generate(input_ids=prompt[None], max_new_tokens=8)[0, 7:]
+    place = next(number for number in range(2, 8) if own[number] not in own[:number])
+    model.generation_config.eos_token_id = int(own[place])  # all answers of the batch end here
+    ended = own[: place + 1]
+
+    def sample(answer: torch.Tensor) -> Sample:
+        whole = plain_sample(7, len(answer))
+        whole.input_ids = torch.cat([prompt, answer])
+        return whole
+
+    longer, other = torch.cat([ended, ended]), torch.cat([ended[:1], 1 - ended[1:]])
+    found = agreement.decoded(model, [sample(answer) for answer in (ended, longer, other)], 0.9)
+    assert found["equal_answers"] == pytest.approx(1 / 3, abs=1e-4)
+    assert found["equal_prefix"] == pytest.approx((1 + 0.5 + 1 / len(ended)) / 3, abs=1e-4)
+    assert 0.25 <= found["tokens_per_forward"] <= 4
