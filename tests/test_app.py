@@ -279,6 +279,7 @@ def test_too_little_memory_is_advised_on_lighter_weights() -> None:
 SOME_VALUES = (2, 0.25, "x", [5], [[5, 6]], [[[5], 0.5]])
 
 
+@pytest.mark.xdist_group("programs")  # one worker imports their libraries
 @pytest.mark.parametrize("row", SETTINGS.values(), ids=SETTINGS)
 def test_a_row_of_the_table_reaches_every_program(row: Setting) -> None:
     """A value that the row's check takes arrives from the command line, the server's start, the page and lmms-eval."""

@@ -402,6 +402,7 @@ def test_parts_are_rolled_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [len(lines_of(Path(part))) for part in answers.parts()] == [4, 4, 2]
 
 
+@pytest.mark.thorough
 def test_addresses_of_objects(
     room: Path, expected: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

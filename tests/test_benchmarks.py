@@ -54,7 +54,7 @@ def golden_decoder(folder: str, case: str, rung: Rung) -> tuple[LadderDecoder, l
     return LadderDecoder(twin, rung, task, inputs, positions), expected, golden["block_step_counts"]
 
 
-@pytest.mark.thorough(every=9)
+@pytest.mark.thorough(every=27)
 @pytest.mark.parametrize("rung", LADDER, ids=lambda rung: rung.name)
 @pytest.mark.parametrize(("folder", "case"), cases_of("generate"))
 def test_every_rung_reproduces_the_golden_cases(folder: str, case: str, rung: Rung) -> None:

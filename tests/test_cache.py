@@ -328,7 +328,7 @@ TAMPERING: dict[str, tuple[Any, bool]] = {  # what somebody does with a cache, a
 }
 
 
-@pytest.mark.thorough(every=4)
+@pytest.mark.thorough(every=7)
 @pytest.mark.parametrize("name", TAMPERING)
 @pytest.mark.parametrize("context", [contextlib.nullcontext, torch.inference_mode])
 def test_what_a_cache_says_is_true_whatever_was_done_to_it(name: str, context: Any) -> None:
@@ -417,6 +417,7 @@ def test_what_other_weights_computed_is_encoded_again(change: Any, context: Any)
     assert got.num_encoded_tokens.tolist() == [len(prompt.ids)]
 
 
+@pytest.mark.thorough
 def test_what_another_state_of_adapters_computed_is_encoded_again() -> None:
     peft = pytest.importorskip("peft", exc_type=ImportError)
     torch.manual_seed(0)

@@ -23,7 +23,7 @@ def example() -> BardVLForConditionalGeneration:
     return BardVLForConditionalGeneration.from_pretrained(EXAMPLE)
 
 
-@pytest.mark.thorough(every=4)
+@pytest.mark.thorough(every=10)
 @pytest.mark.parametrize(
     "neutral",
     [
@@ -173,6 +173,7 @@ def default_dtype() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.thorough(every=3)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_default_dtype_changes_nothing(dtype: torch.dtype, default_dtype: None) -> None:
     inputs = collate([PROMPTS["text"], PROMPTS["aligned text"]])
@@ -216,6 +217,7 @@ def test_seq2seq_trainer_predicts_with_generate(tmp_path: Path, stored: dict[str
     assert model.generation_config.explicit() == before
 
 
+@pytest.mark.thorough
 def test_a_step_of_trls_grpo_trains(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", exc_type=ImportError)
     trl = pytest.importorskip("trl", exc_type=ImportError)

@@ -44,7 +44,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.thorough(every=4)
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", DAMAGES)
 def test_beside_a_damaged_checkpoint_an_older_one_goes_on(tmp_path, name, capsys, whole, stopped):
     """Each file cut in half, as a machine that went down may leave it."""

@@ -171,6 +171,7 @@ def reported(output: Any) -> list[Any]:
     return [output.sequences.tolist(), output.block_step_counts.tolist()]
 
 
+@pytest.mark.thorough(every=3)
 @pytest.mark.parametrize(
     ("place", "num_rows"),
     [*((place, 1) for place in PLACES), *((place, 3) for place in PLACES if place != "put_draft")],
@@ -192,6 +193,7 @@ def test_a_call_cancelled_at_any_moment_leaves_the_cache_usable(place: str, num_
     assert moments > 3
 
 
+@pytest.mark.thorough(every=2)
 @pytest.mark.parametrize("place", ["layer", "logits processor"])
 def test_a_call_for_several_sequences_cancelled_at_any_moment_leaves_the_cache_usable(place: str) -> None:
     model, (first, second) = load(), turns(2)
@@ -213,7 +215,7 @@ def test_a_cache_survives_many_cancelled_calls_with_other_prompts() -> None:
     expected = generate(model, second, **FIXED, eos_token_id=EOS)
     cache = generate(model, first, **FIXED, eos_token_id=EOS).past_key_values
     rng = random.Random(0)
-    for _ in range(10):
+    for _ in range(cases(10)):
         others = [text(rng.randint(1, 30), rng.randint(0, 99)) for _ in range(3)]
         cancel("layer", rng.randint(0, 20), cache, rng.choice([others, second]))
         output = generate(model, second, **FIXED, eos_token_id=EOS, past_key_values=cache)

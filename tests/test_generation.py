@@ -111,7 +111,7 @@ def test_the_last_block_has_room_or_the_prompt_is_refused(tight: Callable[[int],
 # Decoding ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.thorough(every=5)
+@pytest.mark.thorough(every=9)
 @pytest.mark.parametrize("rule", ["low_confidence_static", "low_confidence_dynamic"])
 @pytest.mark.parametrize("kind", PROMPTS)
 @pytest.mark.parametrize(("block_size", "steps"), [(8, None), (4, 3), (1, None), (16, 5)])
@@ -178,7 +178,7 @@ def test_other_mask_token_is_used_throughout() -> None:
     assert tokens_of(run(TEXT)) != slow.tokens
 
 
-@pytest.mark.thorough(every=3)
+@pytest.mark.thorough
 @pytest.mark.parametrize("block_size", [1, 3, 8])
 def test_every_length_is_the_beginning_of_a_longer_one(block_size: int) -> None:
     longest = tokens_of(run(IMAGE, max_new_tokens=20, block_size=block_size))

@@ -321,7 +321,7 @@ def memory_of(n: int, chunk_size: int, mixture: str) -> LiveMemory:
     return memory
 
 
-@pytest.mark.thorough(every=3)
+@pytest.mark.thorough(every=5)
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_no_tensor_of_positions_by_vocabulary_exists(mixture: str) -> None:
     """Forward and backward; neither at once nor as the sum of chunks that are kept."""

@@ -58,7 +58,7 @@ def row_of(golden: dict[str, torch.Tensor]) -> Row:
     return Row(golden["input_ids"][0].tolist(), items["pixel_values"], items["pixel_values_videos"])
 
 
-@pytest.mark.thorough(every=5)
+@pytest.mark.thorough(every=11)
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize(("cache", "kind"), MODES)
 @pytest.mark.parametrize("num_rows", BATCHES)

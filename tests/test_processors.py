@@ -481,6 +481,7 @@ def held_as_settings(processors: list[Any], **how: Any) -> list[int]:
     return responses(run([row], logits_processor=processors, **{"max_new_tokens": 40, **how}), [row])[0][0]
 
 
+@pytest.mark.thorough(every=2)
 @pytest.mark.parametrize("others", [[], [TemperatureLogitsWarper(0.9)]])
 def test_transformers_own_processors_hold_where_tokens_commit_together(others: list[Any]) -> None:
     how: dict[str, Any] = {"block_size": 8, "denoising_steps": 1}
