@@ -30,6 +30,7 @@ class Stage:
         rate: share of the peak learning rate.
         visible_weight: in the loss, of tokens that the noise left alone.
         draft_share: of the masks, whose place the model's own drafts take.
+        certainty_weight: of the entropy of predictions that are right already.
         loss_form: of the loss.
         padding_weight: of the padding behind an answer, None for the form's own.
     """
@@ -47,6 +48,7 @@ class Stage:
     rate: float = 1.0
     visible_weight: float = 0.0
     draft_share: float = 0.0
+    certainty_weight: float = 0.0
     loss_form: Literal["sample_mean", "corrupted_mean", "inverse_time"] = "corrupted_mean"
     padding_weight: float | None = None
 
@@ -62,6 +64,8 @@ class Decoding:
 
 CURVE = tuple(map(Decoding, THRESHOLDS))
 STATIC = tuple(Decoding(tokens_per_step=number) for number in TOKENS_PER_STEP)
+# What decides comes first; one token a step takes as long as all of these.
+FEWER = (Decoding(0.9), Decoding(tokens_per_step=2), Decoding(0.8), Decoding(0.95), STATIC[2], Decoding(0.7))
 REVISED = tuple(Decoding(threshold, revision) for revision in REVISIONS for threshold in THRESHOLDS)
 
 
@@ -84,15 +88,15 @@ class Cell:
         return sum(stage.units for stage in self.stages)
 
 
-def finishes(before: tuple[Stage, ...], units: int) -> tuple[Cell, ...]:
+def finishes(before: tuple[Stage, ...], units: int, decodings: tuple[Decoding, ...]) -> tuple[Cell, ...]:
     """The same model finished at block 32 in several ways, in equal steps."""
     last = partial(Stage, 32, units, rate=FINISHING_RATE)
     return (
-        Cell("cross-entropy", (*before, last())),
-        Cell("swd", (*before, last(teacher="anchor"))),
-        Cell("fair-swd", (*before, last(teacher="anchor", kd_positions="fair"))),
-        Cell("swd+ce", (*before, last(teacher="anchor", ce_weight=1.0))),
-        Cell("on-policy", (*before, last(draft_share=0.5, visible_weight=1.0)), (*REVISED, *STATIC)),
+        Cell("cross-entropy", (*before, last()), decodings),
+        Cell("swd", (*before, last(teacher="anchor")), decodings),
+        Cell("fair-swd", (*before, last(teacher="anchor", kd_positions="fair")), decodings),
+        Cell("swd+ce", (*before, last(teacher="anchor", ce_weight=1.0)), decodings),
+        Cell("on-policy", (*before, last(draft_share=0.5, visible_weight=1.0)), (*REVISED, *STATIC[1:])),
     )
 
 
@@ -102,10 +106,11 @@ HALF = Stage(32, 4, complementary_masks=True, batch_share=0.5)
 # In the order in which they run: what decides most comes first. The unit of both has 50 steps.
 ANCHOR = (Stage(4, 4),)
 PILOT_CELLS = (
-    Cell("plain", (Stage(32, 4),)),
-    Cell("complementary", (HALF,)),
-    *finishes((Stage(32, 4),), 3),
-    Cell("complementary-all", (replace(HALF, batch_share=1.0),)),
+    Cell("plain", (Stage(32, 4),), FEWER),
+    Cell("complementary", (HALF,), FEWER),
+    *finishes((Stage(32, 4),), 3, FEWER),
+    Cell("certainty", (Stage(32, 4, certainty_weight=0.5),), FEWER),
+    Cell("complementary-all", (replace(HALF, batch_share=1.0),), FEWER),
     Cell("anchor", ANCHOR, CURVE),
     PARENT,
 )
@@ -116,7 +121,7 @@ MERGED = tuple(Stage(size, 6) for size in (4, 8, 16))
 LARGER_CELLS = (
     Cell("plain", (DIRECT(),)),
     Cell("complementary", (DIRECT(complementary_masks=True, batch_share=0.5),)),
-    *finishes(MERGED, 6),
+    *finishes(MERGED, 6, (*CURVE, *STATIC)),
     Cell("parent-distilled", (*MERGED, Stage(32, 6, teacher="autoregressive", rate=FINISHING_RATE))),
     Cell("mixed-noise", (DIRECT(noise="mixed"),)),
     Cell("faulty-mask", (DIRECT(faulty_mask=True),)),

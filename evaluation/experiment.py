@@ -86,6 +86,7 @@ def trainer_of(
         complementary_masks=stage.complementary_masks,
         visible_weight=stage.visible_weight,
         draft_share=stage.draft_share,
+        certainty_weight=stage.certainty_weight,
         loss_form=stage.loss_form,
         padding_weight=stage.padding_weight,
         time_sampling="stratified",

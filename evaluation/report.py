@@ -23,6 +23,7 @@ T_95 = (12.706, 4.303, 3.182, 2.776, 2.571)  # two-sided, for 2 to 6 seeds
 CLAIMS = {
     "Complementary masks beat plain ones at equal compute": ("complementary", "plain"),
     "With all samples, at twice the compute, they beat plain ones": ("complementary-all", "plain"),
+    "Certainty beats cross entropy alone": ("certainty", "plain"),
     "SWD finishes better than cross entropy": ("swd", "cross-entropy"),
     "SWD and cross entropy together finish better than cross entropy": ("swd+ce", "cross-entropy"),
     "Fair SWD finishes better than cross entropy": ("fair-swd", "cross-entropy"),
@@ -31,7 +32,7 @@ CLAIMS = {
     "Mixed noise beats mask noise": ("mixed-noise", "plain"),
     "The right mask beats the reference's": ("plain", "faulty-mask"),
 }
-FREE = {"pilot": PILOT_CELLS, "larger": LARGER_CELLS, "smoke": PILOT_CELLS}
+FREE = {"pilot": PILOT_CELLS, "larger": LARGER_CELLS, "short": PILOT_CELLS, "smoke": PILOT_CELLS}
 FIXED_CLAIMS = {
     "For plain decoding mask noise beats uniform noise": (("mask-noise-8", None), ("uniform-noise-8", None)),
     "Where only corrupted tokens are learnt, `overwrite` beats no revision": (
@@ -54,6 +55,7 @@ COLOURS = {
     "plain": "#b0413e",
     "complementary": "#e0a030",
     "complementary-all": "#8a6d3b",
+    "certainty": "#d98cb3",
     "cross-entropy": "#303030",
     "swd": "#7a8ca0",
     "swd+ce": "#6a4c93",
@@ -101,11 +103,11 @@ def write_report(results: Path, output: Path) -> Path:
         sections += [
             f"## Free captions, scale `{name}`\n\n{FREE_CAPTIONS}\n\n{sizes(runs)}",
             claims(runs),
-            findings if name == "pilot" else "",
+            findings if name == "short" else "",
             "### Validity\n\n" + validity_table(runs, FREE[name]),
             f"![validity against tokens per forward](plots/{plot.name})" if plot else "",
             "### Beside validity\n\n" + other_table(runs, FREE[name]),
-            "### Revision\n\n" + revision_table(runs.get("on-policy", [])),
+            revision_table(runs.get("on-policy", [])),
         ]
     if fixed:
         sections.append(fixed_section(fixed))
@@ -126,7 +128,7 @@ def sizes(runs: Runs) -> str:
         f"{first['parent_steps']:,} steps; {first['scenes']:,} scenes to train on; {first['batch_size']} samples a "
         f"step, peak rate {first['rate']:g}; {first['answers']} held-out answers of {first['answer_length']} tokens on "
         f"average with the end of sequence, the same for all; seeds {seeds}. The last stages of all cells took "
-        f"{sum(seconds.values()) / 3600:.1f} hours of one thread."
+        f"{sum(seconds.values()) / 3600:.1f} hours."
     )
 
 
@@ -218,6 +220,8 @@ def other_table(runs: Runs, cells: Iterable[Any]) -> str:
 
 def revision_table(group: Sequence[Run]) -> str:
     """Ways of revision of the model that was trained on its own drafts, at equal forwards."""
+    if not group:
+        return ""
     rows = []
     for revision in REVISIONS:
         valid = [of_score(run, "valid", threshold=THRESHOLD, revision=revision) for run in group]
@@ -225,7 +229,9 @@ def revision_table(group: Sequence[Run]) -> str:
         points = [shown(at_speed(run, revision, speed) for run in group) for speed in (SPEED, 2 * SPEED)]
         rows.append([revision or "none", *points, shown(valid), shown(speed, 2)])
     header = ["revision", *(f"at {speed:g} tokens per forward" for speed in (SPEED, 2 * SPEED))]
-    return "The cell `on-policy`.\n\n" + table([*header, f"at {THRESHOLD}", "tokens per forward there"], rows)
+    return "### Revision\n\nThe cell `on-policy`.\n\n" + table(
+        [*header, f"at {THRESHOLD}", "tokens per forward there"], rows
+    )
 
 
 def missing(scales: dict[str, Runs]) -> str:
@@ -241,7 +247,10 @@ def missing(scales: dict[str, Runs]) -> str:
                 gaps.append(f"`{cell.name}`")
             elif lacking and name in FREE and cell.name not in ("parent", "anchor"):
                 gaps.append(f"`{cell.name}` with seed {', '.join(map(str, lacking))}")
-        if gaps and (runs or name == "larger"):
+            for run in runs.get(cell.name, []):
+                if len(run["scores"]) < len(cell.decodings):
+                    gaps.append(f"some ways of decoding `{cell.name}` with seed {run['seed']}")
+        if gaps and (runs or name in ("pilot", "larger")):
             lines.append(f"- `{name}`: {', '.join(gaps)}" if runs else f"- `{name}`: all of it")
     return "## Not run yet\n\n" + "\n".join(lines) if lines else ""
 

@@ -93,8 +93,9 @@ class Scale:
         return {name: getattr(self, name) for name in ("texts", "scenes", "parent_steps", "unit", "batch_size", "rate")}
 
 
-PILOT = Scale(
-    *("pilot", "200 steps, and 150 to finish, of a smaller model", "free", PILOT_CELLS, ANCHOR, 6000, 256, 800, 50),
+PILOT = Scale("pilot", "200 steps, and 150 to finish", "free", PILOT_CELLS, ANCHOR, 8000, 256, 6000, 50)
+SHORT = Scale(
+    *("short", "those of a smaller model whose parent had 800", "free", PILOT_CELLS, ANCHOR, 6000, 256, 800, 50),
     shape=Shape(96, 4, 288),
 )
 LARGER = Scale(
@@ -107,7 +108,7 @@ SMOKE = Scale(
     *("smoke", "seconds, whose numbers say nothing", "free", SMOKE_CELLS, ANCHOR, 8, 2, 2, 1, 2, 1e-3),
     Shape(64, 1, 64, 32, 1),
 )
-SCALES = {scale.name: scale for scale in (PILOT, LARGER, FIXED, SMOKE)}
+SCALES = {scale.name: scale for scale in (PILOT, LARGER, SHORT, FIXED, SMOKE)}
 
 
 class Study:
@@ -117,24 +118,14 @@ class Study:
         self.scale, self.seed, self.root, self.work = scale, seed, work, work / scale.name
         self.work.mkdir(parents=True, exist_ok=True)
 
-    def run(self, cell: Cell) -> dict[str, Any]:
-        """Train and measure a cell."""
+    def run(self, cell: Cell, scores: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Train and measure a cell: its figures after each way of decoding that `scores`, of the first ones, lack."""
         if cell.stages:
             model, training = self.trained(cell.stages)
         else:
             model, training = Qwen3VLForConditionalGeneration.from_pretrained(self.parent()).eval(), []
-        tokenizer = self.processor.tokenizer
-        is_free = self.scale.texts == "free"
-        judge = reading(tokenizer) if is_free else exactness
-        found: dict[str, Any] = {
-            "scores": [measure(model, self.held_out, decoding, judge) for decoding in cell.decodings]
-        }
-        if is_free and cell.stages:
-            with tempfile.TemporaryDirectory() as folder:
-                entropy = held_out_cross_entropy(model, self.held_out, self.processor, Path(folder))
-            found |= {"cross_entropy": entropy, "right_context": right_context(model, self.held_out, tokenizer)}
         lengths = [len(answer(sample)) for sample in self.held_out]
-        return {
+        figures = {
             "cell": cell.name,
             "seed": self.seed,
             "block_size": cell.block_size,
@@ -144,8 +135,17 @@ class Study:
             "stages": [asdict(stage) | how for stage, how in zip(cell.stages, training, strict=True)],
             "answers": len(lengths),
             "answer_length": round(sum(lengths) / len(lengths), 1),
-            **found,
         }
+        judge, tokenizer = exactness, self.processor.tokenizer
+        if self.scale.texts == "free":
+            judge = reading(tokenizer)
+            if cell.stages:
+                with tempfile.TemporaryDirectory() as folder:
+                    entropy = held_out_cross_entropy(model, self.held_out, self.processor, Path(folder))
+                figures |= {"cross_entropy": entropy, "right_context": right_context(model, self.held_out, tokenizer)}
+        for decoding in cell.decodings[len(scores) :]:
+            scores = [*scores, measure(model, self.held_out, decoding, judge)]
+            yield {**figures, "scores": scores}
 
     def publish(self, cell: Cell, output: Path) -> None:
         """Write a cell's checkpoint without code, which loads wherever this package is installed."""
@@ -340,33 +340,31 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
         yield
 
 
-def is_measured(path: Path) -> bool:
-    """Whether a cell's figures are there; damaged ones are named, and do not count."""
-    if not path.exists():
-        return False
+def known_scores(path: Path) -> list[dict[str, Any]]:
+    """The scores of a cell that are there; damaged figures are named, and do not count."""
     try:
-        read_run(path)
+        return read_run(path)["scores"] if path.exists() else []
     except ValueError as error:
         print(f"{error}: it is measured again", file=sys.stderr, flush=True)
-        return False
-    return True
+        return []
 
 
 def run_cells(cells: list[Cell], seeds: list[int], scale: Scale, work: Path, results: Path) -> None:
-    """Run what is neither finished nor being run by another process."""
+    """Run what is neither finished nor being run by another process; figures are written as they come."""
     for seed in seeds:
         study = Study(scale, seed, work)
         # All seeds have one parent and one anchor.
         for cell in (each for each in cells if seed == PARENT_SEED or each.stages not in ((), scale.anchor)):
             path = results / f"{cell.name}-seed-{seed}.json"
             with contextlib.suppress(BlockingIOError), locked(work / scale.name / path.name, wait=False):
-                if not is_measured(path):
+                scores = known_scores(path)
+                if len(scores) < len(cell.decodings):
                     print(f"{cell.name}, seed {seed}", flush=True)
-                    text = json.dumps(study.run(cell), indent=1)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    partial = path.with_suffix(".partial")
-                    partial.write_text(text + "\n", encoding="utf-8")
-                    partial.rename(path)
+                    for figures in study.run(cell, scores):
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        partial = path.with_suffix(".partial")
+                        partial.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+                        partial.rename(path)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

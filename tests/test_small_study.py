@@ -138,6 +138,8 @@ def test_arms_that_are_compared_have_equal_steps(scale: small_study.Scale) -> No
     assert all(units[better] == units[worse] for better, worse in compared)
     if scale is small_study.LARGER:
         assert units["plain"] * scale.unit == units["fair-swd"] * scale.unit == 1200
+    elif scale is small_study.PILOT:
+        assert (units["plain"] * scale.unit, units["fair-swd"] * scale.unit) == (200, 350)
 
 
 def plain_sample(prompt: int, response: int) -> Sample:
@@ -236,6 +238,19 @@ def test_what_is_damaged_is_named_and_made_again(work: Path, capsys: pytest.Capt
 
 
 @pytest.mark.thorough
+def test_figures_are_written_as_they_come(work: Path, tmp_path: Path) -> None:
+    cell, name = small_study.SMOKE.cells[0], "plain-seed-0.json"
+    before = json.loads((work / "results" / "smoke" / name).read_text())
+    study = small_study.Study(small_study.SMOKE, 0, work)
+    (tmp_path / "smoke").mkdir()
+    (tmp_path / "smoke" / name).write_text(json.dumps(next(study.run(cell, before["scores"][:4]))))
+    assert len(json.loads((tmp_path / "smoke" / name).read_text())["scores"]) == 5
+    small_study.main([*SMOKE, "--work", str(work), "--results", str(tmp_path), "--cells", "plain"])
+    after = json.loads((tmp_path / "smoke" / name).read_text())
+    assert after["scores"][:4] == before["scores"][:4]
+    assert [score["f1"] for score in after["scores"]] == [score["f1"] for score in before["scores"]]
+
+
 def test_a_cell_that_another_process_runs_is_left_to_it(work: Path) -> None:
     results = work / "other"
     with small_study.locked(work / "smoke" / "parent-seed-0.json"):
