@@ -136,13 +136,12 @@ class Study:
             "answers": len(lengths),
             "answer_length": round(sum(lengths) / len(lengths), 1),
         }
-        judge, tokenizer = exactness, self.processor.tokenizer
-        if self.scale.texts == "free":
-            judge = reading(tokenizer)
-            if cell.stages:
-                with tempfile.TemporaryDirectory() as folder:
-                    entropy = held_out_cross_entropy(model, self.held_out, self.processor, Path(folder))
-                figures |= {"cross_entropy": entropy, "right_context": right_context(model, self.held_out, tokenizer)}
+        tokenizer, is_free = self.processor.tokenizer, self.scale.texts == "free"
+        judge = reading(tokenizer) if is_free else exactness
+        if is_free and cell.stages:
+            with tempfile.TemporaryDirectory() as folder:
+                entropy = held_out_cross_entropy(model, self.held_out, self.processor, Path(folder))
+            figures |= {"cross_entropy": entropy, "right_context": right_context(model, self.held_out, tokenizer)}
         for decoding in cell.decodings[len(scores) :]:
             scores = [*scores, measure(model, self.held_out, decoding, judge)]
             yield {**figures, "scores": scores}
