@@ -50,7 +50,6 @@ class BardVLGenerationOutput(CacheOutput):
 
     Attributes:
         sequences: (rows, prompt + response) ids, padded left of the prompt as given and right of the response.
-        num_tokens: (rows,) response tokens, an EOS included; what follows them is padding.
         tokens_per_forward: (rows,) response tokens, up to and including the first EOS, over the forwards that the row
             took part in, whatever they were for.
         cache: keys and values, for the next turn; `past_key_values` is the same.
@@ -64,10 +63,10 @@ class BardVLGenerationOutput(CacheOutput):
         confidences: (rows, response) probability that the model gave each token when it committed, 0 for padding.
         history: per row, the denoising steps in order; None unless `output_history=True`.
         dictated: (rows, response) bool, tokens to which the form left no alternative; None without `structured`.
+        num_tokens: (rows,) response tokens, an EOS included; what follows them is padding.
     """
 
     sequences: torch.Tensor | None = None
-    num_tokens: torch.Tensor | None = None
     tokens_per_forward: torch.Tensor | None = None
     cache: BardVLCache | None = None
     block_step_counts: torch.Tensor | None = None
@@ -76,6 +75,7 @@ class BardVLGenerationOutput(CacheOutput):
     confidences: torch.Tensor | None = None
     history: list[list[DenoisingStep]] | None = None
     dictated: torch.Tensor | None = None
+    num_tokens: torch.Tensor | None = None
 
 
 @dataclass
