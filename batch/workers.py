@@ -4,7 +4,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,8 +17,8 @@ from .answers import as_line
 from .requests import Asking, Record, Request, as_chat
 
 READERS = 8  # pictures opened at once
-OF_VLLM = ("max_new_tokens", "temperature", "top_k", "top_p")  # settings that vLLM has a parameter for
-ELSEWHERE = {*OF_VLLM, "block_size", "do_sample", "stop_strings"}  # settings that are no `extra_args`
+# Settings that are no `extra_args` of vLLM's: it has parameters of its own for them.
+ELSEWHERE = {"max_new_tokens", "temperature", "top_k", "top_p", "block_size", "do_sample", "stop_strings"}
 
 
 @dataclass(frozen=True)
@@ -226,8 +226,7 @@ class VllmWorker(Worker):
     def settings(self) -> Record:
         """The settings as vLLM takes them; it refuses by name what it does not serve."""
         stated, resolved = self.recipe.settings, self.session.decoding
-        own = {name: getattr(resolved, name) for name in OF_VLLM}
-        own["max_tokens"] = own.pop("max_new_tokens")
+        own = {"max_tokens": resolved.max_new_tokens, **asdict(resolved.sampling)}
         named = {name: value for name, value in stated.items() if name not in ELSEWHERE}
         stop = {"stop": stated.get("stop_strings"), "include_stop_str_in_output": True}
         return {**own, **stop, "extra_args": named}
