@@ -131,6 +131,7 @@ def test_pictures_are_scenes_that_no_training_sees(path: Path) -> None:
     assert max(ImageStat.Stat(difference).mean) < 1  # fonts differ a little between versions of Pillow
 
 
+@pytest.mark.thorough
 def test_the_checkpoint_answers_unseen_scenes() -> None:
     found = score(ROOT / "examples" / "checkpoint", None, num_scenes=48, threshold=None)
     assert found["shortest_answer"] > 16

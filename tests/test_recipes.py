@@ -355,6 +355,7 @@ def test_commands_of_the_manual_parse(command):
     assert parsed[1].train_data == [flags[flags.index("--train_data") + 1]]
 
 
+@pytest.mark.thorough
 def test_the_command_to_try_first_trains_the_small_checkpoint(tmp_path, monkeypatch):
     folder = RECIPES.parents[1]
     command = next(command for command in documented_commands() if "examples/checkpoint" in command)

@@ -146,6 +146,7 @@ def kill_at(monkeypatch: Any, call: int) -> None:
     monkeypatch.setattr(Writer, "decode", dying)
 
 
+@pytest.mark.thorough
 def test_a_kill_loses_and_doubles_nothing_and_training_repeats_to_the_bit(tmp_path, monkeypatch, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     shape = {"max_steps": 3, "save_steps": 1, "certainty_weight": 0.5}
@@ -250,6 +251,7 @@ def test_answers_of_other_settings_are_not_taken(tmp_path):
         again.begin({"block_size": 16})
 
 
+@pytest.mark.thorough
 def test_the_trial_keeps_what_is_scored(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trial, "ARMS", {"own answers": trial.ARMS["own answers"]})
     flags = [str(tmp_path / "trial"), "--scenes", "2", "--held-out", "1", "--steps", "1"]
