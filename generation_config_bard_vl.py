@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers.utils import logging
@@ -468,7 +468,9 @@ class DecodingSettings:
             cache_implementation="dynamic" if is_eager else config.cache_implementation,
         )
         check_together(settings)
-        return settings
+        # Recorded steps have room for all of them: no more than a response has.
+        num_blocks = -(-max_new_tokens // block_size)
+        return replace(settings, concurrent_blocks=min(settings.concurrent_blocks, num_blocks))
 
 
 def resolve_block_size(block_size: Any, model_config: Any) -> int:

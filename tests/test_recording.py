@@ -65,6 +65,11 @@ def test_recorded_steps_decide_as_eager_ones(batch: list[Row], arguments: dict[s
     assert_same(run(batch, **arguments, **STATIC), run(batch, **arguments))
 
 
+def test_more_blocks_ahead_than_a_response_has_take_no_room() -> None:
+    several = {**BLOCKS, "concurrent_blocks": 10**12}
+    assert_same(run(BATCH, **several, **STATIC), run(BATCH, **several))
+
+
 @settings(max_examples=cases(8))
 @given(lengths=st.lists(st.integers(1, 30), min_size=9, max_size=14), arguments=arguments_of(), seed=st.integers(0, 99))
 def test_many_rows_of_which_some_carry_and_some_have_ended(
