@@ -20,7 +20,12 @@ from PIL import ImageFile
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 settings.register_profile(
-    "repeatable", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    "repeatable",
+    max_examples=50,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
 )
 settings.register_profile("quick", settings.get_profile("repeatable"), max_examples=20)
 # A shell that starts the tests in the background lets them ignore interrupts, and programs that they start would too.

@@ -129,7 +129,7 @@ def tokens_needed(batch: list[Any], step_counts: torch.Tensor, size: int, is_pad
 
 
 @pytest.mark.parametrize("attention", ["bard_vl", "eager"])
-@settings(max_examples=cases(50))
+@settings(max_examples=cases(25))
 @given(batch=st.lists(ragged.rows(), min_size=1, max_size=5), arguments=ragged.settings())
 def test_a_row_in_a_padded_batch_is_the_row_alone(
     attention: str, tally: Counter[str], batch: list[Any], arguments: dict[str, Any]
@@ -285,7 +285,7 @@ def state_at(row: Any, alone: Alone, step: int) -> list[int]:
 
 
 @pytest.mark.parametrize("attention", ["bard_vl", "eager"])
-@settings(max_examples=cases(20))
+@settings(max_examples=cases(10))
 @given(batch=st.lists(ragged.rows(), min_size=1, max_size=3), arguments=ragged.settings(), data=st.data())
 def test_a_blocks_logits_against_the_cache_are_those_of_one_full_forward(
     attention: str, batch: list[Any], arguments: dict[str, Any], data: st.DataObject
@@ -314,7 +314,7 @@ def test_a_blocks_logits_against_the_cache_are_those_of_one_full_forward(
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
-@settings(max_examples=cases(40))
+@settings(max_examples=cases(20))
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4), size=st.integers(1, 8), behind=st.integers(1, 12))
 def test_masks_are_a_token_by_token_reading_of_the_rules(lengths: list[int], size: int, behind: int) -> None:
     longest = max(lengths)

@@ -120,7 +120,7 @@ def test_same_prompt_again_encodes_no_whole_block_twice() -> None:
 
 
 @given(st.integers(1, 40), st.integers(0, 60), st.sampled_from([1, 3, 4, 8]))
-@settings(max_examples=cases(25))
+@settings(max_examples=cases(12))
 def test_reuse_ends_at_the_block_of_the_first_difference(length: int, place: int, block_size: int) -> None:
     prompt = Row().add_text(length, seed=length)
     arguments = {"block_size": block_size, "max_new_tokens": 9}

@@ -186,7 +186,7 @@ def test_a_call_cancelled_at_any_moment_leaves_the_cache_usable(place: str, num_
         cache = copy.deepcopy(kept)
         if not cancel(place, moments, cache, second):
             break
-        moments += stride(1 if moments < 9 else 4)  # of three layers every one is met
+        moments += stride(1 if moments < 9 else 8)  # of three layers every one is met
         output = generate(model, second, **FIXED, eos_token_id=EOS, past_key_values=cache)
         assert reported(output) == reported(expected), f"cancelled at moment {moments}"
         assert output.num_encoded_tokens.tolist() == [len(row.ids) - 16 for row in second]  # the rest is reused
@@ -203,7 +203,7 @@ def test_a_call_for_several_sequences_cancelled_at_any_moment_leaves_the_cache_u
         cache = copy.deepcopy(kept)
         if not cancel(place, moments, cache, second, num_return_sequences=3):
             break
-        moments += stride(3)
+        moments += stride(6)
         output = generate(model, second, **FIXED, eos_token_id=EOS, past_key_values=cache)
         assert reported(output) == reported(expected), f"cancelled at moment {moments}"
         assert output.num_encoded_tokens.tolist() == [len(row.ids) - 16 for row in second]
@@ -254,7 +254,7 @@ def test_a_key_press_at_any_line_of_the_cache_leaves_it_usable() -> None:
                 generate(model, second, **arguments, eos_token_id=EOS, num_return_sequences=2, past_key_values=cache)
             break
         except KeyboardInterrupt:
-            line += stride(7 if line > 60 else 1)
+            line += stride(14 if line > 60 else 2)
         output = generate(model, second, **look, eos_token_id=EOS, past_key_values=cache)
         assert reported(output) == reported(expected), f"interrupted at line {line}"
         torch.testing.assert_close(output.confidences, expected.confidences)

@@ -141,7 +141,7 @@ TURNS = st.lists(st.tuples(USERS, STRINGS), min_size=1, max_size=4)
 @example(system=[], turns=[([image(PICTURES[0])], "a"), ([text("b"), image(PICTURES[1])], "c")], closing=[])
 @example(system=[], turns=[([text("a")], "\na"), ([text("b")], "c")], closing=[])
 @example(system=[], turns=[([text("a")], "a"), ([text("b")], "\n\nc")], closing=[image(PICTURES[2])])
-@settings(max_examples=cases(80))
+@settings(max_examples=cases(40))
 def test_every_turn_begins_where_inference_would(
     qwen: ChatEncoder, system: list[Any], turns: list[tuple[list[Any], str]], closing: list[Any]
 ) -> None:

@@ -85,7 +85,7 @@ def any_arguments(draw: st.DrawFn) -> dict[str, Any]:
     return arguments
 
 
-@settings(max_examples=cases(60))
+@settings(max_examples=cases(30))
 @given(batch=st.lists(rows(), min_size=1, max_size=4), arguments=any_arguments())
 def test_every_rule_ends_in_time_with_revision_and_without(batch: list[Row], arguments: dict[str, Any]) -> None:
     output = run(batch, output_history=True, **arguments)
@@ -115,7 +115,7 @@ def test_revision_revises_and_the_history_tells() -> None:
                 assert ((step.ids == MASK) & step.revised).any() == (revision == "remask" and step.revised.any())
 
 
-@settings(max_examples=cases(40))
+@settings(max_examples=cases(20))
 @given(batch=st.lists(rows(), min_size=1, max_size=4), arguments=arguments_of(), blocks=st.sampled_from([1, 3]))
 def test_an_early_end_changes_no_token_and_takes_no_more_steps(
     batch: list[Row], arguments: dict[str, Any], blocks: int
@@ -175,7 +175,7 @@ def test_what_cannot_go_with_blocks_ahead_is_named(arguments: dict[str, Any], na
         run([Row().add_text(5, 0)], block_size=4, **arguments)
 
 
-@settings(max_examples=cases(40))
+@settings(max_examples=cases(20))
 @given(
     batch=st.lists(rows(), min_size=1, max_size=5),
     arguments=any_arguments(),
@@ -192,7 +192,7 @@ def test_every_mode_decides_alike(
     assert_same(output, run(batch, **arguments))
 
 
-@settings(max_examples=cases(20))
+@settings(max_examples=cases(10))
 @given(batch=st.lists(rows(), min_size=1, max_size=4), arguments=arguments_of(), chunk=st.integers(1, 20))
 def test_chunks_cost_a_forward_each_and_the_last_one_holds_the_first_step(
     batch: list[Row], arguments: dict[str, Any], chunk: int
@@ -265,7 +265,7 @@ def test_the_host_looks_when_the_steps_are_over(cache: str, interval: int) -> No
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
-@settings(max_examples=cases(25))
+@settings(max_examples=cases(12))
 @given(data=st.data())
 def test_slots_see_what_a_mask_would_show(heads: tuple[int, int], data: st.DataObject) -> None:
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))

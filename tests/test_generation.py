@@ -209,7 +209,7 @@ def test_turn_begun_on_a_block_edge_goes_on_as_if_never_interrupted() -> None:
 
 
 @given(st.lists(rows(max_length=24), min_size=1, max_size=3), settings(max_new_tokens=20), st.booleans(), st.data())
-@hypothesis_settings(max_examples=cases(40))
+@hypothesis_settings(max_examples=cases(20))
 def test_no_mask_token_nothing_behind_the_end_and_never_too_long(
     batch: list[Row], arguments: dict[str, Any], sample: bool, data: st.DataObject
 ) -> None:

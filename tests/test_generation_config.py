@@ -104,7 +104,7 @@ def valid_fields(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(valid_fields())
-@hypothesis_settings(max_examples=cases(40))
+@hypothesis_settings(max_examples=cases(20))
 def test_every_setting_but_block_size_survives_the_file(
     tmp_path_factory: pytest.TempPathFactory, fields: dict[str, Any]
 ) -> None:

@@ -173,7 +173,7 @@ COPIES = st.integers(1, 2)
 
 
 @given(st.lists(turns(), min_size=1, max_size=4), st.sampled_from([1, 2, 3, 4, 5, 8, 16]), st.integers(0, 60), COPIES)
-@hypothesis_settings(max_examples=cases(80))
+@hypothesis_settings(max_examples=cases(40))
 def test_mask_is_the_rules_read_one_by_one(batch: list[Responses], block_size: int, room: int, copies: int) -> None:
     samples = [text_sample(responses, responses[-1][1] + 2) for responses in batch]
     longest = max(packed_length(responses, responses[-1][1], block_size, copies) for responses in batch)
@@ -199,7 +199,7 @@ def test_mask_is_the_rules_read_one_by_one(batch: list[Responses], block_size: i
 
 
 @given(st.lists(turns(), min_size=1, max_size=4), st.sampled_from([(4, 4), (8, 4), (8, 2), (6, 3), (16, 1)]), COPIES)
-@hypothesis_settings(max_examples=cases(25))
+@hypothesis_settings(max_examples=cases(12))
 def test_block_mask_is_the_dense_mask(batch: list[Responses], sizes: tuple[int, int], copies: int) -> None:
     samples, tile = [text_sample(responses) for responses in batch], 16
     rows = pack(samples, sizes[0], 300, PAD, EOS, noisy_copies=copies)
@@ -225,7 +225,7 @@ def test_block_mask_is_the_dense_mask(batch: list[Responses], sizes: tuple[int, 
     st.integers(),
     COPIES,
 )
-@hypothesis_settings(max_examples=cases(40))
+@hypothesis_settings(max_examples=cases(20))
 def test_fair_positions_are_read_off_both_masks(
     batch: list[Responses], sizes: tuple[int, int], seed: int, copies: int
 ) -> None:
@@ -258,7 +258,7 @@ def test_fair_positions_are_read_off_both_masks(
     st.integers(1, 32),
     COPIES,
 )
-@hypothesis_settings(max_examples=cases(60))
+@hypothesis_settings(max_examples=cases(30))
 def test_every_column_is_what_it_says(
     batch: list[Responses], block_size: int, room: int, multiple: int, copies: int
 ) -> None:
@@ -705,7 +705,7 @@ def test_block_masks_need_our_own_attention() -> None:
 
 
 @given(turns(), st.sampled_from([1, 3, 4, 8, 16]), st.integers(0, 150))
-@hypothesis_settings(max_examples=cases(200))
+@hypothesis_settings(max_examples=cases(100))
 def test_truncation(responses: Responses, block_size: int, max_length: int) -> None:
     sample = text_sample(responses, responses[-1][1] + 3)
     cut = truncate(sample, block_size, max_length)

@@ -110,7 +110,7 @@ def repeats(tokens: list[int], first: int, n: int) -> bool:
 # One position: what transformers defines ------------------------------------------------------------------------------
 
 
-@settings(max_examples=cases(150))
+@settings(max_examples=cases(75))
 @given(arguments=arguments_of([1, 2, 3, 4]), seed=st.integers(0, 10**6), num_rows=st.integers(1, 3))
 def test_one_position_has_transformers_own_scores(arguments: dict[str, Any], seed: int, num_rows: int) -> None:
     rng, generator, vocab_size = random.Random(seed), torch.Generator().manual_seed(seed), 12
@@ -138,7 +138,7 @@ def test_one_position_has_transformers_own_scores(arguments: dict[str, Any], see
 # A block, by brute force ----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=cases(150))
+@settings(max_examples=cases(75))
 @given(
     arguments=arguments_of([1, 2, 3, 4]),
     seed=st.integers(0, 10**6),
@@ -168,7 +168,7 @@ def test_a_block_is_chosen_as_by_transformers_from_left_to_right(
         assert choice.ids[row].tolist() == tokens[length:]
 
 
-@settings(max_examples=cases(200))
+@settings(max_examples=cases(100))
 @given(
     words=st.none() | phrases([1, 2, 3]),
     n=st.integers(0, 3),
@@ -224,7 +224,7 @@ def test_open_places_between_committed_tokens_are_filled_clean(
 # What may commit before its left neighbours ---------------------------------------------------------------------------
 
 
-@settings(max_examples=cases(100))
+@settings(max_examples=cases(50))
 @given(
     biases=st.dictionaries(
         st.lists(st.sampled_from([1, 2, 3]), min_size=2, max_size=3).map(tuple),
@@ -327,7 +327,7 @@ def prompts(draw: st.DrawFn) -> list[Row]:
     ]
 
 
-@settings(max_examples=cases(80))
+@settings(max_examples=cases(40))
 @given(data=st.data(), how=decoding(), words=phrases(FEW, most=12), held=st.booleans())
 def test_a_banned_phrase_never_comes_out(data: Any, how: dict[str, Any], words: list[list[int]], held: bool) -> None:
     assume(all(len({word[-1] for word in words if word[:-1] == front}) < 10 for front in (w[:-1] for w in words)))
@@ -340,7 +340,7 @@ def test_a_banned_phrase_never_comes_out(data: Any, how: dict[str, Any], words: 
     assert (output.block_step_counts <= how["denoising_steps"]).all()
 
 
-@settings(max_examples=cases(80))
+@settings(max_examples=cases(40))
 @given(data=st.data(), how=decoding(), n=st.integers(1, 4), held=st.booleans())
 def test_a_repeated_ngram_never_comes_out(data: Any, how: dict[str, Any], n: int, held: bool) -> None:
     batch = prompts(data.draw)
@@ -352,7 +352,7 @@ def test_a_repeated_ngram_never_comes_out(data: Any, how: dict[str, Any], n: int
     assert (output.block_step_counts <= how["denoising_steps"]).all()
 
 
-@settings(max_examples=cases(80))
+@settings(max_examples=cases(40))
 @given(data=st.data(), how=decoding(), pairs=st.dictionaries(st.sampled_from(FEW), st.sampled_from(FEW), min_size=1))
 def test_a_strong_bias_comes_out_as_from_left_to_right(data: Any, how: dict[str, Any], pairs: dict[int, int]) -> None:
     """Required successors of a token follow it, and banned ones never: +-1000 leaves transformers no other choice."""
@@ -397,7 +397,7 @@ def test_modes_decide_alike(mode: str) -> None:
     assert torch.equal(output.sequences, expected.sequences)
 
 
-@settings(max_examples=cases(40))
+@settings(max_examples=cases(20))
 @given(seed=st.integers(0, 999), arguments=arguments_of(FEW), temperature=st.sampled_from([0.0, 1.0]))
 def test_block_size_one_is_transformers_own_loop(seed: int, arguments: dict[str, Any], temperature: float) -> None:
     row = Row().then(random.Random(seed).choices(FEW, k=6))

@@ -59,7 +59,7 @@ def assert_same(output: BardVLGenerationOutput, expected: BardVLGenerationOutput
     assert sum(output.num_forwards.values()) - overrun == sum(expected.num_forwards.values())
 
 
-@settings(max_examples=cases(40))
+@settings(max_examples=cases(20))
 @given(batch=st.lists(rows(), min_size=1, max_size=5), arguments=any_arguments())
 def test_recorded_steps_decide_as_eager_ones(batch: list[Row], arguments: dict[str, Any]) -> None:
     assert_same(run(batch, **arguments, **STATIC), run(batch, **arguments))

@@ -84,7 +84,7 @@ def completable(automaton: Automaton, state: int, size: int, room: int, left: in
     return found
 
 
-@settings(max_examples=cases(150), deadline=None)
+@settings(max_examples=cases(75), deadline=None)
 @given(automata(), st.integers(1, 3), st.integers(0, 4), st.integers(0, 9999), st.booleans(), st.data())
 def test_the_choice_is_the_best_completion_and_its_confidence_the_share(
     automaton: Automaton, size: int, ahead: int, seed: int, overwrites: bool, data: st.DataObject
@@ -147,7 +147,7 @@ def test_the_choice_is_the_best_completion_and_its_confidence_the_share(
     assert all(tokens[0, i].item() == fits[0][i] for i in range(size) if alone[i])
 
 
-@settings(max_examples=cases(25), deadline=None)
+@settings(max_examples=cases(12), deadline=None)
 @given(automata(), st.sampled_from([0.5, 1.0, 3.0]), st.integers(0, 99))
 def test_paths_are_drawn_by_their_weights(automaton: Automaton, temperature: float, seed: int) -> None:
     size, left, draws = 2, 3, 4000
@@ -195,7 +195,7 @@ def test_rows_of_different_forms_are_solved_as_if_alone() -> None:
         assert together.dictated(start, 99)[0] == alone.dictated(0, 99)[0]
 
 
-@settings(max_examples=cases(50), deadline=None)
+@settings(max_examples=cases(25), deadline=None)
 @given(st.lists(st.integers(0, 5), max_size=60), st.sampled_from([2, 3, None]), st.integers(0, 99))
 def test_groups_reduce_what_is_in_them(group_of: list[int], width: int | None, seed: int) -> None:
     groups = Groups(np.array(group_of, dtype=np.int64), 6, CPU, width)
@@ -311,7 +311,7 @@ def test_an_automaton_accepts_what_the_expression_matches(expression: str) -> No
 
 
 @given(st.integers(-300, 1200), st.integers(0, 1500))
-@settings(max_examples=cases(60), deadline=None)
+@settings(max_examples=cases(30), deadline=None)
 def test_ranges_hold_their_integers(low: int, more: int) -> None:
     import regex
 
