@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torchvision.ops import box_iou
 from transformers import Qwen3VLForConditionalGeneration
 
+from ..app.boxes import SCALE, Thing, find_things
 from ..modeling_bard_vl import BardVLForConditionalGeneration
 from ..training.arguments import BlockDiffusionArguments, DistillArguments
 from ..training.chats import ChatEncoder, ChatLimits
@@ -183,12 +185,41 @@ def masked_phrase(sample: Sample, tokenizer: Any, block_size: int) -> list[int]:
 Judge = Callable[[Sequence[Sample], Sequence[torch.Tensor]], dict[str, Any]]
 
 
-def exactness(samples: Sequence[Sample], responses: Sequence[torch.Tensor]) -> dict[str, float]:
-    """Percent of answers right in every token: all, captions (even numbers) and questions (odd ones)."""
-    pairs = [(answer(sample), response) for sample, response in zip(samples, responses, strict=True)]
-    exact = torch.tensor([torch.equal(response[: len(expected)], expected) for expected, response in pairs]).float()
-    parts = {"exact": exact, "captions": exact[::2], "questions": exact[1::2]}
-    return {name: round(100 * part.mean().item(), 2) for name, part in parts.items()}
+def exactness(*kinds: str) -> Judge:
+    """A judge of answers whose kinds take turns: percent right in every token, of all and of each kind."""
+
+    def judge(samples: Sequence[Sample], responses: Sequence[torch.Tensor]) -> dict[str, Any]:
+        pairs = [(answer(sample), response) for sample, response in zip(samples, responses, strict=True)]
+        exact = torch.tensor([torch.equal(response[: len(expected)], expected) for expected, response in pairs])
+        turns = {kind: exact[number :: len(kinds)] for number, kind in enumerate(kinds)}
+        return {name: percent(part) for name, part in {"exact": exact, **turns}.items()}
+
+    return judge
+
+
+def locating(tokenizer: Any) -> Judge:
+    """A judge of answers of one box each: percent exact, and with the right label and an IoU of at least 0.5."""
+
+    def thing(ids: torch.Tensor) -> Thing | None:
+        found = find_things(text_of(tokenizer, ids), SCALE, SCALE)
+        return found[0] if len(found) == 1 and found[0].is_box else None
+
+    def fits(said: Thing | None, true: Thing | None) -> bool:
+        if said is None or true is None or said.label != true.label:
+            return False
+        return box_iou(torch.tensor([said.place]), torch.tensor([true.place])).item() >= 0.5
+
+    def judge(samples: Sequence[Sample], responses: Sequence[torch.Tensor]) -> dict[str, Any]:
+        pairs = zip(samples, responses, strict=True)
+        fitting = torch.tensor([fits(thing(response), thing(answer(sample))) for sample, response in pairs])
+        return {"boxes": exactness()(samples, responses)["exact"], "box_iou_50": percent(fitting)}
+
+    return judge
+
+
+def percent(figures: torch.Tensor) -> float:
+    """The mean in percent."""
+    return round(100 * figures.float().mean().item(), 2)
 
 
 def reading(tokenizer: Any) -> Judge:
@@ -197,20 +228,23 @@ def reading(tokenizer: Any) -> Judge:
     `is_valid` has a digit for each answer, in the order of the samples.
     """
 
-    def text_of(ids: torch.Tensor) -> str:
-        return tokenizer.decode(until_end(ids), skip_special_tokens=True)
-
     def judge(samples: Sequence[Sample], responses: Sequence[torch.Tensor]) -> dict[str, Any]:
-        pairs = [(text_of(response), text_of(answer(each))) for each, response in zip(samples, responses, strict=True)]
+        texts = [[text_of(tokenizer, ids) for ids in given] for given in (responses, map(answer, samples))]
+        pairs = list(zip(*texts, strict=True))
         f1 = torch.tensor([facts_f1(*pair) for pair in pairs])
         valid = torch.tensor([is_valid(said) for said, _ in pairs])
-        figures = {"valid": valid.float(), "right": (valid & (f1 == 1)).float(), "f1": f1}
+        figures = {"valid": valid, "right": valid & (f1 == 1), "f1": f1}
         return {
-            **{name: round(100 * figure.mean().item(), 2) for name, figure in figures.items()},
+            **{name: percent(figure) for name, figure in figures.items()},
             "is_valid": "".join(map(str, valid.int().tolist())),
         }
 
     return judge
+
+
+def text_of(tokenizer: Any, ids: torch.Tensor) -> str:
+    """What an answer says up to its end."""
+    return tokenizer.decode(until_end(ids), skip_special_tokens=True)
 
 
 def until_end(ids: torch.Tensor) -> torch.Tensor:
@@ -223,7 +257,7 @@ def measure(
     model: Qwen3VLForConditionalGeneration | BardVLForConditionalGeneration,
     samples: Sequence[Sample],
     decoding: Decoding,
-    judge: Judge = exactness,
+    judge: Judge,
 ) -> dict[str, Any]:
     """Decode the answers of `samples` and judge them.
 

@@ -19,9 +19,9 @@ from ..app.checkpoints import EMBEDDED
 from ..processing_bard_vl import BardVLProcessor
 from ..training import merge_blocks, self_distill
 from .cells import Decoding
-from .experiment import encode, measure
+from .experiment import encode, exactness, measure
 from .grounding import write_chats
-from .scenes import conversations
+from .scenes import WORDS_ASKED, conversations
 from .score_checkpoint import SCENES_SEED
 from .tiny_model import write_json
 
@@ -68,7 +68,7 @@ def score(checkpoint: Path, num_scenes: int) -> list[dict[str, Any]]:
     processor = BardVLProcessor.from_pretrained(checkpoint)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
     samples = encode(processor, model.config, conversations(True, SCENES_SEED, num_scenes))
-    found = (measure(model, samples, Decoding(threshold)) for threshold in THRESHOLDS)
+    found = (measure(model, samples, Decoding(threshold), exactness(*WORDS_ASKED)) for threshold in THRESHOLDS)
     return [{name: scores[name] for name in FIGURES} for scores in found]
 
 

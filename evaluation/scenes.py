@@ -42,6 +42,7 @@ OUTLINES: dict[str, list[tuple[float, float]]] = {
 WORDS = ("bard", "song", "tale", "poem", "moon", "rain", "snow", "wind", "tree", "leaf", "rose", "bird", "wolf", "gold")
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 HELD_OUT_SHARE = 16  # one scene in 16 is never trained on
+WORDS_ASKED = ("captions", "questions")  # whose answers take turns in `conversations`
 Fact = tuple[str, ...]  # a thing as (cell, size, colour, shape), the word as (row, colour, text)
 
 

@@ -44,7 +44,7 @@ from .experiment import (
     train_stage,
 )
 from .report import read_run, write_report
-from .scenes import TEXTS
+from .scenes import TEXTS, WORDS_ASKED
 from .tiny_model import MASK_TOKEN_ID, Shape, train_autoregressive, write_json, write_parent
 
 RESULTS = Path(__file__).with_name("results")
@@ -137,7 +137,7 @@ class Study:
             "answer_length": round(sum(lengths) / len(lengths), 1),
         }
         tokenizer, is_free = self.processor.tokenizer, self.scale.texts == "free"
-        judge = reading(tokenizer) if is_free else exactness
+        judge = reading(tokenizer) if is_free else exactness(*WORDS_ASKED)
         if is_free and cell.stages:
             with tempfile.TemporaryDirectory() as folder:
                 entropy = held_out_cross_entropy(model, self.held_out, self.processor, Path(folder))

@@ -19,8 +19,14 @@ from typing import Any
 
 import pytest
 import torch
+from bard_vl import BardVLProcessor
+from bard_vl.app.boxes import Thing
+from bard_vl.evaluation.experiment import locating
+from bard_vl.evaluation.grounding import as_json
 from bard_vl.evaluation.scenes import scene
-from bard_vl.evaluation.score_checkpoint import score
+from bard_vl.evaluation.score_checkpoint import ABOUT, CHECKPOINT, score
+from bard_vl.evaluation.tiny_model import EOS_TOKEN_ID
+from bard_vl.training.packing import Sample
 from fresh import ROOT, convert, mark_trained
 from PIL import Image, ImageChops, ImageStat
 from tiny import IDS, draw_scene, write_qwen3vl
@@ -133,10 +139,46 @@ def test_pictures_are_scenes_that_no_training_sees(path: Path) -> None:
 
 @pytest.mark.thorough
 def test_the_checkpoint_answers_unseen_scenes() -> None:
-    found = score(ROOT / "examples" / "checkpoint", None, num_scenes=48, threshold=None)
+    found = score(CHECKPOINT, None, num_scenes=48, threshold=None, about=["words"])
     assert found["shortest_answer"] > 16
     assert found["checkpoint"]["exact"] >= 85  # of 96 answers; checkpoint_score.json has what all of them give
     assert found["checkpoint"]["tokens_per_forward"] >= 10
+
+
+def test_boxes_are_scored_beside_words() -> None:
+    words, every = (score(CHECKPOINT, None, 2, None, about=about)["checkpoint"] for about in (["words"], ABOUT))
+    for found in (words, every):
+        assert found.pop("seconds") >= 0
+    assert every | words == every, "what boxes take changes no figure of words"
+    assert set(every) - set(words) == {"boxes", "box_iou_50", "box_tokens_per_forward", "box_seconds"}
+
+
+def test_boxes_are_judged_by_label_and_place() -> None:
+    tokenizer = BardVLProcessor.from_pretrained(CHECKPOINT).tokenizer
+
+    def ids_of(text: str) -> torch.Tensor:
+        return torch.tensor(tokenizer(text)["input_ids"] + [EOS_TOKEN_ID])
+
+    true = as_json([Thing("large red star", (64, 64, 128, 128))])  # 250 to 500 of 1000
+    said = {
+        true: (True, True),
+        true + " ": (False, True),
+        true.replace("[250,", "[375,"): (False, True),  # half of it
+        true.replace("[250,", "[380,"): (False, False),
+        true.replace("red", "blue"): (False, False),
+        true[:-1] + ", " + true[1:]: (False, False),  # two things
+        true.replace("[250, 250, 500, 500]", "[500, 250, 250, 500]"): (False, False),
+        '[{"point_2d": [375, 375], "label": "large red star"}]': (False, False),
+        "It is at b2.": (False, False),
+        "": (False, False),
+    }
+    ids = ids_of(true)
+    sample = Sample(torch.cat([ids, ids]), torch.empty(0), [(len(ids), 2 * len(ids))], torch.empty(0))
+    judge = locating(tokenizer)
+    for text, right in said.items():
+        response = torch.cat([ids_of(text), ids])  # what follows its end counts for nothing
+        assert judge([sample], [response]) == {"boxes": 100 * right[0], "box_iou_50": 100 * right[1]}, text
+    assert judge([sample] * 3, [ids, ids_of(""), ids]) == {"boxes": 66.67, "box_iou_50": 66.67}
 
 
 def test_the_score_that_is_told() -> None:

@@ -271,7 +271,7 @@ def test_the_parent_is_measured_as_it_decodes(work: Path) -> None:
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
             assert model(**inputs).logits[0, -1].argmax() == response[place - start]
             ids[place] = response[place - start]
-    found = experiment.measure(model, samples, cells.Decoding())
+    found = experiment.measure(model, samples, cells.Decoding(), experiment.exactness(*scenes.WORDS_ASKED))
     assert (found["exact"], found["tokens_per_forward"]) == (0.0, 1.0)
 
 
