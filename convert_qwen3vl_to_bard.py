@@ -585,7 +585,8 @@ def write_and_verify(partial: Path, files: dict[str, Content], progress: bool) -
     free, needed = shutil.disk_usage(partial).free, size + 2**20
     shortage = f"{partial.parent} has {free / 1e6:,.0f} MB free, the output needs {needed / 1e6:,.0f} MB"
     require(free >= needed, shortage)
-    with tqdm(total=2 * size, unit="B", unit_scale=True, desc="copying", disable=not progress) as bar:
+    is_disabled = None if progress else True  # None: where standard error is no terminal
+    with tqdm(total=2 * size, unit="B", unit_scale=True, desc="copying", disable=is_disabled) as bar:
         digests = {}
         for name, content in files.items():
             with (partial / name).open("wb") as file:

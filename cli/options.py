@@ -3,7 +3,6 @@
 import functools
 import inspect
 import json
-import logging
 import shlex
 import sys
 from collections.abc import Callable, Iterable
@@ -241,8 +240,6 @@ def with_options(
 
 def load_package() -> None:
     """Import the package, which takes seconds; from here on transformers keeps its bars and advice to itself."""
-    # torchao, which transformers imports wherever it is installed, uses a call that torch will drop.
-    logging.getLogger("torch.utils._pytree").addFilter(lambda record: "Enum subclass" not in record.getMessage())
     with interrupted_at_once():
         from bard_vl.app.session import quieten
     quieten()

@@ -1,14 +1,18 @@
 """Shared by all fronts: settings by a checkpoint's name, devices, quantised weights and their bytes."""
 
 import ast
+import importlib
 import json
+import logging
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bard_vl import BardVLConfig, BardVLForConditionalGeneration, BardVLGenerationConfig, UsageError
+from bard_vl import BardVLConfig, BardVLForConditionalGeneration, BardVLGenerationConfig, UsageError, app
 from bard_vl.app import devices
 from bard_vl.app.checkpoints import complete_settings, read_config
 from bard_vl.app.devices import find_device, free_memory
@@ -31,6 +35,38 @@ def complete(
     config = BardVLConfig(block_size=config_size, trained=trained)
     settings, notices = complete_settings(name, config, BardVLGenerationConfig(**stated))
     return settings.explicit(), notices
+
+
+# Programs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("started", "is_own"),
+    [
+        ("python -m > bard_vl.training.merge_blocks recipe.yaml --max_steps 4", True),
+        ("python -X importtime > -mbard_vl.evaluation.small_study", True),
+        ("python -m > bard_vl_cli run photo.jpg", True),
+        ("python > /opt/bin/bard-vl run photo.jpg", True),
+        ("python -m > pytest bard_vl.training", False),
+        ("python -m > bard_vl_of_others.training", False),
+        ("python > /opt/bin/lmms-eval --model bard_vl", False),
+        ("> python", False),
+    ],
+)
+def test_only_own_programs_keep_warnings_and_bars_out_of_logs(
+    started: str, is_own: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    interpreter, line = (part.split() for part in started.split(">"))
+    monkeypatch.setattr(sys, "orig_argv", [*interpreter, *line])
+    monkeypatch.setattr(sys, "argv", ["-m", *line[1:]])
+    logger = logging.getLogger("torch.utils._pytree")
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    monkeypatch.delenv("TQDM_DISABLE")
+    importlib.reload(app)
+    told = logger.makeRecord("", logging.WARNING, "", 0, "%s is an Enum subclass", ("X",), None)
+    assert bool(logger.filter(told)) != is_own
+    assert ("TQDM_DISABLE" in os.environ) == is_own
 
 
 # Names ---------------------------------------------------------------------------------------------------------------
