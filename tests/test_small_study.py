@@ -303,6 +303,8 @@ def test_the_probe_masks_what_the_right_decides(work: Path) -> None:
 def test_held_out_noise_never_changes(work: Path, tmp_path: Path) -> None:
     study = small_study.Study(small_study.SMOKE, 0, work)
     model, _ = study.trained(small_study.SMOKE.cells[0].stages)
+    assert small_study.load(study.start()).config.trained is False
+    assert getattr(model.config, "trained", None) is None, "no seed is left once it is trained"
     entropies = {experiment.held_out_cross_entropy(model, study.held_out, study.processor, tmp_path) for _ in range(2)}
     run = json.loads((work / "results" / "smoke" / "plain-seed-0.json").read_text())
     assert entropies == {run["cross_entropy"]}

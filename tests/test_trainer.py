@@ -142,7 +142,9 @@ def test_every_noise_and_form_of_the_loss_trains(tmp_path, noise, form):
 def test_parts_of_the_loss_average_to_the_loss(tmp_path):
     shape = {"logging_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     trainer = trainer_for(tmp_path, loss_form="corrupted_mean", **shape)
+    assert trainer.bare_model.config.trained is False  # the mark of a seed
     trainer.train()
+    assert trainer.bare_model.config.trained is None
     entry = trainer.state.log_history[0]
     rows = [trainer.data_collator([trainer.train_dataset[number] for number in range(4)])]
     batches, normaliser = trainer.get_batch_samples(iter(rows), 1, torch.device("cpu"))

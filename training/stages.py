@@ -339,7 +339,6 @@ def student_config(run: Run, stage: Stage) -> BardVLConfig:
     """The config of the model to train: its source's, at the stage's block size."""
     config = BardVLConfig.from_pretrained(stage.source)
     config.block_size = stage.block_size
-    config.trained = None  # from here on it is no seed
     if run.model.mask_token_id is not None:
         config.mask_token_id = run.model.mask_token_id
     return config

@@ -596,6 +596,7 @@ class BlockDiffusionTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Train as transformers does, which would take one more step of a stream behind the last step's checkpoint."""
+        self.bare_model.config.trained = None  # from here on it is no seed
         if resume_from_checkpoint is not None and isinstance(self.train_dataset, Repeated):
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
             self.train_dataset.is_over = state.global_step >= self.args.max_steps
