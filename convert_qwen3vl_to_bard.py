@@ -6,8 +6,7 @@ Files of weights are copied as bytes, 16 MiB at a time; no weight is loaded. The
 1. check the source: settings, tokenizer, headers, then names and shapes against the model on torch's meta device;
 2. write weights, tokenizer and processor files, code, model card and settings into a hidden sibling of the output;
 3. read all of it back and compare SHA-256 sums with those of the bytes that were to be written;
-4. rename the folder once. Until then nothing exists under the output's name; what a killed run leaves is hidden,
-   has no lock on it, and is removed by the next run.
+4. rename the folder once: until then nothing has the output's name. The next run removes what a killed one left.
 """
 
 import argparse
@@ -16,18 +15,21 @@ import hashlib
 import importlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import sys
+import tempfile
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
@@ -47,16 +49,10 @@ COPIED_FILES = (
     *("preprocessor_config.json", "video_preprocessor_config.json"),
     *("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", ".gitattributes"),
 )
-OWN_FILES = (
-    *("configuration_bard_vl.py", "modeling_bard_vl.py", "processing_bard_vl.py"),
-    *("config.json", "generation_config.json", "model_card.md"),
-)
 # Folders named like a release are taken for it; any other folder's card names no base model.
 PUBLISHER = "fudan-generative-ai"
-RELEASES = {
-    r"Qwen3-VL-\d+B-(Instruct|Thinking)": "Qwen",
-    r"Bard-VL-B\d+-Mask-\d+B(-Distil)?-Instruct": PUBLISHER,
-}
+RELEASES = {r"Qwen3-VL-\d+B-(Instruct|Thinking)": "Qwen", r"Bard-VL-B\d+-Mask-\d+B(-Distil)?-Instruct": PUBLISHER}
+QUANTISED = "a quantised source ({}): convert the bfloat16 release, and quantise when loading it"
 OPENS_THINKING = re.compile(r"<\|im_start\|>assistant(\\n|\n)<think>")
 
 
@@ -96,16 +92,20 @@ class Conversion:
     """The facts about one conversion that are known before its first byte is written."""
 
     folder: Path  # the source's
-    name: str  # Hub id where known, else the folder's name
-    hub_id: str | None
+    hub_id: str | None  # where known
     commit: str | None
     config: dict[str, Any]  # the source's
     block_size: int = 0
     mask_token_id: int = 0
-    tensors: list[Tensor] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # by name, in the order of the data
     to_rewrite: set[Path] = field(default_factory=set)  # files of weights that cannot be copied as they are
     mask_rows: dict[str, bytes] = field(default_factory=dict)  # new rows of the mask token, by tensor
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The source's Hub id where known, else its folder's name."""
+        return self.hub_id or Path(os.path.abspath(self.folder)).name
 
     @property
     def is_bard(self) -> bool:
@@ -120,10 +120,8 @@ class Conversion:
     @property
     def trained_block_size(self) -> int | None:
         """The size that a Bard-VL checkpoint was trained with, by its config, else its name; None if neither says."""
-        if not self.is_bard:
-            return None
-        stated = self.config.get("block_size")
-        return named_block_size(self.name) if stated is None else stated
+        stated = self.config.get("block_size") if self.is_bard else None
+        return named_block_size(self.name) if self.is_bard and stated is None else stated
 
     @property
     def is_tied(self) -> bool:
@@ -138,7 +136,6 @@ def convert(
     block_size: int | None = None,
     mask_token_id: int | None = None,
     mask_row: str = "keep",
-    max_shard_size: int | str | None = None,
     revision: str | None = None,
     push_to_hub: str | None = None,
     private: bool | None = None,
@@ -153,14 +150,13 @@ def convert(
             full or read-only disk, a checksum that differs, a failed upload (only then does `output` exist).
     """
     require(mask_row in MASK_ROWS, f"mask_row must be 'keep' or 'mean', got {mask_row!r}")
-    target = f"push_to_hub must be a repository id such as me/Bard-VL-4B, got {push_to_hub!r}"
-    require(push_to_hub is None or is_hub_id(push_to_hub), target)
-    shard_limit = None if max_shard_size is None else parse_size(max_shard_size)
+    is_target = push_to_hub is None or is_hub_id(push_to_hub)
+    require(is_target, f"push_to_hub must be a repository id such as me/Bard-VL-4B, got {push_to_hub!r}")
     output = Path(os.path.abspath(output))
     try:
         with exclusive_folder(output) as partial:
             job = prepare(source, revision, block_size, mask_token_id, mask_row)
-            files = plan_shards(job, shard_limit) | other_files(job, push_to_hub or output.name)
+            files = plan_shards(job) | other_files(job, push_to_hub or output.name)
             for note in job.notes if progress else ():
                 print(f"note: {note}")
             write_and_verify(partial, files, progress)
@@ -169,7 +165,7 @@ def convert(
     except OSError as error:
         raise ConversionError(f"cannot convert {source} to {output}: {error}") from error
     if progress:
-        print(summary(job, output, sum(name.endswith(".safetensors") for name in files)))
+        print(summary(job, output))
     if push_to_hub:
         upload(output, push_to_hub, private)
     return output
@@ -184,20 +180,20 @@ def prepare(
     check_companions(job.folder)
     job.block_size = choose_block_size(job, block_size)
     tokens = tokenizer_entries(job.folder)
-    tensors = read_tensors(job)
+    job.tensors = tensors = read_tensors(job)
     if job.is_tied and HEAD in tensors:
-        drop_tied_head(job, tensors)
-    check_tensors(tensors, model_shapes(job, len(tensors)))
-    job.tensors = list(tensors.values())
-    job.mask_token_id = choose_mask_token_id(job.config, mask_token_id, tensors[EMBEDDING].shape[0], tokens)
+        head = tensors.pop(HEAD)
+        is_same = sha256([head]) == sha256([tensors.get(EMBEDDING, head)])
+        require(is_same, "lm_head.weight differs from the embedding although config.json ties the two")
+        job.to_rewrite.add(head.path)
+        job.notes.append("lm_head.weight repeats the tied embeddings, and is left out")
+    check_tensors(job)
+    job.mask_token_id = choose_mask_token_id(job, mask_token_id, tokens)
     if mask_row == "mean":
-        token_ids = tokens.keys() - {job.mask_token_id}
-        job.mask_rows = {name: mean_row(tensors[name], token_ids) for name in (EMBEDDING, HEAD) if name in tensors}
+        used = tokens.keys() - {job.mask_token_id}
+        job.mask_rows = {name: mean_row(tensors[name], used) for name in (EMBEDDING, HEAD) if name in tensors}
     if "thinking" in job.name.lower() or OPENS_THINKING.search(chat_template(job.folder)[0] or ""):
-        job.notes.append(
-            "a Thinking source: its chat template opens every answer with <think>, and the reasoning is long; generate "
-            "with a larger max_new_tokens than the default of 256. Published Bard-VL checkpoints start from Instruct"
-        )
+        job.notes.append("a Thinking source: its reasoning is long, give a max_new_tokens above the default of 256")
     return job
 
 
@@ -207,16 +203,17 @@ def prepare(
 def locate(source: str | Path, revision: str | None) -> Conversion:
     """Find the source's folder, downloading it if `source` is a Hub id, with its name, commit and config."""
     folder = Path(source)
-    if not folder.is_dir():
-        folder = download(str(source), revision)
-    else:
+    if folder.is_dir():
         require(revision is None, f"revision {revision!r} needs a Hub id as the source, {source} is a folder")
-    name, snapshot, config = Path(os.path.abspath(folder)).name, folder.resolve(), read_json(folder / "config.json")
+    else:
+        folder = download(str(source), revision)
+    snapshot, job = folder.resolve(), Conversion(folder, None, None, read_json(folder / "config.json"))
     if snapshot.parent.name == "snapshots" and snapshot.parents[1].name.startswith("models--"):
-        hub_id = snapshot.parents[1].name.removeprefix("models--").replace("--", "/")
-        return Conversion(folder, hub_id, hub_id, snapshot.name, config)
-    known = next((f"{owner}/{name}" for pattern, owner in RELEASES.items() if re.fullmatch(pattern, name)), None)
-    return Conversion(folder, known or name, known, None, config)
+        job.hub_id, job.commit = snapshot.parents[1].name.removeprefix("models--").replace("--", "/"), snapshot.name
+    else:
+        owners = (owner for pattern, owner in RELEASES.items() if re.fullmatch(pattern, job.name))
+        job.hub_id = next((f"{owner}/{job.name}" for owner in owners), None)
+    return job
 
 
 def is_hub_id(text: str) -> bool:
@@ -243,28 +240,21 @@ def download(repo: str, revision: str | None) -> Path:
 
 def check_architecture(config: dict[str, Any]) -> None:
     """Refuse by name whatever is no dense, unquantised Qwen3-VL or Bard-VL, and values of odd types."""
-    kind, known = config.get("model_type"), "it must be qwen3_vl or bard_vl"
-    moe = "qwen3_vl_moe: Qwen3-VL's mixture-of-experts models have no Bard-VL form, take a dense one"
-    require(kind != "qwen3_vl_moe", moe)
+    kind, known = config.get("model_type"), "it must be qwen3_vl, of a dense model, or bard_vl"
     require(kind in ("qwen3_vl", "bard_vl"), f"config.json: model_type {kind!r} cannot be converted; {known}")
     for part in ("text_config", "vision_config"):
         require(isinstance(config.get(part), dict), f"config.json has no {part}")
     for level in (config, config["text_config"], config["vision_config"]):
         for key, value in level.items():
-            if key in ("quantization_config", "compression_config") and value is not None:
+            if key in ("quantization_config", "compression_config"):
                 method = value.get("quant_method") if isinstance(value, dict) else value
-                refuse_quantised(f"config.json: {key} with quant_method {method!r}")
+                require(value is None, QUANTISED.format(f"config.json: {key} with quant_method {method!r}"))
             elif key in ("rope_scaling", "rope_parameters"):
                 require(isinstance(value or {}, dict), f"config.json: {key} is {value!r} instead of an object")
             elif key in ("tie_word_embeddings", "trained"):
                 require(isinstance(value, bool | None), f"config.json: {key} is {value!r} instead of true or false")
             elif key.endswith("_token_id"):
                 token_ids(value, f"config.json: {key}")
-
-
-def refuse_quantised(what: str) -> None:
-    """Raise the error of FP8 and other quantised sources."""
-    raise ConversionError(f"a quantised source ({what}): convert the bfloat16 release, and quantise when loading it")
 
 
 def token_ids(value: Any, name: str) -> list[int]:
@@ -275,16 +265,15 @@ def token_ids(value: Any, name: str) -> list[int]:
 
 
 def check_companions(folder: Path) -> None:
-    """Refuse a source or an installation that lacks the files without which the output would not load."""
+    """Refuse a source, or a script on its own, that lacks the files without which the output would not load."""
     for names in (("tokenizer.json", "vocab.json"), ("preprocessor_config.json", "processor_config.json")):
         advice = f"{folder} has no {' or '.join(names)}: put the base model's files beside its weights"
         require(any((folder / name).is_file() for name in names), advice)
     for name in COPIED_FILES:
         if name.endswith(".json"):
             read_json(folder / name, {})
-    for name in OWN_FILES:
-        advice = f"{name} is missing beside {Path(__file__).name}: run it from a full checkout"
-        require((CODE_FOLDER / name).is_file(), advice)
+    code = "configuration_bard_vl.py"
+    require((CODE_FOLDER / code).is_file(), f"{code} is missing beside the converter: run it from a full checkout")
 
 
 def named_block_size(name: str) -> int | None:
@@ -293,32 +282,29 @@ def named_block_size(name: str) -> int | None:
     return int(named[1]) if named else None
 
 
-def choose_block_size(job: Conversion, block_size: int | None) -> int:
+def choose_block_size(job: Conversion, asked: int | None) -> int:
     """Take the block size from the argument, the source's config, its name, or the default, in this order."""
-    trained = job.trained_block_size
-    stated = trained if job.is_bard else DEFAULT_BLOCK_SIZE
-    chosen: Any = stated if block_size is None else block_size
-    advice = f"{job.name} does not say its block size: pass block_size, the size it was trained with"
-    require(chosen is not None, advice)
+    trained = job.trained_block_size if job.is_bard else DEFAULT_BLOCK_SIZE
+    chosen: Any = trained if asked is None else asked
+    require(chosen is not None, f"{job.name} does not say its block size: pass block_size, as it was trained with")
     require(type(chosen) is int and chosen > 0, f"block_size must be a positive integer, got {chosen!r}")
-    if trained is not None and chosen != trained:
+    if job.is_bard and trained not in (None, chosen):
         job.notes.append(f"block size {chosen} as asked, although the source was trained with {trained}")
     return chosen
 
 
-def choose_mask_token_id(
-    config: dict[str, Any], mask_token_id: int | None, vocab_size: int, tokens: dict[int, str]
-) -> int:
+def choose_mask_token_id(job: Conversion, asked: int | None, tokens: dict[int, str]) -> int:
     """Take the mask id from the argument, the source's config, or the default; it must be a free embedding row."""
-    candidates = (mask_token_id, config.get("mask_token_id"), DEFAULT_MASK_TOKEN_ID)
+    candidates = (asked, job.config.get("mask_token_id"), DEFAULT_MASK_TOKEN_ID)
     chosen: Any = next(each for each in candidates if each is not None)
-    is_row = type(chosen) is int and 0 <= chosen < vocab_size
-    require(is_row, f"mask_token_id must lie in the vocabulary, 0 to {vocab_size - 1}, got {chosen!r}")
+    last = job.tensors[EMBEDDING].shape[0] - 1
+    is_row = type(chosen) is int and 0 <= chosen <= last
+    require(is_row, f"mask_token_id must lie in the vocabulary, 0 to {last}, got {chosen!r}")
     used = dict(tokens)
-    for key, value in (*config.items(), *config["text_config"].items()):
+    for key, value in (*job.config.items(), *job.config["text_config"].items()):
         if key.endswith("_token_id") and key != "mask_token_id":
             used |= dict.fromkeys(token_ids(value, key), f"the {key} of the source")
-    free = (f"{i} is free" for i in (DEFAULT_MASK_TOKEN_ID, *range(vocab_size)) if i < vocab_size and i not in used)
+    free = (f"{i} is free" for i in (DEFAULT_MASK_TOKEN_ID, *range(last + 1)) if i <= last and i not in used)
     require(chosen not in used, f"mask_token_id {chosen} is {used.get(chosen)}; {next(free, 'no id is free')}")
     return chosen
 
@@ -326,18 +312,16 @@ def choose_mask_token_id(
 def tokenizer_entries(folder: Path) -> dict[int, str]:
     """The token of each id of the tokenizer, from every file that may define some; a mask of its own is left out."""
     names = ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json")
-    whole, words, added, settings = (read_json(folder / name, {}) for name in names)
-    mask = settings.get("mask_token")
+    whole, words, more, settings = (read_json(folder / name, {}) for name in names)
+    mask, is_word, is_added = settings.get("mask_token"), "a word of the tokenizer", "a token added to the tokenizer"
     try:
         mask = mask["content"] if isinstance(mask, dict) else mask
-        if "tokenizer.json" in os.listdir(folder):
-            words = whole["model"]["vocab"]
-            words = words if isinstance(words, dict) else {entry[0]: i for i, entry in enumerate(words)}
-        tokens = [(token["id"], token["content"]) for token in whole.get("added_tokens") or []]
-        tokens += [(i, token) for token, i in added.items()]
-        tokens += [(int(i), token["content"]) for i, token in (settings.get("added_tokens_decoder") or {}).items()]
-        entries = [(i, "a word of the tokenizer", word) for word, i in words.items()]
-        entries += [(i, "a token added to the tokenizer", token) for i, token in tokens]
+        words = whole["model"]["vocab"] if (folder / names[0]).is_file() else words
+        entries = [(i, is_word, word) for word, i in words.items()]
+        entries += [(token["id"], is_added, token["content"]) for token in whole.get("added_tokens") or []]
+        entries += [(i, is_added, token) for token, i in more.items()]
+        decoder = settings.get("added_tokens_decoder") or {}
+        entries += [(int(i), is_added, token["content"]) for i, token in decoder.items()]
         for i, _, token in entries:
             token_ids(i, f"the id of {token!r}")
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -351,11 +335,10 @@ def tokenizer_entries(folder: Path) -> dict[int, str]:
 def read_tensors(job: Conversion) -> dict[str, Tensor]:
     """Read the headers of all files of weights, in the order of the data, and check them against the index."""
     single, index = job.folder / "model.safetensors", job.folder / "model.safetensors.index.json"
-    both = single.is_file() and index.is_file()
-    require(not both, f"{job.folder} has both {single.name} and {index.name}: remove the one that is stale")
-    found = single.is_file() or index.is_file()
-    require(found, f"{job.folder} has neither {single.name} nor {index.name}; other formats are not read")
-    if single.is_file():
+    is_single, is_sharded, names = single.is_file(), index.is_file(), (single.name, index.name)
+    require(is_single or is_sharded, f"{job.folder} has neither {' nor '.join(names)}; other formats are not read")
+    require(not (is_single and is_sharded), f"{job.folder} has both {' and '.join(names)}: remove the stale one")
+    if is_single:
         return {tensor.name: tensor for tensor in read_header(single, job.to_rewrite)}
     weight_map: Any = read_json(index).get("weight_map")
     is_map = isinstance(weight_map, dict) and all(Path(str(file)).name == file for file in weight_map.values())
@@ -365,10 +348,10 @@ def read_tensors(job: Conversion) -> dict[str, Tensor]:
         for tensor in read_header(job.folder / file, job.to_rewrite):
             name, first = tensor.name, tensors.setdefault(tensor.name, tensor)
             require(first is tensor, f"duplicate tensor {name}: in {first.path.name} and {file}")
-    for name, stated in weight_map.items():
+    for name in [*weight_map, *tensors]:
+        stated = weight_map.get(name)
         require(name in tensors, f"{index.name} places {name} in {stated}, which has no such tensor")
-    for name, tensor in tensors.items():
-        stated, file = weight_map.get(name), tensor.path.name
+        file = tensors[name].path.name
         require(stated == file, f"{name} is in {file}, but {index.name} says {stated}")
     return tensors
 
@@ -376,40 +359,39 @@ def read_tensors(job: Conversion) -> dict[str, Tensor]:
 def read_header(path: Path, to_rewrite: set[Path]) -> list[Tensor]:
     """Tensors of a safetensors file in the order of their data.
 
-    The library refuses what is cut, absurd or no JSON, and data with gaps or overlaps; where a tensor lies in the file,
-    which copying needs, it does not tell. Files that their metadata gives to another framework than torch, and that
-    transformers would not load, are noted in `to_rewrite`.
+    The library refuses what is cut, absurd or no JSON, and data with gaps or overlaps. Files that their metadata gives
+    to another framework than torch, and that transformers would not load, are noted in `to_rewrite`.
     """
     require(path.is_file(), f"{path} is missing")
+    start = path.stat().st_size
     try:
         with safe_open(path, framework="numpy") as opened:
-            metadata = opened.metadata()
+            metadata, parts = opened.metadata(), {name: opened.get_slice(name) for name in opened.offset_keys()}
+            entries = [(name, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()]
     except SafetensorError as error:
-        size, reason = path.stat().st_size, str(error).removeprefix("Error while deserializing header: ")
-        raise ConversionError(f"{path} is truncated or no safetensors file: {size} bytes, {reason}") from error
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise ConversionError(f"{path} is truncated or no safetensors file: {start} bytes, {reason}") from error
     if metadata is not None and metadata.get("format") != "pt":
         to_rewrite.add(path)
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    tensors = []
-    for name, entry in header.items():
-        dtype, (start, end) = entry["dtype"], entry["data_offsets"]
-        if dtype.startswith("F8") or name.endswith(("weight_scale_inv", "weight_scale")):
-            refuse_quantised(f"{name} in {path.name} has dtype {dtype}")
+    tensors: list[Tensor] = []
+    for name, dtype, shape in reversed(entries):  # the last one ends where the file does
+        is_plain = not dtype.startswith("F8") and not name.endswith(("weight_scale_inv", "weight_scale"))
+        require(is_plain, QUANTISED.format(f"{name} in {path.name} has dtype {dtype}"))
         known = ", ".join(DTYPE_SIZES)
         require(dtype in DTYPE_SIZES, f"{path}: {name} has the unknown dtype {dtype!r}, expected one of {known}")
-        tensors.append(Tensor(path, 8 + length + start, end - start, name, dtype, tuple(entry["shape"])))
-    return sorted(tensors, key=lambda tensor: (tensor.start, tensor.size))
+        size = math.prod(shape) * DTYPE_SIZES[dtype]
+        start -= size
+        tensors.append(Tensor(path, start, size, name, dtype, shape))
+    return tensors[::-1]
 
 
-def model_shapes(job: Conversion, num_tensors: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the model of the output's config, as the output's code builds it."""
+def check_tensors(job: Conversion) -> None:
+    """Compare names and shapes with those of the model of the output's config, as the output's code builds it."""
+    tensors = job.tensors
     for part, key in (("text_config", "num_hidden_layers"), ("vision_config", "depth")):
         count = job.config[part].get(key)
-        is_built = not isinstance(count, int) or count <= num_tensors  # more might take for ever
-        require(is_built, f"config.json: {key} is {count}, but there are {num_tensors} tensors in all")
+        is_built = not isinstance(count, int) or count <= len(tensors)  # more might take for ever
+        require(is_built, f"config.json: {key} is {count}, but there are {len(tensors)} tensors in all")
     package = __package__ or "bard_vl_code"
     if package not in sys.modules:  # run as a script, which is in no package; the code files import each other in one
         sys.modules[package] = types.ModuleType(package)
@@ -419,36 +401,24 @@ def model_shapes(job: Conversion, num_tensors: int) -> dict[str, tuple[int, ...]
         config = code.BardVLConfig(**json.loads(to_json(bard_config(job))))
         with code.torch.device("meta"):
             model = code.BardVLForConditionalGeneration(config)
+        shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
         longest = config.text_config.max_position_embeddings
-        tied = {HEAD} if job.is_tied else set()
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     except Exception as error:  # whatever transformers and torch raise at odd values
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConversionError(f"config.json does not describe a model: {reason}") from error
+    if job.is_tied:
+        shapes.pop(HEAD, None)
     fits = job.block_size <= longest
     require(fits, f"block_size must be at most the model's {longest} positions, got {job.block_size}")
-    return shapes
-
-
-def check_tensors(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Compare names and shapes with what the config demands."""
     for what, names in (("lacks", shapes.keys() - tensors.keys()), ("should not have", tensors.keys() - shapes.keys())):
         first = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
         require(not names, f"by its config.json, the source {what} {len(names)} of its tensors: {first}")
     for name, tensor in tensors.items():
-        found, asked = list(tensor.shape), list(shapes[name])
+        found, asked = list(tensor.shape), shapes[name]
         require(found == asked, f"{name} has shape {found}, config.json asks for {asked}")
 
 
-def drop_tied_head(job: Conversion, tensors: dict[str, Tensor]) -> None:
-    """Remove an output matrix that equals the tied embedding; one that differs contradicts the config."""
-    is_same = EMBEDDING not in tensors or sha256([tensors[HEAD]]) == sha256([tensors[EMBEDDING]])
-    require(is_same, "lm_head.weight differs from the embedding although config.json ties the two")
-    job.to_rewrite.add(tensors.pop(HEAD).path)
-    job.notes.append("lm_head.weight repeats the tied embeddings, and is left out")
-
-
-def mean_row(tensor: Tensor, token_ids: Iterable[int]) -> bytes:
+def mean_row(tensor: Tensor, token_ids: set[int]) -> bytes:
     """The mean of the rows `token_ids`, accumulated in float64, in the tensor's dtype."""
     import torch
 
@@ -464,43 +434,25 @@ def mean_row(tensor: Tensor, token_ids: Iterable[int]) -> bytes:
     return bytes((total / is_used.sum()).to(rows.dtype).view(torch.uint8).tolist())
 
 
-def plan_shards(job: Conversion, limit: int | None) -> dict[str, Content]:
-    """The output's files of weights and their index: the source's own files where they will do."""
+def plan_shards(job: Conversion) -> dict[str, Content]:
+    """The output's files of weights, one for each of the source's, and their index."""
     by_file: dict[Path, list[Tensor]] = {}
-    for tensor in job.tensors:
+    for tensor in job.tensors.values():
         by_file.setdefault(tensor.path, []).append(tensor)
-    groups, is_refilled = list(by_file.values()), False
-    if limit is not None and (job.to_rewrite or any(path.stat().st_size > limit for path in by_file)):
-        groups, is_refilled = fill_shards(job.tensors, limit), True
     files: dict[str, Content] = {}
-    count, weight_map = len(groups), dict[str, str]()
-    for number, group in enumerate(groups, 1):
+    count, weight_map = len(by_file), dict[str, str]()
+    for number, (path, tensors) in enumerate(by_file.items(), 1):
         name = f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
-        is_rewritten = is_refilled or group[0].path in job.to_rewrite
-        header, tensors = new_header(group) if is_rewritten else (Span(group[0].path, 0, group[0].start), group)
+        header: bytes | Span = Span(path, 0, tensors[0].start)
+        if path in job.to_rewrite:
+            header, tensors = new_header(tensors)
         files[name] = [header, *(part for tensor in tensors for part in with_mask_row(job, tensor))]
-        weight_map |= {tensor.name: name for tensor in group}
+        weight_map |= {tensor.name: name for tensor in tensors}
     if count > 1:
-        total_size = sum(tensor.size for tensor in job.tensors)
-        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+        metadata = {"total_size": sum(tensor.size for tensor in job.tensors.values())}
+        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
         files["model.safetensors.index.json"] = [to_json(index)]
     return files
-
-
-def fill_shards(tensors: Iterable[Tensor], limit: int) -> list[list[Tensor]]:
-    """Groups of tensors in the source's order, each of at most `limit` bytes as a file, header included."""
-    groups: list[list[Tensor]] = []
-    room = 0
-    for tensor in tensors:
-        cost = tensor.size + len(tensor.name) + 160  # an entry of the header is at most that long
-        fits = cost <= limit - 1024
-        require(fits, f"max_shard_size of {limit} bytes has no room for {tensor.name}, {tensor.size} bytes")
-        if cost > room:
-            groups.append([])
-            room = limit - 1024
-        groups[-1].append(tensor)
-        room -= cost
-    return groups
 
 
 def new_header(tensors: list[Tensor]) -> tuple[bytes, list[Tensor]]:
@@ -518,9 +470,7 @@ def new_header(tensors: list[Tensor]) -> tuple[bytes, list[Tensor]]:
 
 def with_mask_row(job: Conversion, tensor: Tensor) -> Content:
     """A tensor's bytes, with the mask token's new row in their place if it gets one."""
-    row = job.mask_rows.get(tensor.name)
-    if row is None:
-        return [tensor]
+    row = job.mask_rows.get(tensor.name, b"")
     start = job.mask_token_id * len(row)
     end = start + len(row)
     return [Span(tensor.path, tensor.start, start), row, Span(tensor.path, tensor.start + end, tensor.size - end)]
@@ -538,53 +488,33 @@ def exclusive_folder(output: Path) -> Iterator[Path]:
     lock_path, partial = output.with_name(f".{output.name}.lock"), output.with_name(f".{output.name}.partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with locked(lock_path, output):
-            require(not os.path.lexists(output), taken)
-            if partial.exists():  # a run was killed: its lock is free
-                shutil.rmtree(partial)
+        tempfile.TemporaryFile(dir=output.parent).close()  # FileLock would call an unwritable folder busy
+        try:
+            lock = FileLock(lock_path).acquire(timeout=0)
+        except Timeout:
+            raise ConversionError(f"another conversion is writing {output}") from None
+        with lock:
             try:
+                require(not os.path.lexists(output), taken)
+                if partial.exists():  # a run was killed: its lock is free
+                    shutil.rmtree(partial)
                 partial.mkdir()
                 yield partial
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
+                with contextlib.suppress(OSError):  # Windows keeps an open file, the library removes it afterwards
+                    lock_path.unlink()
     finally:
         with contextlib.suppress(OSError):  # of the first one that is not empty
             for parent in new_parents:
                 parent.rmdir()
 
 
-@contextlib.contextmanager
-def locked(path: Path, output: Path) -> Iterator[None]:
-    """Hold the lock of a file, made if need be. The system frees it when its process ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows, where a folder cannot be removed while another process writes into it
-        yield
-        return
-    while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise ConversionError(f"another conversion is writing {output}") from None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock), path.stat()):
-                break
-        os.close(lock)  # its last holder removed the file between our open and our lock: take the new one
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(lock)
-
-
 def write_and_verify(partial: Path, files: dict[str, Content], progress: bool) -> None:
     """Write every file of the output, config.json last, sync, read back and compare."""
     size = sum(len(part) if isinstance(part, bytes) else part.size for parts in files.values() for part in parts)
-    free, needed = shutil.disk_usage(partial).free, size + 2**20
-    shortage = f"{partial.parent} has {free / 1e6:,.0f} MB free, the output needs {needed / 1e6:,.0f} MB"
-    require(free >= needed, shortage)
+    free, needed = shutil.disk_usage(partial).free / 1e6, size / 1e6 + 1
+    require(free >= needed, f"{partial.parent} has {free:,.0f} MB free, the output needs {needed:,.0f} MB")
     is_disabled = None if progress else True  # None: where standard error is no terminal
     with tqdm(total=2 * size, unit="B", unit_scale=True, desc="copying", disable=is_disabled) as bar:
         digests = {}
@@ -613,15 +543,15 @@ def sha256(content: Content, bar: Any = None, write: Callable[[Any], Any] | None
     return digest.hexdigest()
 
 
-def read_span(span: Span) -> Iterator[memoryview]:
-    """Yield a span's bytes; each view is overwritten by the next one."""
-    buffer = memoryview(bytearray(min(CHUNK_SIZE, span.size)))
+def read_span(span: Span) -> Iterator[bytes]:
+    """Yield a span's bytes."""
     with span.path.open("rb") as file:
         file.seek(span.start)
-        for start in range(0, span.size, len(buffer) or 1):
-            view = buffer[: span.size - start]
-            require(file.readinto(view) == len(view), f"{span.path} ended while it was read")
-            yield view
+        for start in range(0, span.size, CHUNK_SIZE):
+            size = min(CHUNK_SIZE, span.size - start)
+            chunk = file.read(size)
+            require(len(chunk) == size, f"{span.path} ended while it was read")
+            yield chunk
 
 
 def sync(folder: Path) -> None:
@@ -637,7 +567,7 @@ def sync(folder: Path) -> None:
 def verify(folder: Path, digests: dict[str, str], bar: Any) -> None:
     """Read the whole output back: each file's SHA-256, and no file more."""
     for name, digest in digests.items():
-        found = sha256([whole(folder / name)], bar)
+        found = sha256([Span(folder / name, 0, (folder / name).stat().st_size)], bar)
         require(found == digest, f"verification failed: {name} is not what was written")
     strays = {path.name for path in folder.iterdir()} - digests.keys()
     require(not strays, f"verification failed: unexpected files in {folder}: {', '.join(sorted(strays))}")
@@ -652,7 +582,8 @@ def other_files(job: Conversion, repo: str) -> dict[str, Content]:
     # The code's licence is not that of the weights; .gitignore keeps caches and the like out of later uploads.
     copies |= {"LICENSE-CODE": CODE_FOLDER / "LICENSE", ".gitignore": CODE_FOLDER / ".gitignore"}
     copies |= {path.name: path for path in sorted(CODE_FOLDER.glob("*_bard_vl.py"))}
-    files: dict[str, Content] = {name: [whole(path)] for name, path in copies.items() if path.is_file()}
+    copies = {name: path for name, path in copies.items() if path.is_file()}
+    files: dict[str, Content] = {name: [Span(path, 0, path.stat().st_size)] for name, path in copies.items()}
     template, both_read_it = chat_template(job.folder)
     if template is None:
         job.notes.append("the source has no chat template, so neither has the output")
@@ -660,10 +591,8 @@ def other_files(job: Conversion, repo: str) -> dict[str, Content]:
         files["chat_template.jinja"] = [to_utf8(template)]
     processor = read_json(job.folder / "processor_config.json", {})
     if not (job.folder / "preprocessor_config.json").is_file():
-        job.notes.append(
-            "the source's processor files were saved by transformers 5, and 4.57 cannot read them; "
-            "to serve both, put the base model's original tokenizer and processor files into the source"
-        )
+        advice = "to serve both, put the base model's into the source"
+        job.notes.append(f"the processor files were saved by transformers 5, and 4.57 cannot read them; {advice}")
     processor["processor_class"], processor["mask_token_id"] = "BardVLProcessor", job.mask_token_id
     processor["auto_map"] = {"AutoProcessor": "processing_bard_vl.BardVLProcessor"}
     generation = generation_config(job)
@@ -677,8 +606,7 @@ def other_files(job: Conversion, repo: str) -> dict[str, Content]:
 def chat_template(folder: Path) -> tuple[str | None, bool]:
     """The source's chat template, and whether its files give it to both the processor and the tokenizer.
 
-    On every transformers line the processor reads chat_template.jinja and chat_template.json, the tokenizer
-    chat_template.jinja and its own config.
+    The processor reads chat_template.jinja and chat_template.json, the tokenizer the former and its own config.
     """
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text("utf-8", errors="replace"), True
@@ -699,14 +627,13 @@ def bard_config(job: Conversion) -> dict[str, Any]:
     rope = dict(text.get("rope_scaling") or modern)
     in_rope = rope.pop("rope_theta", modern.get("rope_theta", 5_000_000))
     text["rope_scaling"], text["rope_theta"] = rope, text.get("rope_theta", in_rope)
-    tied = job.is_tied
-    text |= {"tie_word_embeddings": tied, "model_type": "qwen3_vl_text"}
+    text |= {"tie_word_embeddings": job.is_tied, "model_type": "qwen3_vl_text"}
     vision["model_type"] = "qwen3_vl"  # the spelling of 4.57, which 5.x corrects when it loads
     head: dict[str, Any] = {"model_type": "bard_vl", "architectures": ["BardVLForConditionalGeneration"]}
-    head |= {"auto_map": read_json(CODE_FOLDER / "config.json")["auto_map"]}
-    head |= {"block_size": job.block_size, "mask_token_id": job.mask_token_id}
+    head |= {"auto_map": read_json(CODE_FOLDER / "config.json")["auto_map"], "block_size": job.block_size}
+    head |= {"mask_token_id": job.mask_token_id}
     head |= {"trained": False} if job.is_seed else {}
-    parts = {"text_config": text, "vision_config": vision, "tie_word_embeddings": tied}
+    parts = {"text_config": text, "vision_config": vision, "tie_word_embeddings": job.is_tied}
     return head | {key: value for key, value in config.items() if key not in head} | parts
 
 
@@ -727,9 +654,8 @@ def generation_config(job: Conversion) -> dict[str, Any]:
         is_share = type(threshold) in (int, float) and 0 <= threshold <= 1
         require(is_share, f"{path}: confidence_threshold is {threshold!r} instead of a number from 0 to 1")
     elif job.is_bard and job.name.startswith(f"{PUBLISHER}/") and job.block_size in PUBLISHED_THRESHOLDS:
-        threshold = PUBLISHED_THRESHOLDS[job.block_size]
-        advice = f"{threshold}, as the authors of {job.name} recommend at block size {job.block_size}"
-        job.notes.append(f"the confidence threshold is {advice}")
+        threshold, where = PUBLISHED_THRESHOLDS[job.block_size], f"at block size {job.block_size}"
+        job.notes.append(f"the confidence threshold is {threshold}, as the authors of {job.name} recommend {where}")
     return settings if threshold is None else settings | {"confidence_threshold": threshold}
 
 
@@ -746,9 +672,9 @@ def model_card(job: Conversion, repo: str, generation: dict[str, Any]) -> str:
     readme = job.folder / "README.md"
     text = readme.read_text("utf-8", errors="replace") if readme.is_file() else ""
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    lines = re.findall(r"^(license|license_name|license_link):[ \t]*(\S.*)$", front[1] if front else "", re.MULTILINE)
-    metadata = {"license": "apache-2.0", **dict(lines)}
-    if "license" not in dict(lines):
+    stated = dict(re.findall(r"^(license(?:_name|_link)?):[ \t]*(\S.*)$", front[1] if front else "", re.MULTILINE))
+    metadata = {"license": "apache-2.0", **stated}
+    if "license" not in stated:
         job.notes.append("the source's card states no licence: the output's says apache-2.0, Qwen3-VL's; check it")
     if job.hub_id:
         metadata |= {"base_model": job.hub_id, "base_model_relation": "finetune"}
@@ -767,25 +693,13 @@ def model_card(job: Conversion, repo: str, generation: dict[str, Any]) -> str:
     )
 
 
-# --- Small things -----------------------------------------------------------------------------------------------------
-
-
-def whole(path: Path) -> Span:
-    """All bytes of a file."""
-    return Span(path, 0, path.stat().st_size)
-
-
 def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
     """Read a JSON object from a file, which may be missing if there is a default."""
     if default is not None and not path.is_file():
         return default
     require(path.is_file(), f"{path} is missing")
-
-    def refuse(name: str) -> None:
-        raise ValueError(f"it has the number {name}")
-
     try:
-        result = json.loads(path.read_bytes(), parse_constant=refuse)
+        result = json.loads(path.read_bytes(), parse_constant=int)  # which refuses Infinity and NaN
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is no valid JSON: {error}") from error
     require(isinstance(result, dict), f"{path} holds a {type(result).__name__} instead of a JSON object")
@@ -802,22 +716,14 @@ def to_utf8(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def parse_size(size: int | str) -> int:
-    """Bytes of a size such as 5000000000, "5GB" or "500MiB"."""
-    match = re.fullmatch(r"(\d{1,18})\s*(?:([KMGT])(I?)B)?", str(size).strip().upper())
-    if isinstance(size, bool) or not match or int(match[1]) < 1:
-        raise ConversionError(f"max_shard_size must be bytes or a size such as 5GB, got {size!r}")
-    return int(match[1]) * (1024 if match[3] else 1000) ** (" KMGT".index(match[2]) if match[2] else 0)
-
-
-def summary(job: Conversion, output: Path, num_shards: int) -> str:
+def summary(job: Conversion, output: Path) -> str:
     """A report of the conversion, in a few lines."""
-    size = sum(tensor.size for tensor in job.tensors)
+    sizes, files = [each.size for each in job.tensors.values()], {each.path for each in job.tensors.values()}
     changed = ", ".join(f"row {job.mask_token_id} of {name}" for name in job.mask_rows) or "none"
     seed = "\n  a seed: until it is trained for block diffusion (docs/training.md) it writes nonsense"
     return (
         f"converted {job.name} to {output}\n"
-        f"  {len(job.tensors)} tensors, {size:,} bytes in {num_shards} shard(s), all verified by SHA-256\n"
+        f"  {len(sizes)} tensors, {sum(sizes):,} bytes in {len(files)} shard(s), all verified by SHA-256\n"
         f"  block size {job.block_size}, mask token {job.mask_token_id}, changed rows: {changed}"
         f"{seed if job.is_seed else ''}"
     )
@@ -833,30 +739,22 @@ def upload(folder: Path, repo: str, private: bool | None) -> None:
         raise ConversionError(f"{folder} is complete, but its upload to {repo} failed: {error}") from error
 
 
-def parser() -> argparse.ArgumentParser:
-    """The script's options, which are the arguments of `convert`."""
+def main(argv: list[str] | None = None) -> int:
+    """Run the script, whose options are the arguments of `convert`; returns 0, or 1 after printing an error."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    size = (
-        "tokens per block (default: what the config states, else the number in a Bard-VL name, else, for Qwen3-VL, 4)"
-    )
+    size = "tokens per block (default: as the config states, else a Bard-VL name, else, for Qwen3-VL, 4)"
     mean = "initial value of that row, and of the untied output matrix's: as it is, or the mean over all tokens"
     add("--source", required=True, help="dense Qwen3-VL (Instruct or Thinking) or Bard-VL checkpoint: folder or Hub id")
     add("--output", required=True, help="folder to write; must not exist, missing parents are made")
     add("--block-size", type=int, help=size)
     add("--mask-token-id", type=int, help="embedding row of the mask (default: what the config states, else 151671)")
     add("--mask-row", choices=MASK_ROWS, default="keep", help=f"{mean} of the tokenizer but the mask (default: keep)")
-    add("--max-shard-size", help="largest file of weights: bytes, 5GB (10^9) or 500MiB (2^20) (default: as the source)")
     add("--revision", help="branch, tag or commit of a Hub source")
     add("--push-to-hub", metavar="REPO", help="upload the finished folder to this repository")
     add("--private", action="store_true", default=None, help="make a repository created so private")
     add("--quiet", action="store_true", help="no progress bar, notes or summary")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the script; returns 0, or 1 after printing an error."""
-    options = vars(parser().parse_args(argv))
+    options = vars(parser.parse_args(argv))
     try:
         convert(progress=not options.pop("quiet"), **options)
     except (ConversionError, KeyboardInterrupt) as error:

@@ -1,6 +1,7 @@
 """`bard-vl run`: one question about pictures or a video, or a question of text alone."""
 
 import json
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,6 @@ from rich.table import Table
 from .ending import Misuse, report
 from .options import (
     asks_for_form,
-    load_package,
     open_session,
     opens_session,
     print_notices,
@@ -185,13 +185,10 @@ def read_memory(size: str | None, dry_run: bool) -> int | None:
         return None
     if not dry_run:
         raise Misuse("--memory goes with --dry-run: a real run takes the memory that is there")
-    load_package()
-    from bard_vl.convert_qwen3vl_to_bard import ConversionError, parse_size
-
-    try:
-        return parse_size(size)
-    except ConversionError:
-        raise Misuse(f"--memory must be bytes or a size such as 24GB, got {size!r}") from None
+    match = re.fullmatch(r"(\d{1,18})\s*(?:([KMGT])(I?)B)?", size.strip().upper())
+    if match is None or int(match[1]) == 0:
+        raise Misuse(f"--memory must be bytes or a size such as 24GB, got {size!r}")
+    return int(match[1]) * (1024 if match[3] else 1000) ** (" KMGT".index(match[2]) if match[2] else 0)
 
 
 def check_alone(each: bool, num_samples: int | None, stated: list[str]) -> None:

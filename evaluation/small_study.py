@@ -9,7 +9,6 @@ made from the JSON files at the end, or by `--report` alone.
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLForConditionalGeneration
 
@@ -330,13 +330,10 @@ def once(path: Path) -> Iterator[Path | None]:
         partial.rename(path)
 
 
-@contextlib.contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of a path among processes; without waiting, `BlockingIOError` if another one has it."""
+def locked(path: Path, wait: bool = True) -> FileLock:
+    """The lock of a path among processes, for `with`; without waiting, `Timeout` if another one has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+    return FileLock(path.with_name(f".{path.name}.lock"), timeout=-1 if wait else 0)
 
 
 def known_scores(path: Path) -> list[dict[str, Any]]:
@@ -355,7 +352,7 @@ def run_cells(cells: list[Cell], seeds: list[int], scale: Scale, work: Path, res
         # All seeds have one parent and one anchor.
         for cell in (each for each in cells if seed == PARENT_SEED or each.stages not in ((), scale.anchor)):
             path = results / f"{cell.name}-seed-{seed}.json"
-            with contextlib.suppress(BlockingIOError), locked(work / scale.name / path.name, wait=False):
+            with contextlib.suppress(Timeout), locked(work / scale.name / path.name, wait=False):
                 scores = known_scores(path)
                 if len(scores) < len(cell.decodings):
                     print(f"{cell.name}, seed {seed}", flush=True)

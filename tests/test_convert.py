@@ -33,17 +33,14 @@ def write_bard_source(path: Path) -> Path:
 # --- Weights ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.thorough(every=5)
+@pytest.mark.thorough(every=3)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("source_shards", [None, "300KB"], ids=["single file", "shards"])
-@pytest.mark.parametrize("max_shard_size", ["5GB", "200KB"])
 @pytest.mark.parametrize("bfloat16", [True, False], ids=["bfloat16", "float32"])
-def test_no_tensor_byte_changes(
-    tied: bool, source_shards: str | None, max_shard_size: str, bfloat16: bool, tmp_path: Path
-) -> None:
+def test_no_tensor_byte_changes(tied: bool, source_shards: str | None, bfloat16: bool, tmp_path: Path) -> None:
     source = cases.write_source(tmp_path / "source", tied, source_shards, bfloat16=bfloat16)
     before = cases.file_digests(source)
-    output = cases.convert(source, tmp_path / "out", max_shard_size=max_shard_size)
+    output = cases.convert(source, tmp_path / "out")
     assert cases.tensor_bytes(output) == cases.tensor_bytes(source)
     assert ("lm_head.weight" in cases.tensor_bytes(output)) is not tied
     assert cases.file_digests(source) == before
@@ -84,12 +81,17 @@ def test_shards_are_copied_unless_one_must_change(damage: str | None, tmp_path: 
     assert cases.tensor_bytes(output) == expected
 
 
-def test_shards_keep_to_their_limit_and_the_index_covers_them(tmp_path: Path) -> None:
-    source = cases.write_source(tmp_path / "source", tied=False)
-    output = cases.convert(source, tmp_path / "out", max_shard_size=250_000)
+def test_shards_are_numbered_and_the_index_covers_them(tmp_path: Path) -> None:
+    """Files of the source may have any names."""
+    source = cases.write_source(tmp_path / "source", tied=False, shard_size="300KB")
+    stored, index = sorted(source.glob("*.safetensors")), source / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-", "part-"))
+    for path in stored:
+        path.rename(path.with_name(path.name.replace("model-", "part-")))
+    output = cases.convert(source, tmp_path / "out")
     shards = sorted(output.glob("*.safetensors"))
-    assert [path.name for path in shards] == [f"model-{i:05d}-of-00006.safetensors" for i in range(1, 7)]
-    assert all(path.stat().st_size <= 250_000 for path in shards)
+    assert [path.name for path in shards] == [path.name for path in stored]  # as transformers numbers them
+    assert len(shards) > 3
     index = cases.read_json(output / "model.safetensors.index.json")
     places: dict[str, str] = {}
     for path in shards:

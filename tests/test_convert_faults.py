@@ -252,11 +252,7 @@ BAD_ARGUMENTS = {
     "mask id as text": ({"mask_token_id": "447"}, "got '447'"),
     "mask id True": ({"mask_token_id": True}, "got True"),
     "block size past the positions": ({"block_size": 10**30}, "at most the model's 4096 positions, got 10"),
-    "shard size of many digits": ({"max_shard_size": "9" * 5000}, "max_shard_size must be bytes"),
     "mask row": ({"mask_row": "zero"}, "'keep' or 'mean', got 'zero'"),
-    "shard size 0": ({"max_shard_size": 0}, "got 0"),
-    "shard size unit": ({"max_shard_size": "5 bananas"}, "got '5 bananas'"),
-    "shard size under a tensor": ({"max_shard_size": "10KB"}, "10000 bytes has no room for"),
     "revision of a folder": ({"revision": "main"}, "needs a Hub id"),
     "upload target": ({"push_to_hub": "nonsense"}, "must be a repository id"),
 }
@@ -490,8 +486,8 @@ def size_of(folder: Path) -> int:
 @pytest.mark.process
 def test_kill_at_random_moments(tmp_path: Path) -> None:
     """12 kills, by the clock and by the bytes written: the output is absent or complete, the next run starts clean."""
-    source = cases.write_source(tmp_path / "source", intermediate_size=16_384)
-    folder, options = tmp_path / "outputs", ("--max-shard-size", "8MB", "--quiet")
+    source = cases.write_source(tmp_path / "source", shard_size="8MB", intermediate_size=16_384)
+    folder, options = tmp_path / "outputs", ("--quiet",)
     start = time.monotonic()
     reference = cases.start(source, folder / "reference", *options)
     reference.join()
@@ -520,7 +516,7 @@ def test_kill_at_random_moments(tmp_path: Path) -> None:
             assert cases.file_digests(output) == expected
             shutil.rmtree(output)
     assert outcomes["partial"] >= 3, outcomes
-    cases.convert(source, output, max_shard_size="8MB")
+    cases.convert(source, output)
     assert cases.file_digests(output) == expected
     assert [path.name for path in folder.iterdir()] == ["reference"]
 
@@ -563,18 +559,30 @@ def test_conversions_at_once_have_one_winner(tmp_path: Path) -> None:
 
 
 def test_lock_file_removed_between_open_and_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lock of a file that is no longer at its path excludes nobody: the file there now is locked instead."""
-    path, flock = tmp_path / "lock", fcntl.flock
-    calls: list[int] = []
+    """The lock of a file that is no longer at its path excludes nobody, and does not count."""
+    source, flock = cases.write_source(tmp_path / "source"), fcntl.flock
+    (tmp_path / ".out.lock").touch()
 
-    def replaced(descriptor: int, operation: int) -> None:
-        if not calls:
-            path.unlink()
-        calls.append(descriptor)
+    def late(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        (tmp_path / ".out.lock").unlink()
         flock(descriptor, operation)
 
-    monkeypatch.setattr(fcntl, "flock", replaced)
-    with converter.locked(path, tmp_path / "out"):
-        assert len(calls) == 2
-        assert os.path.samestat(os.fstat(calls[1]), path.stat())
-    assert not path.exists()
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(ConversionError, match="another conversion is writing"):
+        cases.convert(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_lock_file_of_the_next_run_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run removes its lock file before it gives the lock back: then the path may be another run's."""
+    unlink = Path.unlink
+
+    def unlink_and_make(path: Path) -> None:
+        monkeypatch.setattr(Path, "unlink", unlink)
+        path.unlink()
+        path.touch()
+
+    with converter.exclusive_folder(tmp_path / "out"):
+        monkeypatch.setattr(Path, "unlink", unlink_and_make)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
