@@ -1,5 +1,6 @@
 """The converter on sound sources: bytes, settings and files of the output, and what is said about them."""
 
+import io
 import json
 import os
 import subprocess
@@ -492,15 +493,23 @@ def test_quick_start_of_the_card_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_script_reports_and_shows_a_bar(tmp_path: Path) -> None:
+def test_script_reports_and_shows_no_bar_in_logs(tmp_path: Path) -> None:
     source = cases.write_source(tmp_path / "source")
     result = cases.run_script(source, tmp_path / "new" / "out", "--block-size", "8", "--mask-row", "mean")
     assert result.returncode == 0, result.stderr
     assert "92 tensors" in result.stdout
     assert "all verified by SHA-256" in result.stdout
     assert f"block size 8, mask token {MASK}, changed rows: row {MASK} of {EMBEDDING}" in result.stdout
-    assert "verifying: 100%" in result.stderr
+    assert result.stderr == ""
     assert cases.read_json(tmp_path / "new" / "out" / "config.json")["block_size"] == 8
+
+
+def test_a_terminal_shows_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, terminal = cases.write_source(tmp_path / "source"), io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    cases.convert(source, tmp_path / "out", progress=True)
+    assert "verifying: 100%" in terminal.getvalue()
 
 
 def test_the_script_can_be_quiet(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
