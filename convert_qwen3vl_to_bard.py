@@ -45,9 +45,8 @@ PUBLISHED_THRESHOLDS = {16: 0.5}  # by block size: what the authors of the publi
 MASK_ROWS = ("keep", "mean")
 COPIED_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
-    *("added_tokens.json", "chat_template.json", "chat_template.jinja"),
-    *("preprocessor_config.json", "video_preprocessor_config.json"),
-    *("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", ".gitattributes"),
+    *("added_tokens.json", "chat_template.json", "chat_template.jinja", "preprocessor_config.json"),
+    *("video_preprocessor_config.json", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", ".gitattributes"),
 )
 # Folders named like a release are taken for it; any other folder's card names no base model.
 PUBLISHER = "fudan-generative-ai"
@@ -167,7 +166,12 @@ def convert(
     if progress:
         print(summary(job, output))
     if push_to_hub:
-        upload(output, push_to_hub, private)
+        commit = "Bard-VL: weights, code and settings"
+        try:
+            HfApi().create_repo(push_to_hub, private=private, exist_ok=True)
+            HfApi().upload_folder(repo_id=push_to_hub, folder_path=output, commit_message=commit)
+        except Exception as error:  # the HTTP client raises types of its own
+            raise ConversionError(f"{output} is complete, but its upload to {push_to_hub} failed: {error}") from error
     return output
 
 
@@ -272,8 +276,8 @@ def check_companions(folder: Path) -> None:
     for name in COPIED_FILES:
         if name.endswith(".json"):
             read_json(folder / name, {})
-    code = "configuration_bard_vl.py"
-    require((CODE_FOLDER / code).is_file(), f"{code} is missing beside the converter: run it from a full checkout")
+    code = CODE_FOLDER / "configuration_bard_vl.py"
+    require(code.is_file(), f"{code.name} is missing beside the converter: run it from a full checkout")
 
 
 def named_block_size(name: str) -> int | None:
@@ -377,8 +381,7 @@ def read_header(path: Path, to_rewrite: set[Path]) -> list[Tensor]:
     for name, dtype, shape in reversed(entries):  # the last one ends where the file does
         is_plain = not dtype.startswith("F8") and not name.endswith(("weight_scale_inv", "weight_scale"))
         require(is_plain, QUANTISED.format(f"{name} in {path.name} has dtype {dtype}"))
-        known = ", ".join(DTYPE_SIZES)
-        require(dtype in DTYPE_SIZES, f"{path}: {name} has the unknown dtype {dtype!r}, expected one of {known}")
+        require(dtype in DTYPE_SIZES, f"{path}: {name} has the unknown dtype {dtype!r}, not one of {[*DTYPE_SIZES]}")
         size = math.prod(shape) * DTYPE_SIZES[dtype]
         start -= size
         tensors.append(Tensor(path, start, size, name, dtype, shape))
@@ -408,8 +411,8 @@ def check_tensors(job: Conversion) -> None:
         raise ConversionError(f"config.json does not describe a model: {reason}") from error
     if job.is_tied:
         shapes.pop(HEAD, None)
-    fits = job.block_size <= longest
-    require(fits, f"block_size must be at most the model's {longest} positions, got {job.block_size}")
+    size = job.block_size
+    require(size <= longest, f"block_size must be at most the model's {longest} positions, got {size}")
     for what, names in (("lacks", shapes.keys() - tensors.keys()), ("should not have", tensors.keys() - shapes.keys())):
         first = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
         require(not names, f"by its config.json, the source {what} {len(names)} of its tensors: {first}")
@@ -446,7 +449,12 @@ def plan_shards(job: Conversion) -> dict[str, Content]:
         header: bytes | Span = Span(path, 0, tensors[0].start)
         if path in job.to_rewrite:
             header, tensors = new_header(tensors)
-        files[name] = [header, *(part for tensor in tensors for part in with_mask_row(job, tensor))]
+        files[name] = [header]
+        for tensor in tensors:
+            row = job.mask_rows.get(tensor.name, b"")  # in place of the old one
+            start = job.mask_token_id * len(row)
+            rest = Span(path, tensor.start + start + len(row), tensor.size - start - len(row))
+            files[name] += [Span(path, tensor.start, start), row, rest]
         weight_map |= {tensor.name: name for tensor in tensors}
     if count > 1:
         metadata = {"total_size": sum(tensor.size for tensor in job.tensors.values())}
@@ -468,14 +476,6 @@ def new_header(tensors: list[Tensor]) -> tuple[bytes, list[Tensor]]:
     return len(encoded).to_bytes(8, "little") + encoded, ordered
 
 
-def with_mask_row(job: Conversion, tensor: Tensor) -> Content:
-    """A tensor's bytes, with the mask token's new row in their place if it gets one."""
-    row = job.mask_rows.get(tensor.name, b"")
-    start = job.mask_token_id * len(row)
-    end = start + len(row)
-    return [Span(tensor.path, tensor.start, start), row, Span(tensor.path, tensor.start + end, tensor.size - end)]
-
-
 # --- The output -------------------------------------------------------------------------------------------------------
 
 
@@ -483,7 +483,7 @@ def with_mask_row(job: Conversion, tensor: Tensor) -> Content:
 def exclusive_folder(output: Path) -> Iterator[Path]:
     """Give an empty hidden sibling of `output` to this process alone; what is not renamed by the end is removed."""
     taken = f"{output} exists already: remove it or choose another output"
-    require(output.name, taken)  # a root
+    require(output.name, taken)  # the root of the file system has none
     new_parents = [parent for parent in output.parents if not parent.exists()]
     lock_path, partial = output.with_name(f".{output.name}.lock"), output.with_name(f".{output.name}.partial")
     try:
@@ -527,7 +527,11 @@ def write_and_verify(partial: Path, files: dict[str, Content], progress: bool) -
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         sync(partial)
         bar.set_description("verifying")
-        verify(partial, digests, bar)
+        for name, digest in digests.items():
+            found = sha256([Span(partial / name, 0, (partial / name).stat().st_size)], bar)
+            require(found == digest, f"verification failed: {name} is not what was written")
+    strays = {path.name for path in partial.iterdir()} - digests.keys()
+    require(not strays, f"verification failed: unexpected files in {partial}: {', '.join(sorted(strays))}")
 
 
 def sha256(content: Content, bar: Any = None, write: Callable[[Any], Any] | None = None) -> str:
@@ -564,15 +568,6 @@ def sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def verify(folder: Path, digests: dict[str, str], bar: Any) -> None:
-    """Read the whole output back: each file's SHA-256, and no file more."""
-    for name, digest in digests.items():
-        found = sha256([Span(folder / name, 0, (folder / name).stat().st_size)], bar)
-        require(found == digest, f"verification failed: {name} is not what was written")
-    strays = {path.name for path in folder.iterdir()} - digests.keys()
-    require(not strays, f"verification failed: unexpected files in {folder}: {', '.join(sorted(strays))}")
-
-
 # --- The files beside the weights -------------------------------------------------------------------------------------
 
 
@@ -595,22 +590,20 @@ def other_files(job: Conversion, repo: str) -> dict[str, Content]:
         job.notes.append(f"the processor files were saved by transformers 5, and 4.57 cannot read them; {advice}")
     processor["processor_class"], processor["mask_token_id"] = "BardVLProcessor", job.mask_token_id
     processor["auto_map"] = {"AutoProcessor": "processing_bard_vl.BardVLProcessor"}
-    generation = generation_config(job)
-    files["README.md"] = [to_utf8(model_card(job, repo, generation))]
+    config, generation = bard_config(job), generation_config(job)
+    files["README.md"] = [to_utf8(model_card(job, repo, config | generation))]
     files["processor_config.json"] = [to_json(processor)]
     files["generation_config.json"] = [to_json(generation)]
-    files["config.json"] = [to_json(bard_config(job))]
+    files["config.json"] = [to_json(config)]
     return files
 
 
 def chat_template(folder: Path) -> tuple[str | None, bool]:
-    """The source's chat template, and whether its files give it to both the processor and the tokenizer.
-
-    The processor reads chat_template.jinja and chat_template.json, the tokenizer the former and its own config.
-    """
+    """The source's chat template, and whether its files give it to both the processor and the tokenizer."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text("utf-8", errors="replace"), True
     files = (folder / "chat_template.json", folder / "tokenizer_config.json")
+    # chat_template.jinja is read by both, chat_template.json by the processor alone.
     for_processor, for_tokenizer = (read_json(file, {}).get("chat_template") for file in files)
     template = for_processor or for_tokenizer
     if not isinstance(template, str):
@@ -630,8 +623,8 @@ def bard_config(job: Conversion) -> dict[str, Any]:
     text |= {"tie_word_embeddings": job.is_tied, "model_type": "qwen3_vl_text"}
     vision["model_type"] = "qwen3_vl"  # the spelling of 4.57, which 5.x corrects when it loads
     head: dict[str, Any] = {"model_type": "bard_vl", "architectures": ["BardVLForConditionalGeneration"]}
-    head |= {"auto_map": read_json(CODE_FOLDER / "config.json")["auto_map"], "block_size": job.block_size}
-    head |= {"mask_token_id": job.mask_token_id}
+    head["auto_map"] = read_json(CODE_FOLDER / "config.json")["auto_map"]
+    head |= {"block_size": job.block_size, "mask_token_id": job.mask_token_id}
     head |= {"trained": False} if job.is_seed else {}
     parts = {"text_config": text, "vision_config": vision, "tie_word_embeddings": job.is_tied}
     return head | {key: value for key, value in config.items() if key not in head} | parts
@@ -667,8 +660,8 @@ The source is a Bard-VL checkpoint; this folder adds code and settings to it. De
 trained with, here taken to be {}."""
 
 
-def model_card(job: Conversion, repo: str, generation: dict[str, Any]) -> str:
-    """The output's README.md, model_card.md filled in, with the metadata that the Hub reads."""
+def model_card(job: Conversion, repo: str, settings: dict[str, Any]) -> str:
+    """The output's README.md, model_card.md filled in with `settings`, and the metadata that the Hub reads."""
     readme = job.folder / "README.md"
     text = readme.read_text("utf-8", errors="replace") if readme.is_file() else ""
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
@@ -680,7 +673,7 @@ def model_card(job: Conversion, repo: str, generation: dict[str, Any]) -> str:
         metadata |= {"base_model": job.hub_id, "base_model_relation": "finetune"}
     rows = " and ".join(job.mask_rows)
     return Template((CODE_FOLDER / "model_card.md").read_text("utf-8")).substitute(
-        generation,
+        settings,
         metadata="\n".join(f"{key}: {value}" for key, value in metadata.items()),
         title=repo.split("/")[-1],
         path=repo,
@@ -688,8 +681,6 @@ def model_card(job: Conversion, repo: str, generation: dict[str, Any]) -> str:
         edits=f" except the rows of the mask token in {rows}, set to the mean of the vocabulary's rows" if rows else "",
         state=(SEEDED if job.is_seed else TRAINED).format(job.block_size),
         licence=metadata["license"],
-        block_size=job.block_size,
-        mask_token_id=job.mask_token_id,
     )
 
 
@@ -729,22 +720,12 @@ def summary(job: Conversion, output: Path) -> str:
     )
 
 
-def upload(folder: Path, repo: str, private: bool | None) -> None:
-    """Create the Hub repository if need be, and upload the finished folder in one commit."""
-    api = HfApi()
-    try:
-        api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Bard-VL: weights, code and settings")
-    except Exception as error:  # the HTTP client raises types of its own
-        raise ConversionError(f"{folder} is complete, but its upload to {repo} failed: {error}") from error
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the script, whose options are the arguments of `convert`; returns 0, or 1 after printing an error."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    size = "tokens per block (default: as the config states, else a Bard-VL name, else, for Qwen3-VL, 4)"
     mean = "initial value of that row, and of the untied output matrix's: as it is, or the mean over all tokens"
+    size = "tokens per block (default: as the config states, else a Bard-VL name, else, for Qwen3-VL, 4)"
     add("--source", required=True, help="dense Qwen3-VL (Instruct or Thinking) or Bard-VL checkpoint: folder or Hub id")
     add("--output", required=True, help="folder to write; must not exist, missing parents are made")
     add("--block-size", type=int, help=size)

@@ -433,15 +433,15 @@ def test_disk_full_when_syncing_leaves_nothing(call: int, tmp_path: Path, monkey
 
 @pytest.mark.parametrize("target", ["model.safetensors", "tokenizer.json", "config.json", "stray"])
 def test_verification_sees_every_changed_byte(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, verify = cases.write_source(tmp_path / "source"), converter.verify
+    source, sync = cases.write_source(tmp_path / "source"), converter.sync
 
-    def spoil(folder: Path, *args: Any) -> None:
+    def spoil(folder: Path) -> None:
         path = folder / target
         content = path.read_bytes() if path.exists() else b"?"
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        verify(folder, *args)
+        sync(folder)
 
-    monkeypatch.setattr(converter, "verify", spoil)
+    monkeypatch.setattr(converter, "sync", spoil)
     with pytest.raises(ConversionError, match="verification failed"):
         cases.convert(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -468,7 +468,7 @@ def test_interrupt_from_the_keyboard(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(converter, "verify", interrupt)
+    monkeypatch.setattr(converter, "sync", interrupt)
     assert converter.main(cases.command(source, tmp_path / "out", "--quiet")[2:]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
