@@ -51,6 +51,7 @@ COPIED_FILES = (
 # Folders named like a release are taken for it; any other folder's card names no base model.
 PUBLISHER = "fudan-generative-ai"
 RELEASES = {r"Qwen3-VL-\d+B-(Instruct|Thinking)": "Qwen", r"Bard-VL-B\d+-Mask-\d+B(-Distil)?-Instruct": PUBLISHER}
+QUANTISATION = ("quantization_config", "compression_config")
 QUANTISED = "a quantised source ({}): convert the bfloat16 release, and quantise when loading it"
 OPENS_THINKING = re.compile(r"<\|im_start\|>assistant(\\n|\n)<think>")
 
@@ -250,7 +251,7 @@ def check_architecture(config: dict[str, Any]) -> None:
         require(isinstance(config.get(part), dict), f"config.json has no {part}")
     for level in (config, config["text_config"], config["vision_config"]):
         for key, value in level.items():
-            if key in ("quantization_config", "compression_config"):
+            if key in QUANTISATION:
                 method = value.get("quant_method") if isinstance(value, dict) else value
                 require(value is None, QUANTISED.format(f"config.json: {key} with quant_method {method!r}"))
             elif key in ("rope_scaling", "rope_parameters"):
@@ -613,7 +614,9 @@ def chat_template(folder: Path) -> tuple[str | None, bool]:
 
 def bard_config(job: Conversion) -> dict[str, Any]:
     """The output's config.json: the source's, with Bard-VL's settings and in the spelling that all versions read."""
-    config, text, vision = job.config, dict(job.config["text_config"]), dict(job.config["vision_config"])
+    levels = (job.config, job.config["text_config"], job.config["vision_config"])
+    # 4.57 cannot read a quantisation of null.
+    config, text, vision = ({key: each[key] for key in each if key not in QUANTISATION} for each in levels)
     # transformers 5 alone reads `rope_parameters`, both lines read the older pair; without a `rope_theta` they differ
     # in the default, of which Qwen3-VL's is 5,000,000.
     modern = dict(text.pop("rope_parameters", None) or {})
