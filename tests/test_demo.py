@@ -22,6 +22,8 @@ from tiny import IDS, draw_scene, write_qwen3vl
 pytestmark = pytest.mark.process
 
 LONG, PATIENCE = 60, 180_000  # tokens; milliseconds, for machines that have other things to do
+BUTTONS = ("ask", "stop", "restart", "download-page", "download-gif")
+WINDOW = {"width": 1200, "height": 800}  # pixels
 CUT = "\N{REPLACEMENT CHARACTER}"  # stands for a character whose last bytes are to come
 
 
@@ -51,7 +53,7 @@ def page(session: Session) -> Iterator[Any]:
     demo = build_page(session)
     address = serve(demo, "127.0.0.1", 0, wait=False)
     with chromium() as browser:
-        page = browser.new_page()
+        page = browser.new_page(viewport=WINDOW)
         page.set_default_timeout(PATIENCE)
         page.goto(address)
         page.locator("#ask").wait_for()
@@ -110,6 +112,14 @@ def test_an_uploaded_picture_is_answered_as_by_generate(page: Any, session: Pace
     player.locator("#scrubber").fill(last)
     assert player.locator("#status").text_content().startswith(f"Step {last} of {last} · ")
     assert player.locator("#answer .token").count() == LONG
+    # Its frame is as high as it is itself, or as the window.
+    height = min(player.locator("body").evaluate("body => body.offsetHeight"), WINDOW["height"])
+    page.wait_for_function("height => document.querySelector('#player iframe').offsetHeight === height", arg=height)
+    # On a telephone no button is of two lines.
+    page.set_viewport_size({"width": 390, "height": 844})
+    heights = {page.locator(f"#{name}").evaluate("button => button.offsetHeight") for name in BUTTONS}
+    assert len(heights) == 1
+    page.set_viewport_size(WINDOW)
     # Both can be downloaded.
     for name, start in (("page", b"<!doctype html>"), ("gif", b"GIF89a")):
         with page.expect_download() as download:

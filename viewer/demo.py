@@ -27,12 +27,20 @@ CSS = """
 .answer .took { display: block; margin-top: 0.5rem; font-size: 0.85rem; }
 .answer .error { color: var(--error-text-color); }
 .player iframe { border-radius: 12px; }
+.buttons { flex-wrap: wrap; }
+.buttons > button { flex-basis: auto; min-width: max-content !important; padding-inline: var(--size-2); }
 """
+# The player tells how high it is. One that is higher than the window scrolls, so that its buttons stay in view.
+SCRIPT = """() => addEventListener("message", ({ data, source }) => {
+  const frame = document.querySelector(".player iframe");
+  if (frame?.contentWindow === source && data.playerHeight > 0)
+    frame.style.height = `${Math.min(data.playerHeight, Math.max(innerHeight, LEAST))}px`;
+})"""
 KNOWN = (
     "This is the small example. It knows pictures like those to try, and the four questions below, word for word. It "
     "answers each alone, and to anything else it says anything. `bard-vl demo --model` names another checkpoint."
 )
-PLAYER_HEIGHT = 640  # pixels
+PLAYER_HEIGHT = 640  # pixels, until the player has told its own
 # The settings that have a control of their own, with its label; the text below them takes every other.
 CONTROLS = {
     "remasking_strategy": "Which tokens a step commits",
@@ -140,14 +148,14 @@ def build_page(session: Session, pictures: Sequence[str | Path] = ()) -> gr.Bloc
                 prompt = gr.Textbox(QUESTIONS[0], label="Question", max_lines=6, elem_id="prompt", autofocus=True)
                 if session.is_example:
                     gr.Examples([[question] for question in QUESTIONS], prompt, label="Questions", elem_id="questions")
-                with gr.Row():
-                    ask = gr.Button("Ask", variant="primary", elem_id="ask", min_width=90)
-                    stop = gr.Button("Stop", elem_id="stop", min_width=90)
-                    restart = gr.Button("Start over", elem_id="restart", min_width=90)
+                with gr.Row(elem_classes="buttons"):
+                    ask = gr.Button("Ask", variant="primary", elem_id="ask")
+                    stop = gr.Button("Stop", elem_id="stop")
+                    restart = gr.Button("Start over", elem_id="restart")
                 player = gr.HTML("", elem_id="player", elem_classes="player")
-                with gr.Row():
+                with gr.Row(elem_classes="buttons"):
                     files = [
-                        gr.DownloadButton(f"Download {kind}", visible=False, elem_id=name, min_width=90)
+                        gr.DownloadButton(f"Download {kind}", visible=False, elem_id=name)
                         for kind, name in (("page", "download-page"), ("GIF", "download-gif"))
                     ]
 
@@ -212,6 +220,7 @@ def serve(page: gr.Blocks, host: str, port: int, wait: bool = True) -> str:
         prevent_thread_lock=True,
         quiet=True,
         css=CSS,
+        js=SCRIPT.replace("LEAST", str(PLAYER_HEIGHT)),
         theme=gr.themes.Default(font="system-ui", font_mono="monospace"),
         footer_links=[],
     )
