@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
-from bard_vl.training import merge_blocks
+from bard_vl.training import merge_blocks, self_distill
 from bard_vl.training.trainer import BlockDiffusionTrainer
 
 WAIT = timedelta(seconds=120)  # for the other process: one that never comes fails a test, instead of keeping it
@@ -22,6 +22,11 @@ def run(*recipes: str) -> None:
     """Run recipes through the entry point, one after the other."""
     for recipe in recipes:
         assert merge_blocks.main([recipe]) == 0
+
+
+def own_answers(recipe: str) -> None:
+    """Learn from own answers."""
+    assert self_distill.main([recipe]) == 0
 
 
 def killed(*recipes: str) -> None:
@@ -85,7 +90,7 @@ def sharded(*recipes: str) -> None:
 def main(case: str, *recipes: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=WAIT)
-    {"run": run, "killed": killed, "sharded": sharded}[case](*recipes)
+    {"run": run, "own_answers": own_answers, "killed": killed, "sharded": sharded}[case](*recipes)
     dist.destroy_process_group()
 
 

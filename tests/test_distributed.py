@@ -16,6 +16,7 @@ from bard_vl.training import merge_blocks
 from bard_vl.training.arguments import parse_recipe
 from distributed_cases import main_in_a_fork
 from safetensors.torch import load_file
+from test_self_distill import recipe_of
 from training_cases import bard_folder, chats_file, history, in_forks, losses, media_file, settings, write_recipe
 
 pytestmark = pytest.mark.process
@@ -107,6 +108,14 @@ def test_data_parallel_processes_train_as_one_and_go_on_after_a_kill(tmp_path, a
         assert losses(after) == losses(before)
         for name, value in load_file(before / "model.safetensors").items():
             assert torch.equal(load_file(after / "model.safetensors")[name], value), name
+
+
+def test_processes_share_out_own_answers(tmp_path):
+    assert fork("own_answers", Path(recipe_of(tmp_path / "run", max_steps=1))) == [0, 0]
+    files = sorted((tmp_path / "run/answers").glob("process-*.jsonl"))
+    answered = [[json.loads(line)["chat"] for line in file.read_text().splitlines()] for file in files]
+    assert answered == [[0, 2, 4], [1, 3]]
+    assert len(losses(tmp_path / "run/block-32")) == 1
 
 
 def test_sharded_parameters_train_as_whole_ones(tmp_path, alone):
