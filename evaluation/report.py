@@ -32,7 +32,7 @@ CLAIMS = {
     "Mixed noise beats mask noise": ("mixed-noise", "plain"),
     "The right mask beats the reference's": ("plain", "faulty-mask"),
 }
-FREE = {"pilot": PILOT_CELLS, "larger": LARGER_CELLS, "short": PILOT_CELLS, "smoke": PILOT_CELLS}
+FREE = {"pilot": PILOT_CELLS, "larger": LARGER_CELLS, "smoke": PILOT_CELLS}
 FIXED_CLAIMS = {
     "For plain decoding mask noise beats uniform noise": (("mask-noise-8", None), ("uniform-noise-8", None)),
     "Where only corrupted tokens are learnt, `overwrite` beats no revision": (
@@ -103,7 +103,7 @@ def write_report(results: Path, output: Path) -> Path:
         sections += [
             f"## Free captions, scale `{name}`\n\n{FREE_CAPTIONS}\n\n{sizes(runs)}",
             claims(runs),
-            findings if name == "short" else "",
+            findings if name == "pilot" else "",
             "### Validity\n\n" + validity_table(runs, FREE[name]),
             f"![validity against tokens per forward](plots/{plot.name})" if plot else "",
             "### Beside validity\n\n" + other_table(runs, FREE[name]),
