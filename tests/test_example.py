@@ -141,8 +141,8 @@ def test_pictures_are_scenes_that_no_training_sees(path: Path) -> None:
 def test_the_checkpoint_answers_unseen_scenes() -> None:
     found = score(CHECKPOINT, None, num_scenes=48, threshold=None, about=["words"])
     assert found["shortest_answer"] > 16
-    assert found["checkpoint"]["exact"] >= 85  # of 96 answers; checkpoint_score.json has what all of them give
-    assert found["checkpoint"]["tokens_per_forward"] >= 10
+    assert found["checkpoint"]["exact"] >= 95  # of 96 answers; checkpoint_score.json has what all of them give
+    assert found["checkpoint"]["tokens_per_forward"] >= 18
 
 
 def test_boxes_are_scored_beside_words() -> None:
@@ -183,8 +183,8 @@ def test_boxes_are_judged_by_label_and_place() -> None:
 
 def test_the_score_that_is_told() -> None:
     told = json.loads((ROOT / "examples" / "checkpoint_score.json").read_text())
-    assert told["scenes"] >= 500
-    assert told["checkpoint"]["exact"] >= 90
+    assert told["scenes"] >= 1000
+    assert min(told["checkpoint"][name] for name in ("exact", "boxes")) >= 95
 
 
 # Drafts --------------------------------------------------------------------------------------------------------------
