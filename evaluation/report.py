@@ -383,9 +383,16 @@ def speed_claim(runs: Runs) -> str:
 # --- Plot -------------------------------------------------------------------------------------------------------------
 
 
+def whole_curves(group: Sequence[Run]) -> list[list[tuple[float, float]]]:
+    """The curves of the seeds that were measured at most thresholds; one that is being measured has fewer."""
+    curves = [curve(run) for run in group]
+    return [each for each in curves if len(each) == max(map(len, curves))]
+
+
 def plot_trade_off(runs: Runs, path: Path) -> Path | None:
     """Valid answers against tokens per forward, means over seeds, a line over thresholds for each cell."""
-    lines = {name: group for name, group in runs.items() if name in COLOURS and len(curve(group[0])) > 1}
+    lines = {name: whole_curves(group) for name, group in runs.items() if name in COLOURS}
+    lines = {name: curves for name, curves in lines.items() if len(curves[0]) > 1}
     if not lines:
         return None
     import matplotlib
@@ -394,11 +401,8 @@ def plot_trade_off(runs: Runs, path: Path) -> Path | None:
     from matplotlib import pyplot
 
     chart, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
-    for name, group in lines.items():
-        points = [
-            [statistics.fmean(each) for each in zip(*same, strict=True)]
-            for same in zip(*map(curve, group), strict=True)
-        ]
+    for name, curves in lines.items():
+        points = [[statistics.fmean(each) for each in zip(*same, strict=True)] for same in zip(*curves, strict=True)]
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=COLOURS[name], label=name)
     axes.axvline(SPEED, color="#bbbbbb", linewidth=1)
     axes.set_xlabel("tokens per forward")
