@@ -224,14 +224,23 @@ def revision_table(group: Sequence[Run]) -> str:
         return ""
     rows = []
     for revision in REVISIONS:
-        valid = [of_score(run, "valid", threshold=THRESHOLD, revision=revision) for run in group]
-        speed = [of_score(run, "tokens_per_forward", threshold=THRESHOLD, revision=revision) for run in group]
+        at = {"threshold": THRESHOLD, "revision": revision}
+        figures = [[of_score(run, name, **at) for run in group] for name in ("valid", "tokens_per_forward")]
         points = [shown(at_speed(run, revision, speed) for run in group) for speed in (SPEED, 2 * SPEED)]
-        rows.append([revision or "none", *points, shown(valid), shown(speed, 2)])
+        gain = revision_gain(group, revision) if revision else "-"
+        rows.append([revision or "none", *points, shown(figures[0]), shown(figures[1], 2), gain])
     header = ["revision", *(f"at {speed:g} tokens per forward" for speed in (SPEED, 2 * SPEED))]
-    return "### Revision\n\nThe cell `on-policy`.\n\n" + table(
-        [*header, f"at {THRESHOLD}", "tokens per forward there"], rows
-    )
+    header += [f"at {THRESHOLD}", "tokens per forward there", "gain there over none"]
+    return f"### Revision\n\nThe cell `on-policy`.\n\n{table(header, rows)}"
+
+
+def revision_gain(group: Sequence[Run], revision: str) -> str:
+    """What a way of revision gives beside none, at one threshold."""
+    valid = [partial(of_score, name="valid", threshold=THRESHOLD, revision=each) for each in (revision, None)]
+    answers = [
+        [of_score(run, "is_valid", threshold=THRESHOLD, revision=each) for each in (revision, None)] for run in group
+    ]
+    return gain_of(group, group, *valid, mcnemar(answers))
 
 
 def missing(scales: dict[str, Runs]) -> str:
