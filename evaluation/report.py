@@ -236,11 +236,9 @@ def revision_table(group: Sequence[Run]) -> str:
 
 def revision_gain(group: Sequence[Run], revision: str) -> str:
     """What a way of revision gives beside none, at one threshold."""
-    valid = [partial(of_score, name="valid", threshold=THRESHOLD, revision=each) for each in (revision, None)]
-    answers = [
-        [of_score(run, "is_valid", threshold=THRESHOLD, revision=each) for each in (revision, None)] for run in group
-    ]
-    return gain_of(group, group, *valid, mcnemar(answers))
+    with_it, without = (partial(of_score, threshold=THRESHOLD, revision=each) for each in (revision, None))
+    p = mcnemar([(with_it(run, "is_valid"), without(run, "is_valid")) for run in group])
+    return gain_of(group, group, partial(with_it, name="valid"), partial(without, name="valid"), p)
 
 
 def missing(scales: dict[str, Runs]) -> str:
