@@ -318,13 +318,13 @@ def half_interval(gains: Sequence[float]) -> float | None:
 
 
 def mcnemar(pairs: Sequence[Sequence[str | None]]) -> float | None:
-    """Two-sided exact p of two models' answers, a digit for each answer; None where single answers are not known.
+    """Two-sided exact p of two models' answers, a digit for each answer; None where no single answers are known.
 
     Only the answers count that one of both has right: they fall to either alike if the models are equally good.
     """
-    if not all(first and second for first, second in pairs):
+    digits = [both for first, second in pairs if first and second for both in zip(first, second, strict=True)]
+    if not digits:
         return None
-    digits = [both for first, second in pairs for both in zip(first or "", second or "", strict=True)]
     wins, losses = digits.count(("1", "0")), digits.count(("0", "1"))
     tail = sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
     return min(1.0, 2 * tail / 2 ** (wins + losses))
