@@ -237,7 +237,7 @@ def revision_table(group: Sequence[Run]) -> str:
 def revision_gain(group: Sequence[Run], revision: str) -> str:
     """What a way of revision gives beside none, at one threshold."""
     with_it, without = (partial(of_score, threshold=THRESHOLD, revision=each) for each in (revision, None))
-    p = mcnemar([(with_it(run, "is_valid"), without(run, "is_valid")) for run in group])
+    p = chance_of([(with_it(run, "is_valid"), without(run, "is_valid")) for run in group])
     return gain_of(group, group, partial(with_it, name="valid"), partial(without, name="valid"), p)
 
 
@@ -285,7 +285,7 @@ def verdict(better: Sequence[Run], worse: Sequence[Run], settings: Settings | No
         return gain_of(better, worse, at_speed, at_speed)
     valid, answers = (lambda run, name=name: of_score(run, name, **settings) for name in ("valid", "is_valid"))
     others = {run["seed"]: answers(run) for run in worse}
-    p = mcnemar([(answers(run), others[run["seed"]]) for run in better if run["seed"] in others])
+    p = chance_of([(answers(run), others[run["seed"]]) for run in better if run["seed"] in others])
     return gain_of(better, worse, valid, valid, p)
 
 
@@ -317,14 +317,20 @@ def half_interval(gains: Sequence[float]) -> float | None:
     return T_95[min(len(gains) - 2, len(T_95) - 1)] * statistics.stdev(gains) / math.sqrt(len(gains))
 
 
+def chance_of(pairs: Sequence[Sequence[str | None]]) -> float | None:
+    """McNemar's p over the seeds whose answers of both models are known, which are those that a gain is of."""
+    known = [pair for pair in pairs if all(pair)]
+    return mcnemar(known) if known else None
+
+
 def mcnemar(pairs: Sequence[Sequence[str | None]]) -> float | None:
-    """Two-sided exact p of two models' answers, a digit for each answer; None where no single answers are known.
+    """Two-sided exact p of two models' answers, a digit for each answer; None where single answers are not known.
 
     Only the answers count that one of both has right: they fall to either alike if the models are equally good.
     """
-    digits = [both for first, second in pairs if first and second for both in zip(first, second, strict=True)]
-    if not digits:
+    if not all(first and second for first, second in pairs):
         return None
+    digits = [both for first, second in pairs for both in zip(first or "", second or "", strict=True)]
     wins, losses = digits.count(("1", "0")), digits.count(("0", "1"))
     tail = sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
     return min(1.0, 2 * tail / 2 ** (wins + losses))
