@@ -6,10 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import bard_vl
+import filelock
 import fresh
 import lmms_eval
 import lmms_tasks as tasks
@@ -40,6 +42,15 @@ QUESTIONS = (
     "Why?",
     "Read the word.",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def locks_that_exclude() -> Iterator[None]:
+    """lmms-eval gives a process one lock per path, for good: tests that ask for it twice need it as it was."""
+    kind = type(filelock.FileLock)
+    call = kind.__call__
+    yield
+    kind.__call__ = call
 
 
 @pytest.fixture(scope="module")
