@@ -84,7 +84,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--lengths", type=int, nargs="+", default=[512, 1024, 2048], help="packed columns; a table each")
     add("--block-size", type=int, default=16, help="tokens per block (default: 16)")
     add("--chunk-size", type=int, default=1024, help="positions projected to the vocabulary at once (default: 1024)")
-    add("--masks", nargs="+", choices=MASKS, help="the last is the package's; default: dense flex on cuda, else dense")
+    add("--masks", nargs="+", choices=MASKS, help="the last is the package's; default: flex dense on cuda, else dense")
     add("--only", nargs="+", metavar="NAME", help="measure only forms whose name holds one of these words")
     add("--without-optimizer", action="store_true", help="forward and backward alone")
     add("--repetitions", type=int, default=3, help="timed rounds, every form once a round (default: 3)")

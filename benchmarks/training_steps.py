@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 RESPONSE_SHARE = 0.4  # of a sample's tokens
 LOSSES = ("chunked", "selected", "full")
-MASKS = ("dense", "flex")
+MASKS = ("flex", "dense")
 
 
 @dataclass(frozen=True)

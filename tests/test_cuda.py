@@ -18,7 +18,7 @@ from bard_vl.attention_bard_vl import Slots
 from bard_vl.generation_config_bard_vl import DecodingSettings
 from bard_vl.recording_bard_vl import Recording, layers_of, recording, release_idle
 from bard_vl.rows_bard_vl import Denoiser
-from bard_vl.training.packing import dense_mask, flex_mask, pack
+from bard_vl.training.packing import TILE, dense_mask, flex_mask, pack
 from fresh import call
 from ragged import MASK, NO_ID, PAD, Row, collate
 from test_golden import GOLDEN, VISUAL, cases_of, tensors_of
@@ -180,7 +180,8 @@ def test_flex_attention_learns_what_the_dense_mask_does(dtype: torch.dtype) -> N
     from test_packing import conversation, summed_loss
 
     model, gradients = load(dtype=dtype), []
-    rows = pack([conversation("mixture", [9, 5])[0]], 4, 250, PAD, NO_ID).to(DEVICE)
+    samples = [conversation("mixture", lengths, number)[0] for number, lengths in enumerate([[9, 5], [60, 90]])]
+    rows = pack(samples, 4, 1024, PAD, NO_ID, pad_to_multiple_of=TILE).to(DEVICE)
     for mask in (dense_mask(rows.layout())[:, None], flex_mask(rows.layout())):
         model.zero_grad()
         model(

@@ -18,9 +18,9 @@ import transformers
 from accelerate import skip_first_batches
 from bard_vl import BardVLForConditionalGeneration, BardVLProcessor
 from bard_vl.training import distill, merge_and_distill, merge_blocks
-from bard_vl.training.arguments import RecipeError, parse_recipe
+from bard_vl.training.arguments import BlockDiffusionArguments, RecipeError, parse_recipe
 from bard_vl.training.checkpoints import complete_checkpoints
-from bard_vl.training.cost import Cost, activation_memory, state_memory
+from bard_vl.training.cost import Cost, activation_memory, mask_memory, state_memory
 from bard_vl.training.data import PackingCollator
 from bard_vl.training.packing import Sample, dense_mask, packed_length
 from bard_vl.training.stages import Run, Stage, build_trainer, freeze, write_checkpoint
@@ -907,6 +907,18 @@ def test_the_cost_is_what_the_model_and_the_data_have(tmp_path):
     assert sum(zero1.values()) == (2 + 2 + 12 / 4) * everything
 
 
+def test_rows_of_flex_attention_are_whole_tiles(tmp_path, monkeypatch):
+    """Its gradients failed on a GPU in a row that was not."""
+    monkeypatch.setattr(BlockDiffusionArguments, "check", lambda args: None)  # it asks for CUDA
+    for multiple, width in (1, 128), (48, 384):
+        trainer = trainer_for(tmp_path / str(multiple), mask_form="flex", pad_to_multiple_of=multiple)
+        shortest = min(range(12), key=trainer.train_dataset.lengths.__getitem__)
+        rows = trainer.data_collator([trainer.train_dataset[shortest]])
+        assert rows.input_ids.shape == (1, width)
+        assert trainer.attention_mask(rows.layout()).shape == (1, 1, width, width)
+        assert Cost.of(trainer).largest % width == 0
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_estimate_of_activations_is_near_what_is_kept(tmp_path, checkpointing):
     shape = {"per_device_train_batch_size": 12, "loss_chunk_size": 1}  # logits have a line of their own
@@ -918,11 +930,13 @@ def test_the_estimate_of_activations_is_near_what_is_kept(tmp_path, checkpointin
     (batch,), _ = trainer.get_batch_samples(iter([rows]), 1, torch.device("cpu"))
     own = {parameter.untyped_storage().data_ptr() for parameter in trainer.model.parameters()}
     kept: dict[int, int] = {}
+    masks: dict[int, int] = {}
+    count, columns = rows.input_ids.shape
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if tensor.is_floating_point() and storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            (masks if tensor.shape[-2:] == (columns, columns) else kept)[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     held = []
@@ -930,6 +944,11 @@ def test_the_estimate_of_activations_is_near_what_is_kept(tmp_path, checkpointin
         held.append(trainer.loss_sum(trainer.model, batch, trainer.tally))
     tokens = rows.input_ids.numel()
     config = trainer.bare_model.config
+    dense, flex = (
+        mask_memory(config.text_config, form, (count, columns), 4, checkpointing) for form in ("dense", "flex")
+    )
+    copies = dense - flex - count * columns**2
+    assert sum(masks.values()) == (0 if checkpointing else copies)
     (estimate,) = activation_memory(config, tokens, 4, checkpointing).values()
     if checkpointing:  # one layer at a time is made again in the backward, beside what the forward kept
         estimate -= activation_memory(config, tokens, 4, False)["activations"] / config.text_config.num_hidden_layers

@@ -248,8 +248,11 @@ class BlockDiffusionArguments(TrainingArguments):
         "`gradient_accumulation_steps` micro-batches; the loss stays the same; not for a stream",
         decides=False,
     )
-    mask_form: Literal["auto", "dense", "flex"] = option(
-        "auto", "attention mask: flex on CUDA, dense elsewhere", decides=False
+    mask_form: Literal["dense", "flex"] = option(
+        "dense",
+        "attention mask: dense, or flex, FlexAttention's, which holds no pairs of tokens; flex needs CUDA, where its "
+        "gradients are not tested yet",
+        decides=False,
     )
     merger_learning_rate: float | None = option(None, "rate of the vision-language mergers (unset: `learning_rate`)")
     vision_learning_rate: float | None = option(None, "rate of the vision tower (unset: `learning_rate`)")

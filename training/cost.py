@@ -56,7 +56,7 @@ class Cost:
             bf16=args.bf16,
             checkpointing=args.gradient_checkpointing,
             loss_chunk_size=args.loss_chunk_size,
-            flex=trainer.uses_flex_mask,
+            mask_form=args.mask_form,
             teacher=None if trainer.teacher is None else trainer.teacher.model,
         )
         return cls(parameters, args.global_batch_size, length, tokens, args.max_steps, sharding, memory)
@@ -90,7 +90,7 @@ def memory_of(
     bf16: bool,
     checkpointing: bool,
     loss_chunk_size: int,
-    flex: bool,
+    mask_form: str,
     teacher: nn.Module | None = None,
 ) -> dict[str, float]:
     """Bytes on each process by what they are for, at a micro-batch of `shape`, rows and columns."""
@@ -99,11 +99,14 @@ def memory_of(
         memory["teacher"] = sum(p.numel() * p.element_size() for p in teacher.parameters())
     if bf16 and sharding == "none":
         memory["weights in bfloat16"] = autocast_memory(model)
-    memory |= activation_memory(config, math.prod(shape), 2 if bf16 else 4, checkpointing)
+    itemsize = 2 if bf16 else 4
+    memory |= activation_memory(config, math.prod(shape), itemsize, checkpointing)
     # Logits, their logarithms and gradients, in bfloat16 too; of a teacher the same, and the divergence.
     tensors = (4 if bf16 else 3) + (4 if teacher is not None else 0)
     memory["logits"] = 4 * loss_chunk_size * config.text_config.vocab_size * tensors
-    memory["attention mask"] = mask_memory(flex, *shape) * (1 if teacher is None else 2)
+    memory["attention mask"] = mask_memory(config.text_config, mask_form, shape, itemsize, checkpointing)
+    if teacher is not None:
+        memory["attention mask"] += mask_memory(teacher.config.text_config, mask_form, shape, itemsize, True)
     return memory
 
 
@@ -129,9 +132,20 @@ def largest_batch(trainer: Any) -> tuple[int, int]:
     return max(shapes, key=math.prod)
 
 
-def mask_memory(is_flex: bool, rows: int, columns: int) -> float:
-    """Bytes that the attention mask takes while it is made: some ten for each pair of tokens looked at at once."""
-    return 10.0 * rows * columns * (min(TILE, columns) if is_flex else columns)
+def mask_memory(text: Any, form: str, shape: tuple[int, int], itemsize: int, checkpointing: bool) -> float:
+    """Bytes of the attention mask, and of what is made of it.
+
+    A dense one has a byte per pair of tokens, and scaled dot-product attention makes numbers to add of it for each
+    layer, which are kept for the backward pass unless the layer is computed again.
+    """
+    rows, columns = shape
+    making = 10.0 * rows * columns * min(TILE, columns)
+    if form == "flex":
+        return making
+    is_repeated = columns <= 2 * text.num_key_value_heads * text.head_dim  # see `attend_grouped`
+    copies = text.num_attention_heads // text.num_key_value_heads if is_repeated else 1
+    layers = 1 if checkpointing else text.num_hidden_layers
+    return making + rows * columns**2 * (1.0 + copies * layers * itemsize)
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -94,7 +94,17 @@ def visible(query: Layout, key: Layout) -> torch.Tensor:
 
 def dense_mask(layout: Layout) -> torch.Tensor:
     """Mask (rows, length, length) bool of a layout whose members are (rows, length)."""
-    return visible(Layout(*(x[:, :, None] for x in layout)), Layout(*(x[:, None, :] for x in layout)))
+    rows, length = layout.rank.shape
+    mask = torch.empty(rows, length, length, dtype=torch.bool, device=layout.rank.device)
+    for first in range(0, length, TILE):
+        queries = slice(first, first + TILE)
+        mask[:, queries] = _visible_to(layout, queries)
+    return mask
+
+
+def _visible_to(layout: Layout, queries: slice) -> torch.Tensor:
+    """What some queries see, (rows, queries, length): of all at once each pair would take some ten bytes."""
+    return visible(Layout(*(x[:, queries, None] for x in layout)), Layout(*(x[:, None, :] for x in layout)))
 
 
 def fair(student: Layout, teacher: Layout, shown: torch.Tensor, sees_own: bool = True) -> torch.Tensor:
@@ -138,11 +148,8 @@ def flex_mask(layout: Layout, tile: int = TILE) -> BlockMask:
 
 
 def _tiles(layout: Layout, queries: slice, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whether a tile of queries sees some keys, and all, of each tile of keys: both (rows, tiles).
-
-    Asked for one tile of queries at a time: all pairs at once would take some ten bytes each.
-    """
-    pairs = visible(Layout(*(x[:, queries, None] for x in layout)), Layout(*(x[:, None, :] for x in layout)))
+    """Whether a tile of queries sees some keys, and all, of each tile of keys: both (rows, tiles)."""
+    pairs = _visible_to(layout, queries)
     _, height, width = pairs.shape
     tiles = torch.nn.functional.pad(pairs, [0, -width % tile, 0, tile - height]).unflatten(2, (-1, tile))
     return tiles.any(3).any(1), tiles.all(3).all(1)

@@ -4,6 +4,7 @@ import contextlib
 import fnmatch
 import gc
 import json
+import math
 import os
 import shutil
 import sys
@@ -47,6 +48,7 @@ from .checkpoints import GOES_ON, complete_checkpoints, damage, read_json, readi
 from .cost import Cost
 from .data import ChatSamples, Mixture, PackingCollator, limit_pixels, media_folder_of, open_chats, stream_chats
 from .own_answers import AnswerFiles, OwnAnswers, Writer
+from .packing import TILE
 from .trainer import BlockDiffusionTrainer, Teacher, group_of
 
 CODE_FOLDER = Path(__file__).resolve().parents[1]
@@ -263,7 +265,8 @@ def build_trainer(run: Run, stage: Stage, args: BlockDiffusionArguments) -> Bloc
         data_collator=PackingCollator(
             encoder,
             trains_vision or shards_weights(args),
-            run.data.pad_to_multiple_of,
+            # In rows that are not of whole tiles, FlexAttention's gradients failed on a GPU.
+            math.lcm(run.data.pad_to_multiple_of, TILE if args.mask_form == "flex" else 1),
             torch.bfloat16 if args.bf16 else DTYPES[run.model.dtype],
         ),
         teacher=load_teacher(run, stage) if stage.distillation else None,

@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
 
-from ..attention_bard_vl import ATTENTION_NAME
 from .arguments import PARAMETER_GROUPS, BlockDiffusionArguments, DistillArguments, RecipeError
 from .checkpoints import COMPLETE, complete_checkpoints, mark_complete, writing
 from .data import PackedBatch, PackingCollator, SkippedChats
@@ -535,17 +534,9 @@ class BlockDiffusionTrainer(Trainer):
         inputs = model_inputs(rows, batch.input_ids, self.attention_mask(rows.layout()))
         return model(**inputs, objective=objective).loss
 
-    @property
-    def uses_flex_mask(self) -> bool:
-        """Whether the attention mask is FlexAttention's, as `mask_form` asks for."""
-        if self.args.mask_form != "auto":
-            return self.args.mask_form == "flex"
-        own = self.bare_model.config.text_config._attn_implementation == ATTENTION_NAME
-        return own and self.args.device.type == "cuda"
-
     def attention_mask(self, layout: Layout) -> Any:
         """The mask of a layout in the form that `mask_form` asks for."""
-        return flex_mask(layout) if self.uses_flex_mask else dense_mask(layout)[:, None]
+        return flex_mask(layout) if self.args.mask_form == "flex" else dense_mask(layout)[:, None]
 
     # --- Optimizer ----------------------------------------------------------------------------------------------------
 

@@ -63,7 +63,15 @@ def memory(size: str, settings: ModelArguments, num_processes: int, sharding: st
         model = with_adapters(model, settings) if settings.use_lora else model
     rows = (1, columns)
     parts = memory_of(
-        model, config, rows, sharding, num_processes, bf16=True, checkpointing=True, loss_chunk_size=1024, flex=True
+        model,
+        config,
+        rows,
+        sharding,
+        num_processes,
+        bf16=True,
+        checkpointing=True,
+        loss_chunk_size=1024,
+        mask_form="dense",
     )
     return sum(parts.values()) - saved
 
