@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from .arguments import PARAMETER_GROUPS
 from .packing import TILE, first_fit_decreasing
@@ -91,7 +92,7 @@ def memory_of(
     checkpointing: bool,
     loss_chunk_size: int,
     mask_form: str,
-    teacher: nn.Module | None = None,
+    teacher: PreTrainedModel | None = None,
 ) -> dict[str, float]:
     """Bytes on each process by what they are for, at a micro-batch of `shape`, rows and columns."""
     memory = state_memory(model, sharding, num_processes)
