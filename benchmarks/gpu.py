@@ -170,7 +170,7 @@ def training(bench: Bench) -> Found:
         numbers = Path(folder) / "training.json"
         command = [str(HERE / "training.py"), "--shape", bench.chosen.shape, "--device", bench.chosen.device]
         command += ["--lengths", "2048" if bench.on_cuda else "512", "--repetitions", "2", "--without-optimizer"]
-        command += ["--only", "packed, chunked", " mask", "--json", str(numbers)]
+        command += ["--only", "packed, chunked", "mask", "--json", str(numbers)]
         returned = run_child(command, bench.chosen.out / "training.txt", bench.seconds_left(75))
         run = json.loads(numbers.read_text(encoding="utf-8")) if numbers.exists() else {"results": []}
     for result in run["results"]:

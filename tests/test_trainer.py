@@ -17,6 +17,7 @@ import torch
 import transformers
 from accelerate import skip_first_batches
 from bard_vl import BardVLForConditionalGeneration, BardVLProcessor
+from bard_vl.attention_bard_vl import block_attention
 from bard_vl.training import distill, merge_and_distill, merge_blocks
 from bard_vl.training.arguments import BlockDiffusionArguments, RecipeError, parse_recipe
 from bard_vl.training.checkpoints import complete_checkpoints
@@ -917,6 +918,30 @@ def test_rows_of_flex_attention_are_whole_tiles(tmp_path, monkeypatch):
         assert rows.input_ids.shape == (1, width)
         assert trainer.attention_mask(rows.layout()).shape == (1, 1, width, width)
         assert Cost.of(trainer).largest % width == 0
+    trainer.data_collator.pad_to_multiple_of = 1  # as a collator of one's own may have it
+    rows = trainer.data_collator([trainer.train_dataset[shortest]])
+    with pytest.raises(ValueError, match=f"whole tiles of 128 columns, got {rows.input_ids.shape[1]}"):
+        trainer.attention_mask(rows.layout())
+
+
+@pytest.mark.parametrize("columns", [64, 65], ids=["repeated mask", "repeated keys"])
+def test_the_estimate_counts_what_attention_makes_of_a_mask(columns):
+    text = bard_vl.BardVLConfig().text_config
+    text.num_attention_heads, text.num_key_value_heads, text.head_dim = 4, 2, 16
+    query, key, value = (torch.randn(1, heads, columns, 16, requires_grad=True) for heads in (4, 2, 2))
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.ndim == 4 and tensor.shape[-1] == columns:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    mask = torch.ones(1, 1, columns, columns, dtype=torch.bool).tril()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        held = block_attention(torch.nn.Identity(), query, key, value, mask)
+    dense, flex = (mask_memory(text, form, (1, columns), 4, True) for form in ("dense", "flex"))
+    assert held[0].requires_grad
+    assert sum(kept.values()) == dense - flex - columns**2
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -265,7 +265,6 @@ def build_trainer(run: Run, stage: Stage, args: BlockDiffusionArguments) -> Bloc
         data_collator=PackingCollator(
             encoder,
             trains_vision or shards_weights(args),
-            # In rows that are not of whole tiles, FlexAttention's gradients failed on a GPU.
             math.lcm(run.data.pad_to_multiple_of, TILE if args.mask_form == "flex" else 1),
             torch.bfloat16 if args.bf16 else DTYPES[run.model.dtype],
         ),

@@ -21,7 +21,7 @@ from .data import PackedBatch, PackingCollator, SkippedChats
 from .losses import LinearLosses, likeliest, linear_losses, position_weights
 from .noise import corrupt_rows, corruption_probabilities, replacement_ids
 from .own_answers import prompt_inputs
-from .packing import Layout, PackedRows, Sample, deal, dense_mask, fair, flex_mask
+from .packing import TILE, Layout, PackedRows, Sample, deal, dense_mask, fair, flex_mask
 
 NUM_TIMES = 4  # metrics by quarters of t
 NOISES = ("masked", "replaced", "visible")  # what the noise did to a token
@@ -536,7 +536,15 @@ class BlockDiffusionTrainer(Trainer):
 
     def attention_mask(self, layout: Layout) -> Any:
         """The mask of a layout in the form that `mask_form` asks for."""
-        return flex_mask(layout) if self.args.mask_form == "flex" else dense_mask(layout)[:, None]
+        if self.args.mask_form != "flex":
+            return dense_mask(layout)[:, None]
+        columns = layout.rank.shape[1]
+        if columns % TILE:  # where FlexAttention's gradients failed on a GPU
+            raise ValueError(
+                f"`mask_form: flex` takes rows of whole tiles of {TILE} columns, got {columns}: "
+                f"collate with `pad_to_multiple_of={TILE}`"
+            )
+        return flex_mask(layout)
 
     # --- Optimizer ----------------------------------------------------------------------------------------------------
 
