@@ -151,27 +151,27 @@ def answer_all(
         raise RuntimeError(f"a worker failed: {cause.partition(ADVICE)[0].strip()}") from error
 
 
-def start_counter() -> Callable[[str], int]:
-    """A function that counts, in a process of its own, how often it is called with a name; it outlives workers."""
+def start_counter() -> Callable[[str, int], int]:
+    """A function that adds to the number of a name, and returns it; its process outlives workers."""
     import ray
 
     class Counter:  # defined in here it travels as it is: that process need not import this package
         def __init__(self) -> None:
-            self.counts: dict[str, int] = {}
+            self.numbers: dict[str, int] = {}
 
-        def count(self, name: str) -> int:
-            self.counts[name] = self.counts.get(name, 0) + 1
-            return self.counts[name]
+        def count(self, name: str, change: int) -> int:
+            self.numbers[name] = self.numbers.get(name, 0) + change
+            return self.numbers[name]
 
     counter = ray.remote(num_cpus=0, max_restarts=-1)(Counter).remote()
     return functools.partial(count, counter)
 
 
-def count(counter: Any, name: str) -> int:
+def count(counter: Any, name: str, change: int) -> int:
     """The answer of a counter."""
     import ray
 
-    return ray.get(counter.count.remote(name))
+    return ray.get(counter.count.remote(name, change))
 
 
 def num_left(piece: Any, rows: np.ndarray, done: np.ndarray) -> int:

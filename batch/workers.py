@@ -66,15 +66,15 @@ class Worker:
 
     Args:
         recipe: what it is made of.
-        begin: counts how often a block or a row was begun, by any worker.
+        count: adds to the number of a name, which all workers share, and returns it.
     """
 
     attempts = 3  # Ray starts a dead worker anew, without end
 
-    def __init__(self, recipe: Recipe, begin: Callable[[str], int] = lambda _: 1):
+    def __init__(self, recipe: Recipe, count: Callable[[str, int], int] = lambda name, change: 1):
         quieten()
-        self.recipe, self.begin = recipe, begin
-        self.decoding = threading.RLock()
+        self.recipe, self.count = recipe, count
+        self.reading, self.decoding = threading.RLock(), threading.RLock()  # taken in this order
         self.readers = ThreadPoolExecutor(READERS)
 
     @cached_property
@@ -85,7 +85,7 @@ class Worker:
     def __call__(self, block: dict[str, Any]) -> dict[str, list[Any]]:
         """Columns line (the answer as JSON), tokens and is_error, for a column of pickled requests."""
         requests = [pickle.loads(request) for request in block["request"]]
-        if self.begin(f"block of row {requests[0].row}") > self.attempts:
+        if self.count(f"block of row {requests[0].row}", 1) > self.attempts:
             answers = [self.answer_alone(request) for request in requests]
         else:
             answers = self.answer(requests)
@@ -97,7 +97,8 @@ class Worker:
 
     def answer(self, requests: list[Request]) -> list[Record]:
         """One answer per request; an error says why, and leaves the others alone."""
-        chats = list(self.readers.map(self.read, requests))
+        with self.reading:
+            chats = list(self.readers.map(self.read, requests))
         asked = [(request, chat) for request, chat in zip(requests, chats, strict=True) if isinstance(chat, list)]
         with self.decoding:
             answered = iter(self.decode(asked) if asked else ())
@@ -108,10 +109,13 @@ class Worker:
 
     def answer_alone(self, request: Request) -> Record:
         """An answer while nothing else is done, so that it is known which request kills the process."""
-        with self.decoding:
-            if self.begin(f"row {request.row}") > self.attempts:
+        begun = f"row {request.row}"
+        with self.reading, self.decoding:
+            if self.count(begun, 1) > self.attempts:
                 return request.answer(error=f"the worker died over it, attempts: {self.attempts}")
             (answer,) = self.answer([request])
+            # The worker lives: if it dies before the block is done, another row is to blame.
+            self.count(begun, -1)
             return answer
 
     def read(self, request: Request) -> list[Record] | str:

@@ -1,15 +1,19 @@
 """`bard-vl batch`: every row is answered once, as `generate` answers it, whatever kills the run, however often."""
 
+import collections
+import concurrent.futures
 import contextlib
 import inspect
 import json
 import os
+import pickle
 import re
 import resource
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -713,6 +717,67 @@ def test_a_dead_device_is_nobodys_error(room: Path, monkeypatch: pytest.MonkeyPa
     (piece,) = find_pieces(str(room / "questions.jsonl"))
     with pytest.raises(fault, match="an illegal memory access"):
         Worker(Recipe(str(room / "bard"), {}, Asking())).answer([*read_requests(piece, Asking())][:2])
+
+
+class Death(BaseException):
+    """What ends a worker at once."""
+
+
+def test_only_the_row_that_kills_is_blamed(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that was answered alone, and whose block was lost with another row's death, is asked again."""
+    numbers: collections.Counter[str] = collections.Counter()
+
+    def count(name: str, change: int) -> int:
+        numbers[name] += change
+        return numbers[name]
+
+    def read(worker: Worker, request: Any) -> Any:
+        if request.row == 3:
+            raise Death
+        return "not asked"
+
+    monkeypatch.setattr(Worker, "read", read)
+    (piece,) = find_pieces(str(room / "questions.jsonl"))
+    requests = [*read_requests(piece, Asking())][:4]
+    block = {"request": [pickle.dumps(request) for request in requests]}
+    for _ in range(2 * Worker.attempts):  # those of the block, then those of the row
+        with pytest.raises(Death):
+            Worker(Recipe(None, {}, Asking()), count)(block)
+    answered = Worker(Recipe(None, {}, Asking()), count)(block)
+    errors = [json.loads(line)["error"] for line in answered["line"]]
+    assert errors == ["not asked", "not asked", "the worker died over it, attempts: 3", "not asked"]
+
+
+def test_a_row_is_not_begun_alone_while_others_are_read(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a picture that kills the process is not another row's fault."""
+    is_reading, may_end = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def read(worker: Worker, request: Any) -> str:
+        if request.row == 1:
+            is_reading.set()
+            assert may_end.wait(60)
+        order.append(f"read {request.row}")
+        return "not asked"
+
+    def count(name: str, change: int) -> int:
+        order.append(f"{name}, {change}")
+        return 1
+
+    monkeypatch.setattr(Worker, "read", read)
+    (piece,) = find_pieces(str(room / "questions.jsonl"))
+    first, second = [*read_requests(piece, Asking())][:2]
+    worker = Worker(Recipe(None, {}, Asking()), count)
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        together = threads.submit(worker.answer, [first])
+        assert is_reading.wait(60)
+        alone = threads.submit(worker.answer_alone, second)
+        with pytest.raises(concurrent.futures.TimeoutError):
+            alone.result(0.2)
+        may_end.set()
+        assert "error" in together.result(60)[0]
+        assert "error" in alone.result(60)
+    assert order == ["read 1", "row 2, 1", "read 2", "row 2, -1"]
 
 
 class KilledWorker(Worker):
