@@ -1,8 +1,9 @@
 """The workers: a process of Ray with the model, by `generate` or by vLLM."""
 
+import contextlib
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -74,7 +75,8 @@ class Worker:
     def __init__(self, recipe: Recipe, count: Callable[[str, int], int] = lambda name, change: 1):
         quieten()
         self.recipe, self.count = recipe, count
-        self.reading, self.decoding = threading.RLock(), threading.RLock()  # taken in this order
+        self.decoding = threading.RLock()
+        self.quiet, self.num_reading = threading.Condition(), 0  # taken before `decoding`
         self.readers = ThreadPoolExecutor(READERS)
 
     @cached_property
@@ -97,7 +99,7 @@ class Worker:
 
     def answer(self, requests: list[Request]) -> list[Record]:
         """One answer per request; an error says why, and leaves the others alone."""
-        with self.reading:
+        with self.reading():
             chats = list(self.readers.map(self.read, requests))
         asked = [(request, chat) for request, chat in zip(requests, chats, strict=True) if isinstance(chat, list)]
         with self.decoding:
@@ -108,15 +110,29 @@ class Worker:
         ]
 
     def answer_alone(self, request: Request) -> Record:
-        """An answer while nothing else is done, so that it is known which request kills the process."""
+        """An answer while nothing else is read or decoded, so that it is known which request kills the process."""
         begun = f"row {request.row}"
-        with self.reading, self.decoding:
-            if self.count(begun, 1) > self.attempts:
-                return request.answer(error=f"the worker died over it, attempts: {self.attempts}")
-            (answer,) = self.answer([request])
-            # The worker lives: if it dies before the block is done, another row is to blame.
-            self.count(begun, -1)
-            return answer
+        with self.quiet:
+            self.quiet.wait_for(lambda: not self.num_reading)
+            with self.decoding:
+                if self.count(begun, 1) > self.attempts:
+                    return request.answer(error=f"the worker died over it, attempts: {self.attempts}")
+                (answer,) = self.answer([request])
+                # The worker lives: if it dies before the block is done, another row is to blame.
+                self.count(begun, -1)
+                return answer
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """What threads do together, but not while a request is answered alone."""
+        with self.quiet:
+            self.num_reading += 1
+        try:
+            yield
+        finally:
+            with self.quiet:
+                self.num_reading -= 1
+                self.quiet.notify_all()
 
     def read(self, request: Request) -> list[Record] | str:
         """The request's chat with its pictures opened, or why there is none."""

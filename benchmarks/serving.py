@@ -37,7 +37,7 @@ from typing import Any
 import openai
 from bard_vl.evaluation.scenes import scene
 
-QUESTION = "Describe the image."
+QUESTION = "Describe the picture."  # which the small checkpoint of the examples has learnt to do
 STEPS = "vllm:diffusion_num_denoising_steps_total"
 # vLLM's counters leave out forwards that no client gets a token of; its log has a line for each.
 LOGGED = ["--enable-logging-iteration-details"]
